@@ -1,0 +1,1 @@
+"""What exists: pixels on disk and in memory, read window by window."""

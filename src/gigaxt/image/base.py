@@ -1,0 +1,152 @@
+"""`Image`: a raster, on disk or in memory, that is read window by window."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gigaxt.errors import ImageError
+
+Pixels = NDArray[np.generic]
+"""(height, width, channels) in the file's dtype."""
+Mask = NDArray[np.bool_]
+"""(height, width), True where a pixel is real."""
+
+
+class Level(NamedTuple):
+    """One resolution of an image. Downsample factors are measured, not assumed to be powers of two."""
+
+    width: int
+    height: int
+    downsample_x: float
+    downsample_y: float
+
+
+class Image(ABC):
+    """A raster that is read window by window. Thread-safe, fork-safe and picklable.
+
+    Subclasses set the attributes below in `__init__`, keep only a path and options in their pickled state, open handles
+    lazily per process, and implement `_read_inside` (and `_valid_inside` where the format has a mask of its own).
+
+    Attributes:
+        name: what errors call it: the path, or a description of the array.
+        height: rows of level 0, px.
+        width: columns of level 0, px.
+        channels: number of bands.
+        dtype: of the pixels, as stored.
+        levels: resolutions, level 0 first.
+        nodata: the value of pixels that hold nothing (may be NaN), or None.
+        mpp: micrometres per pixel of level 0 as (x, y), or None.
+        crs: "EPSG:32633" or WKT, or None.
+        transform: (a, b, c, d, e, f) with x = a*col + b*row + c, y = d*col + e*row + f in the crs, or None.
+        band_names: one name a band; "1", "2", ... where the file has none.
+        orientation: the EXIF/TIFF orientation (1 = as stored). Reported, never applied.
+    """
+
+    name: str
+    height: int
+    width: int
+    channels: int
+    dtype: np.dtype[np.generic]
+    levels: tuple[Level, ...]
+    nodata: float | None = None
+    mpp: tuple[float, float] | None = None
+    crs: str | None = None
+    transform: tuple[float, float, float, float, float, float] | None = None
+    band_names: tuple[str, ...] = ()
+    orientation: int = 1
+
+    def read(self, x: int, y: int, w: int, h: int, level: int = 0) -> Pixels:
+        """Pixels of a window, shape (h, w, channels), in the file's dtype.
+
+        Args:
+            x: left edge in px of `level`; may lie outside the image.
+            y: top edge in px of `level`.
+            w: width in px, at least 1.
+            h: height in px, at least 1.
+            level: which resolution.
+
+        Pixels outside the image are `nodata` (0 where the image has none).
+
+        Raises:
+            ImageError: the file cannot be read there; names the file, the window and the cause.
+        """
+        return self._window(x, y, w, h, level, want_validity=False)[0]
+
+    def validity(self, x: int, y: int, w: int, h: int, level: int = 0) -> Mask:
+        """Which pixels of a window are real: inside the image, not nodata, not masked. Shape (h, w)."""
+        return self.read_valid(x, y, w, h, level)[1]
+
+    def read_valid(self, x: int, y: int, w: int, h: int, level: int = 0) -> tuple[Pixels, Mask]:
+        """`read` and `validity` from one decode. A pixel is nodata where every band is."""
+        pixels, mask = self._window(x, y, w, h, level, want_validity=True)
+        assert mask is not None
+        return pixels, mask
+
+    @property
+    def all_valid(self) -> bool:
+        """True where every pixel inside the image is known to be real without reading: no nodata, no mask."""
+        return self.nodata is None
+
+    @property
+    def gsd_m(self) -> tuple[float, float] | None:
+        """Ground sample distance in metres as (x, y) where the transform's unit is the metre, else None."""
+        if self.transform is None or self.crs is None or not crs_is_metric(self.crs):
+            return None
+        a, b, _, d, e, _ = self.transform
+        return float(np.hypot(a, d)), float(np.hypot(b, e))
+
+    @abstractmethod
+    def _read_inside(self, x: int, y: int, w: int, h: int, level: int) -> Pixels:
+        """Read a window that lies wholly inside `level`."""
+
+    def _valid_inside(self, x: int, y: int, w: int, h: int, level: int) -> Mask | None:
+        """The format's own mask of a window inside `level`; None where it has none."""
+        return None
+
+    def _window(self, x: int, y: int, w: int, h: int, level: int, *, want_validity: bool) -> tuple[Pixels, Mask | None]:
+        if not 0 <= level < len(self.levels):
+            raise ImageError(self.name, f"expected a level from 0 to {len(self.levels) - 1}, got {level}")
+        if w < 1 or h < 1:
+            raise ImageError(self.name, f"expected a window of at least 1 x 1 px, got {w} x {h}")
+        size = self.levels[level]
+        x0, y0 = max(x, 0), max(y, 0)
+        x1, y1 = min(x + w, size.width), min(y + h, size.height)
+        whole = (x0, y0, x1, y1) == (x, y, x + w, y + h)
+        if whole:
+            pixels = self._read_inside(x, y, w, h, level)
+            return pixels, self._validity_of(pixels, x, y, level) if want_validity else None
+        fill = 0 if self.nodata is None else self.nodata
+        pixels = np.full((h, w, self.channels), fill, dtype=self.dtype)
+        mask = np.zeros((h, w), dtype=np.bool_) if want_validity else None
+        if x1 > x0 and y1 > y0:
+            inside = self._read_inside(x0, y0, x1 - x0, y1 - y0, level)
+            place = (slice(y0 - y, y1 - y), slice(x0 - x, x1 - x))
+            pixels[place] = inside
+            if mask is not None:
+                mask[place] = self._validity_of(inside, x0, y0, level)
+        return pixels, mask
+
+    def _validity_of(self, pixels: Pixels, x: int, y: int, level: int) -> Mask:
+        h, w = pixels.shape[:2]
+        own = self._valid_inside(x, y, w, h, level)
+        mask = np.ones((h, w), dtype=np.bool_) if own is None else own
+        if self.nodata is not None:
+            empty = np.isnan(pixels) if np.isnan(self.nodata) else pixels == np.asarray(self.nodata).astype(self.dtype)
+            mask = mask & ~empty.all(axis=2)
+        return mask
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} {self.height} x {self.width} px, {self.channels} x {self.dtype}>"
+
+
+def crs_is_metric(crs: str) -> bool:
+    """Whether a CRS counts in metres, as far as its text tells (UTM, polar and web Mercator codes; WKT with metres)."""
+    text = crs.upper()
+    if text.startswith("EPSG:"):
+        code = int(text[5:])
+        return 32601 <= code <= 32760 or code in (3857, 3395, 3031, 3413, 3035) or 25801 <= code <= 25860
+    return text.startswith(("PROJCS", "PROJCRS")) and ("METRE" in text or "METER" in text)

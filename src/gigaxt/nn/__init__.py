@@ -1,0 +1,1 @@
+"""What is computed: modules on plain tensors."""

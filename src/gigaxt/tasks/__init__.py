@@ -1,0 +1,1 @@
+"""Loss, metrics and decoding for one kind of answer each."""
