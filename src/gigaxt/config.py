@@ -86,6 +86,13 @@ def convert(hint: Any, value: Any, where: str) -> Any:
 def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in args:
         return None
+    by_kind = {getattr(arg, "kind", None): arg for arg in args if dataclasses.is_dataclass(arg)}
+    if len(by_kind) == len(args) and isinstance(value, Mapping):  # dataclasses told apart by the default of `kind`
+        if value.get("kind") not in by_kind:
+            raise ConfigError(
+                f"{join(where, 'kind')}: got {value.get('kind')!r}{nearest(str(value.get('kind')), by_kind)}"
+            )
+        return from_dict(by_kind[value["kind"]], value, where)
     errors = []
     # Exact types first, so that `int | float` keeps 3 an int and `bool | str` keeps "x" a str.
     choices = sorted((arg for arg in args if arg is not type(None)), key=lambda arg: type(value) is not arg)

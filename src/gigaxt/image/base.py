@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,8 @@ class Image(ABC):
     """A raster that is read window by window. Thread-safe, fork-safe and picklable.
 
     Subclasses set the attributes below in `__init__`, keep only a path and options in their pickled state, open handles
-    lazily per process, and implement `_read_inside` (and `_valid_inside` where the format has a mask of its own).
+    lazily per process, and implement `_read_inside` (and `_valid_inside` where the format has a mask of its own, or
+    `_read_valid_inside` where pixels and mask come from one decode).
 
     Attributes:
         name: what errors call it: the path, or a description of the array.
@@ -41,6 +43,7 @@ class Image(ABC):
         nodata: the value of pixels that hold nothing (may be NaN), or None.
         mpp: micrometres per pixel of level 0 as (x, y), or None.
         crs: "EPSG:32633" or WKT, or None.
+        crs_unit_m: metres per unit of the crs where the file says it, or None.
         transform: (a, b, c, d, e, f) with x = a*col + b*row + c, y = d*col + e*row + f in the crs, or None.
         band_names: one name a band; "1", "2", ... where the file has none.
         orientation: the EXIF/TIFF orientation (1 = as stored). Reported, never applied.
@@ -55,6 +58,7 @@ class Image(ABC):
     nodata: float | None = None
     mpp: tuple[float, float] | None = None
     crs: str | None = None
+    crs_unit_m: float | None = None
     transform: tuple[float, float, float, float, float, float] | None = None
     band_names: tuple[str, ...] = ()
     orientation: int = 1
@@ -93,19 +97,43 @@ class Image(ABC):
 
     @property
     def gsd_m(self) -> tuple[float, float] | None:
-        """Ground sample distance in metres as (x, y) where the transform's unit is the metre, else None."""
-        if self.transform is None or self.crs is None or not crs_is_metric(self.crs):
+        """Ground sample distance in metres as (x, y) where the transform's unit is a length, else None."""
+        if self.transform is None or self.crs is None:
+            return None
+        unit = self.crs_unit_m or (1.0 if crs_is_metric(self.crs) else None)
+        if unit is None:
             return None
         a, b, _, d, e, _ = self.transform
-        return float(np.hypot(a, d)), float(np.hypot(b, e))
+        return unit * float(np.hypot(a, d)), unit * float(np.hypot(b, e))
+
+    def select(self, bands: Sequence[int | str]) -> Image:
+        """A view with some bands only, in the order given, by name or by index from 0.
+
+        Raises:
+            ImageError: a band that the image does not have.
+        """
+        from gigaxt.image.views import Select  # views are Images themselves: imported late, against a cycle
+
+        return Select(self, bands)
 
     @abstractmethod
     def _read_inside(self, x: int, y: int, w: int, h: int, level: int) -> Pixels:
         """Read a window that lies wholly inside `level`."""
 
+    def _read_bands(self, bands: tuple[int, ...], x: int, y: int, w: int, h: int, level: int) -> Pixels:
+        """`_read_inside` of some bands; formats that store bands apart read only those."""
+        return self._read_inside(x, y, w, h, level)[..., list(bands)]
+
     def _valid_inside(self, x: int, y: int, w: int, h: int, level: int) -> Mask | None:
         """The format's own mask of a window inside `level`; None where it has none."""
         return None
+
+    def _read_valid_inside(
+        self, x: int, y: int, w: int, h: int, level: int, bands: tuple[int, ...] | None = None
+    ) -> tuple[Pixels, Mask]:
+        """`_read_inside` (or `_read_bands`) and the whole validity of that window."""
+        inside = self._read_inside(x, y, w, h, level) if bands is None else self._read_bands(bands, x, y, w, h, level)
+        return inside, self._validity_of(inside, x, y, level)
 
     def _window(self, x: int, y: int, w: int, h: int, level: int, *, want_validity: bool) -> tuple[Pixels, Mask | None]:
         if not 0 <= level < len(self.levels):
@@ -117,36 +145,48 @@ class Image(ABC):
         x1, y1 = min(x + w, size.width), min(y + h, size.height)
         whole = (x0, y0, x1, y1) == (x, y, x + w, y + h)
         if whole:
-            pixels = self._read_inside(x, y, w, h, level)
-            return pixels, self._validity_of(pixels, x, y, level) if want_validity else None
+            return self._part(x, y, w, h, level, want_validity=want_validity)
         fill = 0 if self.nodata is None else self.nodata
         pixels = np.full((h, w, self.channels), fill, dtype=self.dtype)
         mask = np.zeros((h, w), dtype=np.bool_) if want_validity else None
         if x1 > x0 and y1 > y0:
-            inside = self._read_inside(x0, y0, x1 - x0, y1 - y0, level)
             place = (slice(y0 - y, y1 - y), slice(x0 - x, x1 - x))
-            pixels[place] = inside
-            if mask is not None:
-                mask[place] = self._validity_of(inside, x0, y0, level)
+            pixels[place], inside = self._part(x0, y0, x1 - x0, y1 - y0, level, want_validity=want_validity)
+            if mask is not None and inside is not None:
+                mask[place] = inside
         return pixels, mask
+
+    def _part(self, x: int, y: int, w: int, h: int, level: int, *, want_validity: bool) -> tuple[Pixels, Mask | None]:
+        if want_validity:
+            return self._read_valid_inside(x, y, w, h, level)
+        return self._read_inside(x, y, w, h, level), None
 
     def _validity_of(self, pixels: Pixels, x: int, y: int, level: int) -> Mask:
         h, w = pixels.shape[:2]
         own = self._valid_inside(x, y, w, h, level)
         mask = np.ones((h, w), dtype=np.bool_) if own is None else own
         if self.nodata is not None:
-            empty = np.isnan(pixels) if np.isnan(self.nodata) else pixels == np.asarray(self.nodata).astype(self.dtype)
-            mask = mask & ~empty.all(axis=2)
+            mask = mask & not_nodata(pixels, self.nodata)
         return mask
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} {self.height} x {self.width} px, {self.channels} x {self.dtype}>"
 
 
+def not_nodata(pixels: Pixels, nodata: float) -> Mask:
+    """Where not every band of `pixels` (h, w, channels) is `nodata`. Shape (h, w)."""
+    if np.isnan(nodata):
+        same: Mask = np.isnan(pixels)
+    else:
+        same = np.equal(pixels, np.asarray(nodata).astype(pixels.dtype))
+    same = same[..., 0] if pixels.shape[2] == 1 else np.all(same, axis=2)
+    return np.logical_not(same)
+
+
 def crs_is_metric(crs: str) -> bool:
     """Whether a CRS counts in metres, as far as its text tells (UTM, polar and web Mercator codes; WKT with metres)."""
     text = crs.upper()
     if text.startswith("EPSG:"):
-        code = int(text[5:])
+        code = int(text[5:]) if text[5:].isdigit() else 0
         return 32601 <= code <= 32760 or code in (3857, 3395, 3031, 3413, 3035) or 25801 <= code <= 25860
     return text.startswith(("PROJCS", "PROJCRS")) and ("METRE" in text or "METER" in text)

@@ -1,1 +1,45 @@
 """Loss, metrics and decoding for one kind of answer each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gigaxt.datasets.manifest import Manifest
+from gigaxt.errors import ConfigError
+from gigaxt.nn.heads import ClassifyConfig, SegmentConfig
+from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase
+from gigaxt.tasks.classification import Classification
+from gigaxt.tasks.segmentation import Segmentation
+
+__all__ = ["Classification", "Evaluation", "Segmentation", "Tally", "Task", "WorstCase", "make_task", "read_manifest"]
+
+
+def read_manifest(head: ClassifyConfig | SegmentConfig, csv: str | Path, *, split_seed: int = 0) -> Manifest:
+    """The manifest as the head of a model understands it.
+
+    Raises:
+        DataError: the CSV has no column for this head, or labels that are not the model's classes.
+        ConfigError: the head has another number of classes than the CSV, and no `class_names` to tell them by.
+    """
+    if isinstance(head, SegmentConfig):
+        return Manifest.read(csv, task="segmentation", split_seed=split_seed)
+    manifest = Manifest.read(
+        csv, task="classification", target=head.target, classes=head.class_names, split_seed=split_seed
+    )
+    if head.target != "regression" and head.class_names is None:
+        indices = [str(index) for index in range(head.classes)]
+        if set(manifest.classes) <= set(indices):  # class indices, of which some may not occur
+            return Manifest.read(csv, task="classification", target=head.target, classes=indices, split_seed=split_seed)
+    if manifest.outputs != head.classes:
+        raise ConfigError(
+            f"model.head.classes is {head.classes}, but {csv} has {manifest.outputs}"
+            f"{': ' + ', '.join(manifest.classes[:8]) if manifest.classes else ' numbers a row'}; set it to that"
+        )
+    return manifest
+
+
+def make_task(head: ClassifyConfig | SegmentConfig, manifest: Manifest) -> Task:
+    """The task that goes with a model's head."""
+    if isinstance(head, SegmentConfig):
+        return Segmentation(manifest, head.classes, head.ignore, head.class_names)
+    return Classification(manifest, head.class_names)

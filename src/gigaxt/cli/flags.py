@@ -1,0 +1,59 @@
+"""Command-line flags from dataclasses, by tyro, with errors of one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from gigaxt.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], args: Sequence[str], *, verb: str, description: str = "", default: T | None = None) -> T:
+    """Fill a dataclass from flags: `--field value`, `--nested.field value`.
+
+    Args:
+        cls: the dataclass; docstrings under its fields are the help.
+        args: of the command line, without the verb. `--help` prints the help and exits with status 0.
+        verb: for messages and help.
+        description: first lines of the help.
+        default: values where no flag is given; None: the dataclass's own.
+
+    Raises:
+        ConfigError: an unknown flag or a value that does not fit.
+    """
+    config = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    errors = io.StringIO()
+    given: Any = tyro.MISSING_NONPROP if default is None else default
+    try:
+        with contextlib.redirect_stderr(errors):
+            value: T = tyro.cli(
+                cls, args=args, prog=f"gigaxt {verb}", description=description, default=given, config=config
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ConfigError(f"{_first_sentence(errors.getvalue())}; `gigaxt {verb} --help` lists the flags") from None
+    return value
+
+
+def _first_sentence(box: str) -> str:
+    """What tyro says in its frame, up to the first rule and without the title."""
+    lines = [line.strip(" │").strip() for line in box.splitlines()[1:]]
+    body: list[str] = []
+    hints: list[str] = []
+    for line in lines:
+        if set(line) <= set("─╰╯╭╮"):
+            body, hints = (body, [line]) if body and not hints else (body, [*hints, line])
+        elif hints:
+            hints.append(line)
+        else:
+            body.append(line)
+    nearest = next((line.split()[0] for line in hints if line.startswith("--")), "")
+    text = " ".join(part for part in body if part).rstrip(".")
+    return f"{text}; did you mean `{nearest}`?" if nearest and text.startswith("Unrecognized") else text

@@ -1,0 +1,246 @@
+"""`gigaxt check`: look at every file of a manifest before hours of training are spent on it.
+
+Bounded in time and memory: each image is opened and a few windows of it are read, not the whole.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gigaxt.datasets.manifest import Manifest, Row, Target, Task
+from gigaxt.datasets.report import CheckReport, ImageFacts, Problem
+from gigaxt.datasets.run_config import write_config
+from gigaxt.datasets.statistics import WINDOW, BandStatistics, class_values, spread_windows
+from gigaxt.errors import DataError, GigaxtError
+from gigaxt.image.base import Image
+
+if TYPE_CHECKING:
+    from gigaxt.foreground import Foreground
+
+__all__ = ["CheckReport", "check_manifest", "write_config"]
+
+WINDOWS_IN_ALL = 4096
+"""Windows for band statistics, shared by all images; each gets 2 to 16."""
+MASK_PIXELS_IN_ALL = 1 << 31
+"""Mask pixels that are counted, shared by all masks; each gets 4 to 64 megapixels."""
+
+
+def check_manifest(
+    csv: str | Path,
+    *,
+    task: Task | None = None,
+    target: Target = "single",
+    foreground: str | None = None,
+    overlay_folder: str | Path | None = None,
+    max_overlays: int = 32,
+    workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckReport:
+    """Read a manifest, open all that it names, and say what is there and what is wrong.
+
+    Args:
+        csv: the manifest.
+        task: which column counts where the CSV has both `label` and `mask`.
+        target: what labels are; see `Manifest.read`.
+        foreground: `tissue`, or the path of a raster or of polygons: what of the images is worth encoding. Band
+            statistics are then taken there alone.
+        overlay_folder: gets a PNG of the first images: their mask in class colours, their foreground framed.
+        max_overlays: how many pictures to draw at most.
+        workers: threads.
+        progress: called with (images done, images in all).
+
+    Raises:
+        DataError: the CSV itself does not fit. What is wrong with the files it names is in the report.
+    """
+    manifest = Manifest.read(csv, task=task, target=target)
+    missing = [Problem(row.line, path, "does not exist") for row, path in manifest.missing_files()]
+    gone = {problem.line for problem in missing}
+    rows = list({(row.image, row.mask): row for row in reversed(manifest.rows) if row.line not in gone}.values())[::-1]
+    looker = _Looker(
+        manifest=manifest,
+        windows=int(np.clip(WINDOWS_IN_ALL // max(len(rows), 1), 2, 16)),
+        mask_pixels=int(np.clip(MASK_PIXELS_IN_ALL // max(len(rows), 1), 1 << 22, 1 << 26)),
+        foreground=_foreground(foreground),
+        overlay_folder=None if overlay_folder is None else Path(overlay_folder),
+        drawn_lines={row.line for row in rows[:max_overlays]},
+    )
+    findings: dict[int, _Finding] = {}
+    with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+        jobs = {pool.submit(looker.look, row): row.line for row in rows}
+        for done, job in enumerate(as_completed(jobs), start=1):
+            findings[jobs[job]] = job.result()
+            if progress is not None:
+                progress(done, len(rows))
+    return _report(manifest, missing, [findings[line] for line in sorted(findings)], foreground)
+
+
+@dataclass
+class _Finding:
+    """What one row's files turned out to be."""
+
+    facts: ImageFacts | None = None
+    statistics: BandStatistics | None = None
+    values: Counter[int] = field(default_factory=Counter)
+    values_sampled: bool = False
+    unreadable: list[Problem] = field(default_factory=list)
+    mismatched: list[Problem] = field(default_factory=list)
+    empty: list[Problem] = field(default_factory=list)
+    overlay: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Looker:
+    """Looks at one row's files; safe in several threads."""
+
+    manifest: Manifest
+    windows: int
+    mask_pixels: int
+    foreground: Foreground | None
+    overlay_folder: Path | None
+    drawn_lines: set[int]
+
+    def look(self, row: Row) -> _Finding:
+        finding = _Finding()
+        image, mask = self._open(row, row.image, finding), None
+        if row.mask is not None:
+            mask = self._open(row, row.mask, finding)
+        try:
+            self.manifest.verify(row)
+        except GigaxtError as error:
+            cause = str(error).removeprefix(f"{self.manifest.path} line {row.line}: {row.image}")
+            finding.unreadable.append(Problem(row.line, row.image, cause.lstrip(": ")))
+        if image is not None:
+            self._look_at_image(row, image, finding)
+        if mask is not None:
+            self._look_at_mask(row, image, mask, finding)
+        return finding
+
+    def _open(self, row: Row, path: Path, finding: _Finding) -> Image | None:
+        from gigaxt.image import open_image
+
+        try:
+            image: Image = open_image(path)
+            return image
+        except (GigaxtError, OSError) as error:
+            finding.unreadable.append(Problem(row.line, path, _cause(error)))
+            return None
+
+    def _look_at_image(self, row: Row, image: Image, finding: _Finding) -> None:
+        statistics = BandStatistics(image.channels)
+        try:
+            keep = None if self.foreground is None else self.foreground.keep(image, WINDOW)
+            for x, y, w, h in spread_windows(image.height, image.width, self.windows, keep):
+                statistics.add(*image.read_valid(x, y, w, h))
+            self._draw(row, image, keep, finding)
+        except DataError as error:  # no foreground, or one that does not fit
+            finding.empty.append(Problem(row.line, row.image, str(error).removeprefix(f"{image.name}: ")))
+            return
+        except (GigaxtError, OSError) as error:
+            finding.unreadable.append(Problem(row.line, row.image, _cause(error)))
+            return
+        finding.facts = _facts(row, image, keep)
+        finding.statistics = statistics
+        if not statistics.count.any():
+            finding.empty.append(Problem(row.line, row.image, "no valid pixel in what was read"))
+
+    def _look_at_mask(self, row: Row, image: Image | None, mask: Image, finding: _Finding) -> None:
+        assert row.mask is not None
+        wrong = _wrong_mask(image, mask)
+        if wrong:
+            finding.mismatched.append(Problem(row.line, row.mask, wrong))
+            return
+        try:
+            finding.values, finding.values_sampled = class_values(mask, self.mask_pixels)
+        except (GigaxtError, OSError) as error:
+            finding.unreadable.append(Problem(row.line, row.mask, _cause(error)))
+
+    def _draw(self, row: Row, image: Image, keep: NDArray[np.bool_] | None, finding: _Finding) -> None:
+        from gigaxt import draw
+        from gigaxt.image import open_image
+
+        if self.overlay_folder is None or row.line not in self.drawn_lines:
+            return
+        path = self.overlay_folder / f"line{row.line:05d}_{row.image.stem}.png"
+        picture = draw.thumbnail(image)
+        if keep is not None:
+            picture = draw.outline_regions(picture, keep, WINDOW * picture.shape[1] / image.width)
+        if row.mask is not None:
+            picture = draw.with_mask(picture, open_image(row.mask))
+        finding.overlay = draw.save_png(picture, path)
+
+
+def _foreground(spec: str | None) -> Foreground | None:
+    if spec is None:
+        return None
+    from gigaxt.foreground import Foreground
+
+    return Foreground.from_spec(spec)
+
+
+def _facts(row: Row, image: Image, keep: NDArray[np.bool_] | None) -> ImageFacts:
+    return ImageFacts(
+        line=row.line,
+        path=row.image,
+        height=image.height,
+        width=image.width,
+        channels=image.channels,
+        dtype=image.dtype.name,
+        levels=len(image.levels),
+        mpp=image.mpp,
+        gsd_m=image.gsd_m,
+        band_names=image.band_names,
+        kept=None if keep is None else float(keep.mean()),
+    )
+
+
+def _wrong_mask(image: Image | None, mask: Image) -> str:
+    """What keeps a mask from being one; empty where nothing does."""
+    if image is not None and (mask.height, mask.width) != (image.height, image.width):
+        return f"mask is {mask.height} x {mask.width} px, its image {image.height} x {image.width} px"
+    if mask.channels != 1:
+        return f"mask has {mask.channels} bands; expected one band of class numbers"
+    if mask.dtype.kind not in "bui":
+        return f"mask is {mask.dtype.name}; expected class numbers in an integer type"
+    return ""
+
+
+def _cause(error: Exception) -> str:
+    """The message without the path, which the report prints itself."""
+    place = getattr(error, "place", "")
+    cause = getattr(error, "cause", None) or getattr(error, "strerror", None) or str(error)
+    return f"{cause} ({place})" if place else str(cause)
+
+
+def _report(
+    manifest: Manifest, missing: list[Problem], findings: list[_Finding], foreground: str | None
+) -> CheckReport:
+    facts = [finding.facts for finding in findings if finding.facts is not None]
+    bands = Counter(fact.channels for fact in facts).most_common(1)
+    statistics = BandStatistics(bands[0][0]) if bands else None
+    values: Counter[int] = Counter()
+    for finding in findings:
+        part = finding.statistics
+        if statistics is not None and part is not None and len(part.count) == len(statistics.count):
+            statistics.merge(part)
+        values.update(finding.values)
+    return CheckReport(
+        manifest=manifest,
+        images=facts,
+        missing=missing,
+        unreadable=[problem for finding in findings for problem in finding.unreadable],
+        mismatched=[problem for finding in findings for problem in finding.mismatched],
+        empty=[problem for finding in findings for problem in finding.empty],
+        statistics=statistics,
+        mask_pixels=dict(sorted(values.items())),
+        mask_sampled=any(finding.values_sampled for finding in findings),
+        foreground=foreground,
+        overlays=[finding.overlay for finding in findings if finding.overlay is not None],
+    )

@@ -1,0 +1,273 @@
+"""What `gigaxt check` found, as data, as plain lines and as advice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gigaxt.datasets.manifest import Manifest
+from gigaxt.datasets.split import SPLITS
+from gigaxt.datasets.statistics import MANY_VALUES, BandStatistics
+
+IGNORE = 255
+"""The mask value that means "not labelled"."""
+LISTED = 20
+"""Problems and classes that are listed one by one; the rest are counted."""
+
+
+class Problem(NamedTuple):
+    """Something wrong with a file."""
+
+    line: int
+    """Of the CSV."""
+    path: Path
+    cause: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFacts:
+    """What an image says of itself."""
+
+    line: int
+    path: Path
+    height: int
+    width: int
+    channels: int
+    dtype: str
+    levels: int
+    mpp: tuple[float, float] | None
+    """Micrometres per pixel as (x, y)."""
+    gsd_m: tuple[float, float] | None
+    """Metres per pixel as (x, y)."""
+    band_names: tuple[str, ...]
+    kept: float | None
+    """Share of regions that the foreground keeps; None without one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckReport:
+    """What was found in a manifest and in the files that it names."""
+
+    manifest: Manifest
+    images: list[ImageFacts]
+    """Of images that could be opened and read, in the order of the CSV."""
+    missing: list[Problem]
+    unreadable: list[Problem]
+    mismatched: list[Problem]
+    """Masks of another size than their image, or that are no masks."""
+    empty: list[Problem]
+    """Images without a valid pixel in what was read, or without foreground."""
+    statistics: BandStatistics | None
+    """Of the images with the most common number of bands; None where no image could be read."""
+    mask_pixels: dict[int, int]
+    """Pixels of each mask value."""
+    mask_sampled: bool
+    """Whether some masks were counted in part only."""
+    foreground: str | None
+    overlays: list[Path]
+
+    @property
+    def ok(self) -> bool:
+        """Whether training could start: nothing missing, unreadable or mismatched."""
+        return not (self.missing or self.unreadable or self.mismatched)
+
+    @property
+    def mask_shares(self) -> dict[int, float]:
+        """Share of each mask value among the counted pixels."""
+        total = max(1, sum(self.mask_pixels.values()))
+        return {value: pixels / total for value, pixels in self.mask_pixels.items()}
+
+    @property
+    def mask_classes(self) -> int:
+        """How many classes a segmentation head needs: the highest value but `IGNORE`, and one; at least 2."""
+        return max((value for value in self.mask_pixels if value != IGNORE), default=1) + 1 if self.mask_pixels else 2
+
+    @property
+    def channels(self) -> int:
+        """The most common number of bands; 0 without images."""
+        return 0 if self.statistics is None else len(self.statistics.count)
+
+    def pixel_size(self, unit: str) -> float | None:
+        """The median pixel size where every image has one and pixels are square within 2%.
+
+        Args:
+            unit: `mpp` (micrometres) or `gsd_m` (metres).
+        """
+        pairs = [getattr(fact, unit) for fact in self.images]
+        if not pairs or any(pair is None or abs(pair[0] / pair[1] - 1) > 0.02 for pair in pairs):
+            return None
+        return float(f"{median((x + y) / 2 for x, y in pairs):.4g}")
+
+    def lines(self) -> list[str]:
+        """The report as plain text, one line each."""
+        manifest = self.manifest
+        kind = manifest.task if manifest.target == "single" else f"{manifest.task}, {manifest.target}"
+        lines = [f"{manifest.path}: {len(manifest.rows)} rows, {kind}"]
+        lines += _count_lines(manifest)
+        lines += self._image_lines()
+        if self.mask_pixels:
+            note = " (sampled: rarer values may exist)" if self.mask_sampled else ""
+            lines.append(f"mask values{note}:")
+            shares = list(self.mask_shares.items())
+            lines += [f"  {value:>5}  {share:8.3%}" for value, share in shares[:LISTED]]
+            lines += _more(len(shares))
+        for title, problems in self._problems():
+            lines.append(f"{title}: {len(problems) or 'none'}")
+            lines += [f"  line {p.line}: {p.path}: {p.cause}" for p in problems[:LISTED]] + _more(len(problems))
+        if self.overlays:
+            lines.append(f"pictures: {len(self.overlays)} in {self.overlays[0].parent}")
+        advice = self.proposals()
+        if advice:
+            lines.append("what to do:")
+            lines += [f"  - {text}" for text in advice]
+        return lines
+
+    def proposals(self) -> list[str]:
+        """What to change before training, one sentence each."""
+        files, images, masks = self._file_proposals(), self._image_proposals(), self._mask_proposals()
+        return [*files, *_class_proposals(self.manifest), *images, *masks]
+
+    def _problems(self) -> list[tuple[str, list[Problem]]]:
+        problems = [
+            ("missing", self.missing),
+            ("unreadable", self.unreadable),
+            ("without valid pixels or foreground", self.empty),
+        ]
+        return (
+            [*problems, ("masks that do not fit", self.mismatched)] if self.mask_pixels or self.mismatched else problems
+        )
+
+    def _image_lines(self) -> list[str]:
+        facts = self.images
+        if not facts:
+            return ["images: none could be read"]
+        lines = ["images:"]
+        for name, values in (("height", [fact.height for fact in facts]), ("width", [fact.width for fact in facts])):
+            lines.append(f"  {name:<6} {min(values)} / {median(values):.0f} / {max(values)} px (min / median / max)")
+        lines.append(f"  bands  {_tally(fact.channels for fact in facts)}")
+        lines.append(f"  dtype  {_tally(fact.dtype for fact in facts)}")
+        for name, unit, pairs in (
+            ("mpp", "µm", [fact.mpp for fact in facts]),
+            ("gsd", "m", [fact.gsd_m for fact in facts]),
+        ):
+            known = [(x + y) / 2 for x, y in (pair for pair in pairs if pair is not None)]
+            if known:
+                size = f"{min(known):.4g} / {median(known):.4g} / {max(known):.4g} {unit} a pixel"
+                without = f", {len(pairs) - len(known)} without" if len(known) < len(pairs) else ""
+                lines.append(f"  {name:<6} {size}{without}")
+        if self.statistics is not None and self.statistics.count.any():
+            lines.append(f"  mean   {_numbers(self.statistics.mean)} (a band, in the files' units)")
+            lines.append(f"  std    {_numbers(self.statistics.std)}")
+        kept = [fact.kept for fact in facts if fact.kept is not None]
+        if kept:
+            lines.append(f"  foreground keeps {min(kept):.0%} / {median(kept):.0%} / {max(kept):.0%} of the regions")
+        return lines
+
+    def _file_proposals(self) -> list[str]:
+        found = []
+        if self.missing:
+            found.append(
+                f"correct the paths of missing files ({len(self.missing)}); they count from {self.manifest.path.parent}"
+            )
+        if self.unreadable:
+            found.append(
+                f"replace or remove unreadable files ({len(self.unreadable)}), or train with on_bad_image: skip"
+            )
+        if self.mismatched:
+            found.append("make each mask one band of class numbers with the height and width of its image")
+        if self.empty:
+            found.append(
+                f"remove the images without valid pixels or foreground ({len(self.empty)}), or change the foreground"
+            )
+        return found
+
+    def _image_proposals(self) -> list[str]:
+        found = []
+        bands = Counter(fact.channels for fact in self.images)
+        if len(bands) > 1:
+            found.append(f"images have {_tally(fact.channels for fact in self.images)} bands: a model takes one number")
+        if len({fact.dtype for fact in self.images}) > 1:
+            found.append("images have different number types: check that they are in the same units")
+        if len({fact.band_names for fact in self.images}) > 1 and len(bands) == 1:
+            found.append("images name their bands differently: check that they are in the same order")
+        for unit in ("mpp", "gsd_m"):
+            sizes = [sum(pair) / 2 for pair in (getattr(fact, unit) for fact in self.images) if pair is not None]
+            if sizes and len(sizes) < len(self.images):
+                found.append(
+                    f"{len(self.images) - len(sizes)} of {len(self.images)} images do not say their pixel size ({unit})"
+                )
+            elif sizes and max(sizes) > 1.1 * min(sizes):
+                found.append(f"pixel sizes differ: set model.input.{unit} to resample to one (--write sets the median)")
+        if self.statistics is not None and self.statistics.count.all():
+            flat = [str(band) for band, std in enumerate(self.statistics.std.tolist()) if std == 0]
+            if flat:
+                found.append(f"band {', '.join(flat)} (from 0) has one value everywhere: leave it out")
+        return found
+
+    def _mask_proposals(self) -> list[str]:
+        if not self.mask_pixels:
+            return []
+        found = []
+        values = [value for value in self.mask_pixels if value != IGNORE]
+        if len(self.mask_pixels) > MANY_VALUES or min(values, default=0) < 0:
+            return ["mask values are no class numbers: expected 0, 1, 2, ... and 255 for what is not labelled"]
+        absent = sorted(set(range(max(values, default=0) + 1)) - set(values))
+        if absent:
+            shown = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
+            found.append(f"mask values {shown} do not occur: number classes 0, 1, 2, ... without gaps")
+        shares = self.mask_shares
+        rare = [str(value) for value in values if shares[value] < 0.001]
+        if rare and not absent:
+            found.append(f"mask values {', '.join(rare[:5])} are under 0.1% of the pixels: set head.class_weights")
+        return found
+
+
+def _count_lines(manifest: Manifest) -> list[str]:
+    """Rows a split, and a class and split where there are classes."""
+    splits = [name for name in SPLITS if manifest.split(name)]
+    lines = ["  ".join([f"{'split':<24}", *(f"{name:>7}" for name in splits)])]
+    lines.append("  ".join([f"{'rows':<24}", *(f"{len(manifest.split(name)):>7}" for name in splits)]))
+    counts = [manifest.class_counts(name) for name in splits]
+    for name in manifest.classes[:LISTED]:
+        lines.append("  ".join([f"{name[:24]:<24}", *(f"{count[name]:>7}" for count in counts)]))
+    return lines + _more(len(manifest.classes))
+
+
+def _class_proposals(manifest: Manifest) -> list[str]:
+    found = []
+    train, val = manifest.split("train"), manifest.split("val")
+    if not train or not val:
+        found.append(f"no row is in split {'val' if train else 'train'}: training needs both")
+    counts = manifest.class_counts("train")
+    absent = [name for name, count in counts.items() if count == 0]
+    if absent:
+        found.append(f"class {', '.join(absent[:5])} does not occur in train: it cannot be learnt")
+    present = [count for count in counts.values() if count]
+    if present and max(present) > 10 * min(present):
+        found.append("classes differ more than tenfold in number: set head.class_weights")
+    if len(manifest.classes) == 1:
+        found.append("there is one class: add examples of another")
+    return found
+
+
+def _tally(values: Iterable[object]) -> str:
+    """Like "3 (40 images), 1 (2 images)"; the value alone where there is one."""
+    counts = Counter(map(str, values)).most_common()
+    if len(counts) == 1:
+        return counts[0][0]
+    return ", ".join(f"{value} ({count} images)" for value, count in counts)
+
+
+def _numbers(values: NDArray[np.float64]) -> str:
+    return " ".join(f"{value:.4g}" for value in values.tolist())
+
+
+def _more(count: int) -> list[str]:
+    return [f"  ... and {count - LISTED} more"] if count > LISTED else []

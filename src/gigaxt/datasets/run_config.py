@@ -1,0 +1,151 @@
+"""A ready `run.yaml` from what `gigaxt check` found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from gigaxt.datasets.report import IGNORE, CheckReport
+from gigaxt.datasets.statistics import BandStatistics
+from gigaxt.errors import DataError
+
+_TEMPLATE = """\
+# Written by `gigaxt check {csv}`. Train with: gigaxt train --config {name}
+data:
+  csv: {csv_path}
+  # {counts}
+
+model:
+  region_encoder:
+    name: convnextv2_atto  # small and quick; any timm backbone, such as convnext_tiny or swinv2_tiny_window16_256
+    region: {region}  # px on a side that the backbone sees at once; a multiple of 32
+    in_channels: {bands}  # bands of the images
+    pretrained: false  # true: timm's weights (downloaded once); or the path of a .safetensors file
+  context:
+    kind: mamba2  # none: every region on its own; full: attention of all to all, for small scenes
+    dim: 192  # numbers a token
+    depth: 2  # layers
+  head:
+{head}
+  input:
+{input}
+
+train:
+  epochs: 50  # passes over the training images
+  batch: {batch}  # images a step
+  lr: 0.001  # highest learning rate; 0.0003 for larger or pretrained backbones
+  seed: 0  # another seed, another run
+"""
+
+
+def write_config(report: CheckReport, csv: str | Path, path: str | Path, *, force: bool = False) -> Path:
+    """Write a commented YAML that trains on a checked manifest as it is.
+
+    Args:
+        report: of `check_manifest`.
+        csv: the manifest; written with its full path, so that the YAML can lie anywhere.
+        path: of the YAML.
+        force: overwrite an existing file.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: the file exists, or no image could be read.
+    """
+    path = Path(path)
+    if path.exists() and not force:
+        raise DataError(f"{path} exists; choose another name, or use --force to overwrite it")
+    if report.statistics is None or not report.statistics.count.any():
+        raise DataError(f"{csv}: no image could be read, so there is nothing to fill {path.name} with; see the report")
+    manifest = report.manifest
+    counts = ", ".join(f"{len(manifest.split(name))} {name}" for name in ("train", "val", "test"))
+    text = _TEMPLATE.format(
+        csv=_one_line(csv),
+        name=_one_line(path.name),
+        csv_path=_text(str(Path(csv).resolve())),
+        counts=counts,
+        region=_region(report),
+        bands=report.channels,
+        head=_head(report),
+        input=_input(report, report.statistics),
+        # A few images a step at most, and a few steps an epoch at least.
+        batch=max(1, min(4, len(manifest.split("train")) // 4)),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _head(report: CheckReport) -> str:
+    manifest = report.manifest
+    if manifest.task == "segmentation":
+        classes = report.mask_classes
+        names = _list(_text("background" if k == 0 else f"class {k}") for k in range(classes))
+        return _indented(
+            "kind: segment  # a class for every pixel",
+            f"classes: {classes}",
+            f"class_names: {names}  # of the mask's values, from 0 on",
+            f"ignore: {IGNORE}  # the mask value of pixels that do not count",
+        )
+    lines = ["kind: classify  # one answer for the whole image", f"classes: {manifest.outputs}"]
+    if manifest.target != "single":
+        lines.append(f"target: {manifest.target}  # single: one class an image; multi: several; regression: numbers")
+    if manifest.classes:
+        lines.append(f"class_names: {_list(map(_text, manifest.classes))}  # in the order of the model's outputs")
+    return _indented(*lines)
+
+
+def _input(report: CheckReport, statistics: BandStatistics) -> str:
+    of = ", of the foreground" if report.foreground else ""
+    # A band without contrast has nothing to divide by.
+    std = np.where(statistics.std > 0, statistics.std, 1.0)
+    lines = [
+        f"mean: {_list(map(_number, statistics.mean))}  # a band, in the files' units{of}",
+        f"std: {_list(map(_number, std))}",
+    ]
+    names = {fact.band_names for fact in report.images if fact.channels == report.channels}
+    given = next(iter(names)) if len(names) == 1 else ()
+    if given and given != tuple(str(band + 1) for band in range(report.channels)):
+        lines.append(f"band_names: {_list(map(_text, given))}  # checked against each image's")
+    metres, micrometres = report.pixel_size("gsd_m"), report.pixel_size("mpp")
+    if metres is not None:
+        lines.append(f"gsd_m: {_number(metres)}  # metres a pixel; images of another size are resampled to it")
+    elif micrometres is not None:
+        lines.append(f"mpp: {_number(micrometres)}  # micrometres a pixel; images of another size are resampled to it")
+    if report.foreground is not None:
+        lines.append(f"foreground: {_text(report.foreground)}  # only these regions are encoded")
+    return _indented(*lines)
+
+
+def _region(report: CheckReport) -> int:
+    """256 px, or less where images are so small that one region would be all of them."""
+    side = median(min(fact.height, fact.width) for fact in report.images)
+    return int(min(256, max(64, side / 2 // 32 * 32)))
+
+
+def _indented(*lines: str) -> str:
+    return "".join(f"    {line}\n" for line in lines).rstrip("\n")
+
+
+def _list(items: Iterable[str]) -> str:
+    return f"[{', '.join(items)}]"
+
+
+def _text(value: str) -> str:
+    # JSON's strings are YAML's double-quoted ones; so `no`, `1.0` and `: ` stay text.
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _number(value: float) -> str:
+    text = f"{float(value):.6g}"
+    # YAML 1.1 takes 1e-05 for text, and 1.0e-05 for a number.
+    return text.replace("e", ".0e") if "e" in text and "." not in text else text
+
+
+def _one_line(value: object) -> str:
+    return " ".join(str(value).split())

@@ -1,0 +1,146 @@
+"""Scene in, streamed result out: scores to CSV, masks to tiled pyramidal TIFF."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gigaxt.draw import class_palette
+from gigaxt.errors import ConfigError, DataError, ImageError
+from gigaxt.image import Image, open_image
+from gigaxt.image.writer import TiffWriter
+from gigaxt.nn.heads import ClassifyConfig
+from gigaxt.nn.xt import GigaXT
+
+Progress = Callable[[int, int], None]
+"""Called with (regions or images done, all)."""
+
+
+def predict(
+    model: GigaXT,
+    source: str | Path | Image | Sequence[str | Path | Image],
+    output: str | Path,
+    *,
+    progress: Progress | None = None,
+) -> Path:
+    """Answer for one scene, or class scores for several.
+
+    Args:
+        model: used in evaluation mode, on the device it is on; left in the mode it was in.
+        source: file or Image; for a classifier also a list of them.
+        output: a classifier writes CSV (columns `image`, `prediction`, one a class; probabilities, or numbers of a
+            regression). A segmentation model writes a tiled pyramidal TIFF of class numbers, with the scene's CRS and
+            transform or pixel size and the classes' colours; pixels without data hold the `ignore` value as nodata.
+        progress: told how far it is.
+
+    Returns:
+        The path written. Until the result is complete it has another name.
+
+    Raises:
+        ImageError: unreadable input, or output that cannot be written. DataError: an image that does not fit the model.
+    """
+    output = Path(output)
+    sources = [source] if isinstance(source, str | Path | Image) else list(source)
+    if not sources:
+        raise DataError("predict: expected at least one image, got none")
+    training = model.training
+    model.eval()
+    try:
+        if not model.dense:
+            images = ((str(_name(s)), open_image(s)) for s in sources)
+            return _write_scores(output, model, images, len(sources), progress)
+        if len(sources) > 1:
+            raise ConfigError(
+                f"predict: a segmentation model writes one file a scene, got {len(sources)}: loop over them"
+            )
+        return _write_mask(output, model, open_image(sources[0]), progress)
+    finally:
+        model.train(training)
+
+
+def scores(model: GigaXT, image: Image) -> NDArray[np.float64]:
+    """One image's class probabilities, or numbers of a regression: (classes,)."""
+    head = model.config.head
+    assert isinstance(head, ClassifyConfig)
+    with torch.no_grad():
+        logits: Tensor = model([image])[0].double().cpu()
+    probabilities = {"single": logits.softmax(0), "multi": logits.sigmoid(), "regression": logits}[head.target]
+    result: NDArray[np.float64] = probabilities.numpy()
+    return result
+
+
+def class_names(model: GigaXT) -> list[str]:
+    """The names of the head's classes; their numbers where it has none."""
+    head = model.config.head
+    return head.class_names or [str(i) for i in range(head.classes)]
+
+
+def _write_scores(
+    output: Path, model: GigaXT, images: Iterable[tuple[str, Image]], count: int, progress: Progress | None
+) -> Path:
+    names = class_names(model)
+    head = model.config.head
+    part = output.with_name(output.name + ".part")
+    try:
+        with part.open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["image", "prediction", *names])
+            for done, (name, image) in enumerate(images, start=1):
+                values = scores(model, image)
+                table.writerow([name, _prediction(values, names, head), *(f"{value:.6g}" for value in values)])
+                if progress:
+                    progress(done, count)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(output)
+    except OSError as error:
+        raise ImageError(output, f"cannot write the scores: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return output
+
+
+def _prediction(values: NDArray[np.float64], names: Sequence[str], head: object) -> str:
+    target = head.target if isinstance(head, ClassifyConfig) else "single"
+    if target == "regression":
+        return " ".join(f"{value:.6g}" for value in values)
+    if target == "multi":
+        return "|".join(name for name, value in zip(names, values, strict=True) if value >= 0.5)
+    return names[int(values.argmax())]
+
+
+def _write_mask(output: Path, model: GigaXT, image: Image, progress: Progress | None) -> Path:
+    head = model.config.head
+    batch = model.batch([image])
+    seen = batch.scenes[0].image
+    assert isinstance(seen, Image)
+    dtype, empty = ("uint8", 255) if head.classes <= 255 else ("uint16", 65535)
+    colors = getattr(head, "class_colors", None) or class_palette(head.classes)
+    with TiffWriter(
+        output,
+        seen.height,
+        seen.width,
+        dtype=dtype,
+        like=seen,
+        nodata=empty,
+        colormap=colors if dtype == "uint8" else None,
+        categorical=True,
+    ) as writer:
+        for done, (x, y, logits, valid) in enumerate(model.predict_regions(batch), start=1):
+            classes = logits.argmax(dim=0).cpu().numpy().astype(dtype)
+            classes[~valid] = empty
+            writer.write(x, y, classes)
+            if progress:
+                progress(done, batch.full_size)
+    return output
+
+
+def _name(source: str | Path | Image) -> str | Path:
+    return source.name if isinstance(source, Image) else source

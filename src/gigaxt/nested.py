@@ -1,0 +1,387 @@
+"""Encode all regions, join their tokens, decode each region with its context: one exact gradient, few passes.
+
+`encode` and `decode` are streamed, `join` between them is ordinary autograd. Two operations stand in the graph:
+
+    chunks -> [encode stage] -> tokens -> join -> context -> [decode stage] -> sums (a loss) or joined outputs
+
+The decode stage's backward returns the gradient of the context and remembers that of its outputs; the encode stage's
+backward, which autograd runs after it, takes the token and the decoder gradients of a chunk in one go. Passes over the
+encoder, F forward and B backward, by what is kept of a chunk:
+
+    its graph (device budget)                                 1F + 1B
+    its feature maps, then their gradients (host budget)      2F + 1B
+    nothing, and the loss is one linear sum (`linear`)        3F + 1B
+    nothing                                                   4F + 1B
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from gigaxt.errors import ConfigError
+from gigaxt.replay import (
+    Aliases,
+    Autocast,
+    Sums,
+    draw_seed,
+    first_look,
+    grad,
+    gradient_of,
+    refuse_unstreamable,
+)
+from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, join
+
+C = TypeVar("C")
+Maps = tuple[Tensor, ...]
+
+
+def stream_nested(
+    encode: nn.Module,
+    join_tokens: Callable[[Tensor], Tensor],
+    decode: nn.Module,
+    load: Callable[[C], Any],
+    chunks: Sequence[C],
+    *,
+    load_targets: Callable[[C], Any] | None = None,
+    reduce: Reduce = "sum",
+    linear: bool = False,
+    seed: int | None = None,
+    streaming: Streaming | None = None,
+) -> tuple[Tensor, ...]:
+    """Map regions through `encode`, all tokens through `join`, regions with their context through `decode`.
+
+    Args:
+        encode: called as `encode(loaded)`, returns (tokens, feature maps): a tensor and a tuple of tensors, all with
+            one row a region.
+        join_tokens: from the tokens of all regions to their context, one row a region. Run once, by ordinary autograd.
+        decode: called as `decode(maps, context_rows, loaded_targets)`, returns a tuple of tensors.
+        load: as in `stream`; what `encode` takes.
+        chunks: as in `stream`.
+        load_targets: the same for what `decode` takes; None: it gets None.
+        reduce: of decode's outputs, as in `stream`.
+        linear: promise that only the first of the outputs, a scalar sum, is differentiated. Its gradient with respect
+            to the context is then taken in the forward pass already, which saves a pass over the encoder.
+        seed: of keyed dropout; None draws one from PyTorch's default generator.
+        streaming: budgets; `budget_gib` for graphs, `host_gib` for feature maps.
+
+    Raises:
+        ConfigError: as `stream`.
+    """
+    chunks = list(chunks)
+    if not chunks:
+        raise ConfigError("stream_nested: expected at least one chunk, got none")
+    if linear and reduce != "sum":
+        raise ConfigError("stream_nested: `linear` means one sum; it needs reduce='sum'")
+    seed = draw_seed() if seed is None else seed
+    job = _Job(encode, decode, load, load_targets, chunks, reduce, linear, seed, streaming or Streaming())
+    parameters = [*encode.parameters(), *decode.parameters()]
+    if not torch.is_grad_enabled():
+        tokens = job.encode_all(training=False)
+        return job.decode_all(join_tokens(tokens), training=False)
+    if job.streaming.budget_gib is None:
+        return job.run_ordinarily(join_tokens)
+    refuse_unstreamable(encode)
+    refuse_unstreamable(decode)
+    tokens, link = _Encode.apply(job, *parameters)
+    return tuple(_Decode.apply(job, join_tokens(tokens), link))
+
+
+class _Encode(torch.autograd.Function):
+    """All tokens. Its inputs are the parameters of both modules, whose gradients it returns."""
+
+    @staticmethod
+    def forward(ctx: Any, job: _Job, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.job = job
+        ctx.save_for_backward(*parameters)  # so that a change in place between the passes is noticed
+        # The link makes the decode stage depend on this one even where `join` cuts the tokens' gradient.
+        return job.encode_all(training=True), parameters[0].new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, tokens_grad: Tensor | None, link_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors  # raises if a parameter was changed in place
+        return None, *ctx.job.encode_backward(tokens_grad)
+
+
+class _Decode(torch.autograd.Function):
+    """Outputs of all chunks, from the context."""
+
+    @staticmethod
+    def forward(ctx: Any, job: _Job, context: Tensor, link: Tensor) -> tuple[Tensor, ...]:
+        ctx.job, ctx.link = job, link
+        ctx.save_for_backward(context)
+        ctx.set_materialize_grads(False)
+        outputs = job.decode_all(context, training=True)
+        blocked = outputs[1:] if job.linear else outputs
+        ctx.mark_non_differentiable(*(t for t in blocked if job.linear or not t.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors  # raises if the context was changed in place
+        return None, ctx.job.decode_backward(grads), torch.zeros_like(ctx.link)
+
+
+@dataclass
+class _Encoded:
+    """What is kept of a chunk after the encode stage."""
+
+    start: int
+    """Place of its first region in the stream."""
+    tokens: Tensor | None
+    """With its graph; None where only the maps are kept."""
+    maps: Maps
+    """With their graph, or plain on the host."""
+    map_grads: list[Maps] = field(default_factory=list)
+    """From the decode stage, a tuple for each part of the rows."""
+
+
+class _Turn(NamedTuple):
+    """A chunk, and what is loaded of it this time."""
+
+    chunk: Any
+    regions: int
+    """How many are in it; 0 where not known yet."""
+    pixels: bool
+    targets: bool
+
+    @property
+    def region_ids(self) -> Any:
+        return getattr(self.chunk, "region_ids", None)
+
+    def __str__(self) -> str:
+        return str(self.chunk)
+
+
+class _Decoded(NamedTuple):
+    """Outputs of the decoder on some rows, and what flows back through it."""
+
+    outputs: tuple[Tensor, ...]
+    context_grad: Tensor | None = None
+    map_grads: Maps = ()
+    parameter_grads: Sequence[Tensor | None] = ()
+
+
+class _Job:
+    """One nested stream: what all four passes need, and what each leaves for the next."""
+
+    def __init__(
+        self,
+        encode: nn.Module,
+        decode: nn.Module,
+        load: Callable[[Any], Any],
+        load_targets: Callable[[Any], Any] | None,
+        chunks: Sequence[Any],
+        reduce: Reduce,
+        linear: bool,
+        seed: int,
+        streaming: Streaming,
+    ) -> None:
+        self.chunks, self.linear, self.streaming = chunks, linear, streaming
+        self.load, self.load_targets = load, load_targets
+        self.device = next(encode.parameters()).device
+        self.reader = Reader(self._load, self.device, seed)
+        self.autocast = Autocast.now(self.device)
+        self.encode, self.decode = Aliases(encode), Aliases(decode)
+        self.tokens, self.outputs = Joined("cat"), Joined(reduce)
+        self.counts: list[int] = []
+        self.kept: dict[int, _Encoded] = {}
+        self.decode_sums = Sums(list(self.decode))
+        """Gradients of the decoder from the chunks in `kept`; the others' come with the encoder's."""
+        self.context: Tensor
+        self.context_grad: Tensor | None = None
+        self.output_grads: Sequence[Tensor | None] | None = None
+
+    def run_ordinarily(self, join_tokens: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        """Everything kept by autograd itself, on the modules' own parameters."""
+        encoded: list[tuple[Tensor, Maps]] = []
+        for rows in self._rows(lambda i: (True, False)):
+            self.counts.append(rows.count)
+            encoded += [found for _, found in self.reader.run(rows, lambda part: self.encode.module(part.loaded[0]))]
+        context = join_tokens(torch.cat([tokens for tokens, _ in encoded]))
+        maps = [torch.cat(column) for column in zip(*(maps for _, maps in encoded), strict=True)]
+
+        def decode(part: Rows) -> tuple[Tensor, ...]:
+            return tuple(self.decode.module(tuple(part.of(maps)), part.of([context])[0], part.loaded[1]))
+
+        results = [
+            outputs for rows in self._rows(lambda i: (False, True)) for _, outputs in self.reader.run(rows, decode)
+        ]
+        return tuple(join(column, self.outputs.reduce) for column in zip(*results, strict=True))
+
+    def encode_all(self, *, training: bool) -> Tensor:
+        """The tokens of all regions; graphs or feature maps are kept where they fit."""
+        device, host = Purse(self.streaming.budget_gib or 0), Purse(self.streaming.host_gib)
+        graph_bytes: int | None = None  # what a region's graph saves; from the first rows, so the same in every run
+        for i, rows in enumerate(self._rows(lambda i: (True, False))):
+            self.counts.append(rows.count)
+            look = training and graph_bytes is None
+            graph = training and not look and device.take((graph_bytes or 0) * rows.count)
+            results = self.reader.run(rows, partial(self._encode_rows, graph=graph or look, look=look))
+            part, (tokens, maps, saved) = results[0]
+            if look:
+                graph_bytes = -(-saved // part.count)
+                graph = device.take(graph_bytes * rows.count)
+            for part, found in results:
+                self.tokens.add(part, [found[0]], len(self.chunks))
+            whole = len(results) == 1  # else the device is out of memory: nothing is kept there
+            if whole and graph:
+                self.kept[i] = _Encoded(rows.start, tokens, maps)
+            elif whole and host.take(sum(t.nbytes for t in maps)):
+                self.kept[i] = _Encoded(rows.start, None, tuple(t.detach().cpu() for t in maps))
+            del results, tokens, maps, found  # else their graph would stand beside the next chunk's
+        return self.tokens.results(sum(self.counts))[0]
+
+    def decode_all(self, context: Tensor, *, training: bool) -> tuple[Tensor, ...]:
+        """The outputs; when training a linear loss its gradients too, for an incoming gradient of one."""
+        if context.shape[0] != sum(self.counts):
+            raise ConfigError(f"join_tokens: expected {sum(self.counts)} rows, one a region, got {context.shape[0]}")
+        self.context = context.detach()
+        unit = [context.new_ones((), dtype=torch.float64)] if training and self.linear else None
+        for part, decoded in self._decode_stage(unit, check=training):
+            self.outputs.add(part, decoded.outputs, len(self.chunks))
+        return self.outputs.results(sum(self.counts))
+
+    def decode_backward(self, grads: Sequence[Tensor | None]) -> Tensor | None:
+        """The gradient of the context. Those of the outputs are remembered for `encode_backward`."""
+        if self.output_grads is not None:
+            raise RuntimeError(
+                "expected one backward pass through a nested stream, got two: run the forward pass again"
+            )
+        self.output_grads = grads
+        if not self.linear:
+            for _ in self._decode_stage(grads):
+                pass
+        assert self.context_grad is not None
+        scale = grads[0] if self.linear else None
+        return self.context_grad if scale is None else self.context_grad * scale.to(self.context_grad.dtype)
+
+    def encode_backward(self, tokens_grad: Tensor | None) -> list[Tensor | None]:
+        """Gradients of the parameters of both modules."""
+        grads = self.output_grads or ()
+        scale = grads[0] if self.linear and grads else None
+        encode_sums, decode_sums = Sums(list(self.encode)), self.decode_sums
+        if scale is not None:
+            decode_sums.scale(scale)
+        p = len(encode_sums.like)
+        loads = self._rows(self._missing_for_gradients)
+        for i, rows in enumerate(loads):
+            kept = self.kept.pop(i, None)
+            if kept is not None:
+                columns = zip(*kept.map_grads, strict=True)
+                whole = [torch.cat(column).to(self.device) for column in columns]
+                kept.map_grads = [tuple(g if scale is None else g * scale.to(g.dtype) for g in whole)]
+            work = partial(self._gradients, kept=kept, tokens_grad=tokens_grad, grads=grads)
+            parts = (
+                [(rows, work(rows))] if kept is not None and kept.tokens is not None else self.reader.run(rows, work)
+            )
+            for _, found in parts:
+                encode_sums.add(found[:p])
+                decode_sums.add(found[p:])
+            del parts, found, kept, work
+        return [*encode_sums.results(), *decode_sums.results()]
+
+    def _encode_rows(self, rows: Rows, *, graph: bool, look: bool = False) -> tuple[Tensor, Maps, int]:
+        with torch.set_grad_enabled(graph):
+            if look:
+                (tokens, *maps), saved = first_look(self._call_encode, self.encode, rows, [])
+                return tokens, tuple(maps), saved
+            tokens, *maps = self._call_encode(self.encode, rows, [])
+        return tokens, tuple(maps), 0
+
+    def _call_encode(self, run: Callable[..., Any], rows: Rows, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        with self.autocast.restored():
+            tokens, maps = run(rows.loaded[0])
+        return tokens, *maps
+
+    def _decode_stage(
+        self, grads: Sequence[Tensor | None] | None, *, check: bool = False
+    ) -> Iterator[tuple[Rows, _Decoded]]:
+        """Decode all chunks; with `grads` of the outputs, take those of the context and of what is in `kept`."""
+        if grads is not None:
+            self.context_grad = torch.zeros_like(self.context)
+        for i, rows in enumerate(self._rows(lambda i: (i not in self.kept, True))):
+            kept = self.kept.get(i)
+            for part, decoded in self.reader.run(rows, partial(self._decode_rows, kept=kept, grads=grads, check=check)):
+                check = False
+                if decoded.context_grad is not None:
+                    part.of([self.context_grad])[0].copy_(decoded.context_grad)
+                if kept is not None and grads is not None:
+                    kept.map_grads.append(decoded.map_grads)
+                    self.decode_sums.add(decoded.parameter_grads)
+                yield part, decoded
+            if kept is not None and kept.tokens is None and grads is not None:
+                kept.maps = ()  # their gradients have taken their place
+
+    def _decode_rows(
+        self, rows: Rows, *, kept: _Encoded | None, grads: Sequence[Tensor | None] | None, check: bool
+    ) -> _Decoded:
+        if kept is None:
+            maps = self._encode_rows(rows, graph=False)[1]
+        else:
+            start = rows.start - kept.start
+            maps = tuple(t.detach()[start : start + rows.count].to(self.device) for t in kept.maps)
+        (context,) = rows.of([self.context])
+        run = self.decode.call_checked if check else self.decode
+        if grads is None:
+            return _Decoded(self._call_decode(run, maps, context, rows))
+        maps = tuple(t.requires_grad_(kept is not None and t.is_floating_point()) for t in maps)
+        context = context.detach().requires_grad_()
+        with torch.enable_grad():
+            outputs = self._call_decode(run, maps, context, rows)
+        share = gradient_of(rows, [*grads, *[None] * (len(outputs) - len(grads))], self.outputs.per_row)
+        parameters = list(self.decode) if kept is not None else []
+        found = grad(outputs, [context, *maps, *parameters], share)
+        if kept is None:
+            return _Decoded(tuple(t.detach() for t in outputs), found[0])
+        place = kept.maps[0].device
+        flowed = [torch.zeros_like(t) if g is None else g for t, g in zip(maps, found[1:], strict=False)]
+        map_grads = tuple(g.to(place) for g in flowed)
+        return _Decoded(tuple(t.detach() for t in outputs), found[0], map_grads, found[1 + len(maps) :])
+
+    def _call_decode(self, run: Callable[..., Any], maps: Maps, context: Tensor, rows: Rows) -> tuple[Tensor, ...]:
+        with self.autocast.restored():
+            return tuple(run(maps, context, rows.loaded[1]))
+
+    def _gradients(
+        self, rows: Rows, *, kept: _Encoded | None, tokens_grad: Tensor | None, grads: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Gradients of both modules' parameters: one backward through the encoder."""
+        share = gradient_of(rows, [tokens_grad], self.tokens.per_row)
+        nothing: list[Tensor | None] = [None] * len(self.decode_sums.like)
+        if kept is not None and kept.tokens is not None:
+            return [*grad((kept.tokens, *kept.maps), list(self.encode), [*share, *kept.map_grads[0]]), *nothing]
+        tokens, maps, _ = self._encode_rows(rows, graph=True)
+        if kept is not None:
+            start = rows.start - kept.start
+            flowed = [g[start : start + rows.count] for g in kept.map_grads[0]]
+            return [*grad((tokens, *maps), list(self.encode), [*share, *flowed]), *nothing]
+        (context,) = rows.of([self.context])
+        with torch.enable_grad():
+            outputs = self._call_decode(self.decode, maps, context, rows)
+        share += gradient_of(rows, grads or [None] * len(outputs), self.outputs.per_row)
+        return grad((tokens, *outputs), [*self.encode, *self.decode], share)
+
+    def _missing_for_gradients(self, i: int) -> tuple[bool, bool]:
+        kept = self.kept.get(i)
+        return kept is None or kept.tokens is None, kept is None
+
+    def _rows(self, wanted: Callable[[int], tuple[bool, bool]]) -> Iterator[Rows]:
+        """All chunks, with (pixels, targets) loaded as `wanted` says."""
+        counts = self.counts or [0] * len(self.chunks)
+        turns = [_Turn(chunk, n, *wanted(i)) for i, (chunk, n) in enumerate(zip(self.chunks, counts, strict=True))]
+        return self.reader.rows(turns)
+
+    def _load(self, turn: _Turn) -> Any:
+        pixels = self.load(turn.chunk) if turn.pixels else None
+        targets = self.load_targets(turn.chunk) if turn.targets and self.load_targets else None
+        # The empty tensor tells the number of regions where nothing else is loaded.
+        return pixels, targets, torch.empty(turn.regions, 0) if turn.regions else None

@@ -1,0 +1,173 @@
+"""What a context encoder is: its config, its registry, and the checks that all of them share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gigaxt.config import from_dict, nearest
+from gigaxt.errors import ConfigError, DataError
+from gigaxt.scan import State
+
+ContextState = tuple[State, ...]
+"""What a causal context hands on to the next part of a scene: the state of each layer."""
+
+
+@dataclass(kw_only=True)
+class ContextConfig:
+    """Which context encoder, and how large."""
+
+    kind: str = "mamba2"
+    """The family member: `none`, `full`, `mamba2`, or a registered name."""
+    dim: int = 192
+    """Width of the tokens, in and out."""
+    depth: int = 2
+    """Layers, each a mixer, the summary path and an MLP."""
+    summary: int = 64
+    """Latents that read all tokens and that all tokens read, in every layer; 0 for the bare family member."""
+    order: Literal["hilbert", "raster", "snake"] = "hilbert"
+    """The scan order of recurrent kinds, computed from the coordinates."""
+    bidirectional: bool = True
+    """Whether a token is told of those after it in the scan order, too."""
+    heads: int | None = None
+    """Heads of the mixer; None: chosen from `dim` (32 channels a head in attention, 64 in Mamba-2)."""
+    mlp_ratio: float = 2.0
+    """Hidden width of the MLPs over `dim`."""
+    segment: int = 4096
+    """Tokens (of all batch rows together) that are computed at once where activations are not kept."""
+    keep_tokens: int = 8192
+    """Batches of up to this many tokens (batch x tokens) keep their activations; larger ones are computed twice, segment
+    by segment."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The kind's own settings, such as `state` of mamba2."""
+
+    def __post_init__(self) -> None:
+        cls = _KINDS.get(self.kind)
+        if cls is None:
+            raise ConfigError(f"context.kind: unknown {self.kind!r}{nearest(self.kind, _KINDS)}")
+        for name, least in (("dim", 1), ("depth", 1), ("summary", 0), ("segment", 1), ("keep_tokens", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"context.{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.order not in ("hilbert", "raster", "snake"):
+            raise ConfigError(f"context.order: got {self.order!r}{nearest(self.order, ('hilbert', 'raster', 'snake'))}")
+        if self.heads is not None and self.heads < 1:
+            raise ConfigError(f"context.heads: expected at least 1, got {self.heads}")
+        if self.mlp_ratio <= 0:
+            raise ConfigError(f"context.mlp_ratio: expected more than 0, got {self.mlp_ratio}")
+        cls.check_config(self)
+
+
+@dataclass(kw_only=True)
+class NoOptions:
+    """`context.options` of a kind that has none."""
+
+
+class ContextEncoder(nn.Module, ABC):
+    """Tokens of a whole scene in, the same tokens told of each other out.
+
+    A subclass is built from a `ContextConfig`, implements `encode`, and is made known by `register_context`.
+    Input arrives in `encode` checked. `LayeredContext` is the usual way: it needs only a mixer.
+    """
+
+    options_class: ClassVar[type] = NoOptions
+    """A keyword-only dataclass that `config.options` must fit."""
+
+    def __init__(self, config: ContextConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def check_config(cls, config: ContextConfig) -> None:
+        """Called by `ContextConfig` for its kind; extend it by what the kind asks for.
+
+        Raises:
+            ConfigError: an unknown option, or settings that do not go together.
+        """
+        from_dict(cls.options_class, config.options, "context.options")
+
+    @property
+    def causal(self) -> bool:
+        """Whether a state is returned and accepted, because no token is told of later ones."""
+        return False
+
+    def forward(
+        self, tokens: Tensor, coords: Tensor, validity: Tensor | None = None, state: ContextState | None = None
+    ) -> tuple[Tensor, ContextState | None]:
+        """Tell every token of the others.
+
+        Args:
+            tokens: (batch, tokens, dim), floating point, in any order.
+            coords: (batch, tokens, 2) as (row, col) on the token lattice; fractional ones allowed (overview tokens).
+            validity: (batch, tokens) bool. A masked token changes nothing, whatever its values, and comes out as zeros.
+            state: what the last call returned for the part of the scene ahead of this one; only where `causal`.
+
+        Returns:
+            Tokens like those given, and the state after the last token (None where not `causal`).
+
+        Raises:
+            DataError: zero tokens, a batch row that is masked as a whole, coordinates that are not finite.
+            ConfigError: shapes that do not fit each other or `dim`, or a state that this encoder cannot continue.
+        """
+        _check_shapes(tokens, coords, validity, self.config.dim)
+        if state is not None and not self.causal:
+            raise ConfigError(
+                f"context: kind {self.config.kind!r} with bidirectional={self.config.bidirectional} and "
+                f"summary={self.config.summary} cannot continue from a state: it needs a recurrent kind, "
+                "bidirectional=False and summary=0"
+            )
+        return self.encode(tokens, coords, validity, state)
+
+    @abstractmethod
+    def encode(
+        self, tokens: Tensor, coords: Tensor, validity: Tensor | None, state: ContextState | None
+    ) -> tuple[Tensor, ContextState | None]:
+        """`forward` on checked input."""
+
+
+class NoContext(ContextEncoder):
+    """Tokens come out as they went in: the baseline that shows what context is worth. Costs nothing."""
+
+    def encode(
+        self, tokens: Tensor, coords: Tensor, validity: Tensor | None, state: ContextState | None
+    ) -> tuple[Tensor, ContextState | None]:
+        """See `ContextEncoder.forward`."""
+        return (tokens if validity is None else tokens.masked_fill(~validity.unsqueeze(-1), 0)), None
+
+
+_KINDS: dict[str, type[ContextEncoder]] = {"none": NoContext}
+
+
+def register_context(name: str, cls: type[ContextEncoder]) -> None:
+    """Make `kind: name` mean `cls`, a ContextEncoder that is built from a ContextConfig.
+
+    Raises:
+        ConfigError: the name is taken by another class.
+    """
+    if _KINDS.setdefault(name, cls) is not cls:
+        raise ConfigError(f"context kind {name!r} is already {_KINDS[name].__name__}: choose another name")
+
+
+def build_context(config: ContextConfig) -> ContextEncoder:
+    """The encoder that `config` describes, freshly initialised."""
+    return _KINDS[config.kind](config)
+
+
+def _check_shapes(tokens: Tensor, coords: Tensor, validity: Tensor | None, dim: int) -> None:
+    if tokens.ndim != 3 or tokens.shape[-1] != dim or not tokens.is_floating_point():
+        raise ConfigError(
+            f"context: expected floating-point tokens (batch, tokens, {dim}), got {tuple(tokens.shape)} {tokens.dtype}: "
+            "`context.dim` must be the width of the tokens"
+        )
+    if 0 in tokens.shape:
+        raise DataError(f"context: expected at least one token, got {tuple(tokens.shape)}: leave empty images out")
+    expected = tokens.shape[:2]
+    if coords.shape != (*expected, 2):
+        raise ConfigError(f"context: expected coords {(*expected, 2)} as (row, col), got {tuple(coords.shape)}")
+    if validity is not None and (validity.shape != expected or validity.dtype != torch.bool):
+        raise ConfigError(
+            f"context: expected validity {tuple(expected)} of bool, got {tuple(validity.shape)} of {validity.dtype}"
+        )

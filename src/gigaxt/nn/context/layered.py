@@ -1,0 +1,135 @@
+"""Context encoders made of layers: the frame around every mixer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gigaxt.errors import ConfigError
+from gigaxt.nn.context.base import ContextConfig, ContextEncoder, ContextState
+from gigaxt.nn.context.layers import Finish, Norm, Run, largest_divisor
+from gigaxt.nn.context.ordering import Places, find_places
+from gigaxt.nn.context.positions import FourierPositions
+from gigaxt.nn.context.summary import Summary
+from gigaxt.scan import State
+
+
+class Mixer(nn.Module, ABC):
+    """What mixes the tokens of a layer along the scan order: the part in which the kinds differ."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, places: Places, run: Run, state: State | None) -> tuple[Tensor, State | None]:
+        """Mix sorted tokens, and keep no more than `x` for the backward pass (`run` does that, or a checkpoint).
+
+        Args:
+            x: (batch, n, dim) in scan order, masked tokens last.
+            places: coordinates and validity of the sorted tokens.
+            run: runs a module over segments; see `gigaxt.scan.scan`.
+            state: of a causal mixer, after the tokens ahead of these.
+
+        Returns:
+            `x` plus what the mixer found, normalised inside; and the state after the last token, None where not causal.
+        """
+
+
+class LayeredContext(ContextEncoder):
+    """Normalise, sort along the scan order, run `depth` layers, sort back.
+
+    Each layer adds three things to the tokens, each computed from them after RMS norm: the mixer's result, what they
+    read in the summary's latents, and an MLP's. Tokens are normalised on entry (feature maps of backbones differ in
+    scale by 100x) and at the end, so tokens of unit scale come out nearly as they went in at the start.
+
+    Memory: a batch of more than `config.keep_tokens` tokens is computed segment by segment, again in the backward
+    pass. A layer then keeps its input and its mixer's result: with T bytes of tokens, forward and backward peak
+    at about (2 depth + 5) T above the tokens themselves, plus one segment's activations, however long the sequence.
+    """
+
+    fourier_positions: ClassVar[bool] = True
+    """Add Fourier features of the coordinates on entry; off where the mixer has positions of its own."""
+    recurrent: ClassVar[bool] = True
+    """Whether `bidirectional=False` makes the mixer causal, with a state."""
+
+    def __init__(self, config: ContextConfig) -> None:
+        super().__init__(config)
+        heads = largest_divisor(config.dim, max(1, config.dim // 32)) if config.summary else 0
+        gain = 0.5 * config.depth**-0.5  # so that all branches together change the tokens by about a half
+        self.entry = Entry(config.dim, self.fourier_positions)
+        self.latents = nn.Parameter(torch.randn(config.summary, config.dim)) if config.summary else None
+        self.layers = nn.ModuleList(
+            Layer(
+                self.build_mixer(config, gain),
+                Summary(config.dim, heads, gain) if config.summary else None,
+                Finish(config.dim, heads, config.mlp_ratio, gain, final_norm=i == config.depth - 1),
+            )
+            for i in range(config.depth)
+        )
+
+    @classmethod
+    def check_config(cls, config: ContextConfig) -> None:
+        """See `ContextEncoder.check_config`."""
+        super().check_config(config)
+        if not config.bidirectional and not cls.recurrent:
+            raise ConfigError(f"context.bidirectional: `{config.kind}` looks both ways; for False use `mamba2`")
+
+    @abstractmethod
+    def build_mixer(self, config: ContextConfig, gain: float) -> Mixer:
+        """One layer's mixer; `gain` is for its last projection at the start."""
+
+    @property
+    def causal(self) -> bool:
+        """See `ContextEncoder.causal`."""
+        return self.recurrent and not self.config.bidirectional and not self.config.summary
+
+    def encode(
+        self, tokens: Tensor, coords: Tensor, validity: Tensor | None, state: ContextState | None
+    ) -> tuple[Tensor, ContextState | None]:
+        """See `ContextEncoder.forward`."""
+        places = find_places(coords, validity, self.config.order, tokens.device)
+        run = Run(tokens.shape[0], tokens.shape[1], self.config.segment, self.config.keep_tokens)
+        # Ahead of the sorting: so the pass keeps the tokens themselves and not a sorted copy.
+        entered, _ = run(self.entry, (tokens, places.given_coords, places.given_valid))
+        assert entered is not None
+        x = places.sort(entered)
+        del entered
+        latents = None if self.latents is None else self.latents.expand(tokens.shape[0], -1, -1)
+        states: list[State | None] = [None] * len(self.layers) if state is None else list(state)
+        for i, layer in enumerate(self.layers):
+            x, latents, states[i] = layer(x, latents, places, run, states[i])
+        return places.unsort(x), tuple(s for s in states if s is not None) if self.causal else None
+
+
+class Entry(nn.Module):
+    """Normalise tokens and add their positions. Masked tokens may hold anything, NaN included."""
+
+    def __init__(self, dim: int, fourier_positions: bool) -> None:
+        super().__init__()
+        self.norm = Norm(dim)
+        self.positions = FourierPositions(dim) if fourier_positions else None
+
+    def forward(self, tokens: Tensor, coords: Tensor, valid: Tensor) -> tuple[Tensor]:
+        """(batch, tokens, dim), (batch, tokens, 2), (batch, tokens) -> (batch, tokens, dim)."""
+        x = self.norm(tokens.masked_fill(~valid.unsqueeze(-1), 0))
+        return (x if self.positions is None else x + self.positions(coords).to(x.dtype),)
+
+
+class Layer(nn.Module):
+    """Mixer, summary path, MLP."""
+
+    def __init__(self, mixer: Mixer, summary: Summary | None, finish: Finish) -> None:
+        super().__init__()
+        self.mixer, self.summary, self.finish = mixer, summary, finish
+
+    def forward(
+        self, x: Tensor, latents: Tensor | None, places: Places, run: Run, state: State | None
+    ) -> tuple[Tensor, Tensor | None, State | None]:
+        """Sorted tokens (batch, n, dim) and latents (batch, latents, dim) in and out; and the mixer's state."""
+        x, state = self.mixer(x, places, run, state)
+        memory: State = ()
+        if self.summary is not None and latents is not None:
+            latents, memory = self.summary(x, places.valid, latents, run)
+        y, _ = run(self.finish, (x,), shared=memory)
+        assert y is not None
+        return y, latents, state

@@ -1,0 +1,129 @@
+"""Tokens into scan order and back, with the masked ones left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gigaxt.errors import DataError
+from gigaxt.regions import Order, scan_order
+
+
+@dataclass
+class Places:
+    """Where the sorted tokens come from, and what mixers know about them.
+
+    The sorted sequence is as long as the row with the most valid tokens. Shorter rows are filled up with masked
+    tokens at the end, which are zero and change nothing.
+    """
+
+    coords: Tensor
+    """(batch, n, 2) as (row, col) on the token lattice; 0 where masked."""
+    valid: Tensor
+    """(batch, n) bool."""
+    ragged: bool
+    """Whether any sorted token is masked. Known on the host."""
+    _source: Tensor
+    """(batch * n) int64: flat place of each sorted token among the given ones."""
+    _target: Tensor
+    """(batch * tokens) int64: the inverse; 0 where masked."""
+    given_coords: Tensor
+    """(batch, tokens, 2); 0 where masked."""
+    given_valid: Tensor
+    """(batch, tokens) bool."""
+
+    def sort(self, tokens: Tensor) -> Tensor:
+        """(batch, tokens, ...) as given -> (batch, n, ...) in scan order."""
+        return _take(tokens, self._source, self.valid, self._target, self.given_valid)
+
+    def unsort(self, tokens: Tensor) -> Tensor:
+        """(batch, n, ...) in scan order -> (batch, tokens, ...) as given, zero where masked."""
+        return _take(tokens, self._target, self.given_valid, self._source, self.valid)
+
+
+@torch.compiler.disable  # NumPy on the host
+def find_places(coords: Tensor, validity: Tensor | None, order: Order, device: torch.device) -> Places:
+    """Compute the scan order of each row of a batch from its coordinates. Waits for the device once.
+
+    Args:
+        coords: (batch, tokens, 2) as (row, col) on the token lattice; may be fractional. Ignored where masked.
+        validity: (batch, tokens) bool, or None for all valid.
+        order: of the scan.
+        device: of the tokens; the coordinates may lie elsewhere.
+
+    Raises:
+        DataError: a row without valid tokens, or coordinates that are not finite.
+    """
+    batch, tokens = coords.shape[:2]
+    host = coords.detach().cpu().numpy()
+    valid = np.ones((batch, tokens), bool) if validity is None else validity.cpu().numpy()
+    counts = valid.sum(axis=1)
+    _check_places(host, valid, counts)
+    n = int(counts.max())
+    source = np.zeros((batch, n), np.int64)
+    target = np.zeros((batch, tokens), np.int64)
+    for b, count in enumerate(counts):
+        inside = np.flatnonzero(valid[b])
+        # Sorted by (row, col) first: places in one cell of the scan then have an order that the caller's does not affect.
+        inside = inside[np.lexsort((host[b, inside, 1], host[b, inside, 0]))]
+        sorted_places = inside[scan_order(host[b, inside], order)]
+        source[b, :count] = sorted_places + b * tokens
+        target[b, sorted_places] = np.arange(count) + b * n
+    given = torch.from_numpy(valid).to(device)
+    given_coords = coords.detach().to(device, torch.promote_types(coords.dtype, torch.float32))
+    given_coords = given_coords.masked_fill(~given.unsqueeze(-1), 0)
+    places = Places(
+        coords=given_coords,
+        valid=torch.from_numpy(np.arange(n) < counts[:, None]).to(device),
+        ragged=bool((counts < n).any()),
+        _source=torch.from_numpy(source.reshape(-1)).to(device),
+        _target=torch.from_numpy(target.reshape(-1)).to(device),
+        given_coords=given_coords,
+        given_valid=given,
+    )
+    places.coords = places.sort(given_coords)
+    return places
+
+
+def _check_places(coords: np.ndarray[Any, Any], valid: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> None:
+    empty = np.flatnonzero(counts == 0)
+    if len(empty):
+        raise DataError(
+            f"context: every token of batch row {empty[0]} is masked: expected at least one valid token; "
+            "leave images without valid pixels out"
+        )
+    wrong = ~np.isfinite(coords).all(axis=-1) & valid
+    if wrong.any():
+        b, i = np.argwhere(wrong)[0]
+        raise DataError(
+            f"context: coordinates of token {i} in batch row {b} are {coords[b, i]}: expected finite numbers"
+        )
+
+
+class _Take(torch.autograd.Function):
+    """A gather whose backward is the inverse gather: no scatter, no atomics, nothing kept but the indices."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, valid: Tensor, target: Tensor, valid_back: Tensor) -> Tensor:
+        ctx.back = target, valid_back
+        return _gather(x, source, valid)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _gather(grad, *ctx.back), None, None, None, None
+
+
+def _take(x: Tensor, source: Tensor, valid: Tensor, target: Tensor, valid_back: Tensor) -> Tensor:
+    result: Tensor = _Take.apply(x, source, valid, target, valid_back)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _gather(x: Tensor, source: Tensor, valid: Tensor) -> Tensor:
+    batch, count = valid.shape
+    # (batch, tokens, ...) -> (batch * count, ...) -> (batch, count, ...)
+    y = x.flatten(0, 1).index_select(0, source).unflatten(0, (batch, count))
+    return y.masked_fill_(~valid.view(batch, count, *[1] * (y.ndim - 2)), 0)

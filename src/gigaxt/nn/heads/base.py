@@ -1,0 +1,68 @@
+"""What the configs and losses of all heads share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gigaxt.errors import ConfigError, DataError
+
+
+@dataclass(kw_only=True)
+class BaseHeadConfig:
+    """Settings of every head that answers with classes."""
+
+    kind: str
+    """which head"""
+    classes: int
+    """how many classes (numbers, for regression)"""
+    label_smoothing: float = 0.0
+    """share of the target's weight that is spread over all classes, 0 <= x < 1"""
+    class_weights: list[float] | None = None
+    """weight of each class in the loss; None: all 1"""
+    class_names: list[str] | None = None
+    """name of each class"""
+
+    def __post_init__(self) -> None:
+        if self.classes < 1:
+            raise ConfigError(f"head.classes: expected at least 1, got {self.classes}")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ConfigError(f"head.label_smoothing: expected 0 <= x < 1, got {self.label_smoothing}")
+        self._check_length("class_weights", self.class_weights)
+        self._check_length("class_names", self.class_names)
+        if self.class_weights is not None:
+            if not all(math.isfinite(weight) and weight >= 0.0 for weight in self.class_weights):
+                raise ConfigError(f"head.class_weights: expected finite numbers >= 0, got {self.class_weights}")
+            if not any(self.class_weights):
+                raise ConfigError("head.class_weights: all are 0, so nothing would be learnt; raise one")
+
+    def _check_length(self, key: str, values: list[str] | list[float] | list[tuple[int, int, int]] | None) -> None:
+        if values is not None and len(values) != self.classes:
+            raise ConfigError(f"head.{key}: expected {self.classes} values, one a class, got {len(values)}")
+
+
+def weights_tensor(config: BaseHeadConfig) -> Tensor | None:
+    """The class weights, (classes,) float32, to be registered as a non-persistent buffer; None for all 1."""
+    return None if config.class_weights is None else torch.tensor(config.class_weights, dtype=torch.float32)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays, which `.float()` would not do."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_class_indices(targets: Tensor, classes: int) -> None:
+    """Refuse class numbers that do not exist.
+
+    Raises:
+        DataError: names the first wrong value. (On a GPU the test waits for the device once.)
+    """
+    wrong = (targets < 0) | (targets >= classes)
+    if bool(wrong.any()):
+        raise DataError(
+            f"target: class {int(targets[wrong][0])} is out of range 0..{classes - 1}; "
+            "correct the labels, set `classes`, or mark such pixels with the `ignore` value"
+        )

@@ -1,0 +1,169 @@
+"""One class per pixel: a light decoder over a region's feature maps, steered by the context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gigaxt.errors import ConfigError, DataError
+from gigaxt.nn.heads.base import BaseHeadConfig, at_least_float32, check_class_indices, weights_tensor
+
+FILM_GAIN = 0.3
+"""Standard deviation of scale and shift at the start: enough to pass gradients, too little to drown the features."""
+
+
+@dataclass(kw_only=True)
+class SegmentConfig(BaseHeadConfig):
+    """Settings of the segmentation head."""
+
+    kind: Literal["segment"] = "segment"
+    dim: int = 64
+    """channels of the decoder"""
+    ignore: int = 255
+    """mask value of pixels that count neither in the loss nor in the scores"""
+    class_colors: list[tuple[int, int, int]] | None = None
+    """red, green, blue of each class, 0..255"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.classes < 2:
+            raise ConfigError("head.classes: a mask needs at least 2 classes, background included")
+        if self.dim < 1:
+            raise ConfigError(f"head.dim: expected at least 1, got {self.dim}")
+        self._check_length("class_colors", self.class_colors)
+        for color in self.class_colors or []:
+            if len(color) != 3 or not all(0 <= value <= 255 for value in color):
+                raise ConfigError(f"head.class_colors: expected three numbers in 0..255 each, got {color}")
+
+
+class SegmentHead(nn.Module):
+    """Feature maps and context of regions to class logits of their pixels.
+
+    Every map, after a 1 x 1 convolution to `dim` channels and a LayerNorm, is scaled and shifted by the context at its
+    place (FiLM): relations to far content are learnt only through such products (concatenation stays at chance on the
+    `legend` rule). Then from coarse to fine: upsample, add, 3 x 3 convolution. All norms are per pixel, so nothing
+    depends on the other regions, on padding, or on how the maps were cropped.
+
+    Args:
+        config: see `SegmentConfig`.
+        dim: channels of the context.
+        map_channels: channels of each feature map, fine to coarse.
+        map_strides: px per cell of each, fine to coarse.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self, config: SegmentConfig, dim: int, map_channels: Sequence[int], map_strides: Sequence[int]
+    ) -> None:
+        super().__init__()
+        if not map_channels or len(map_channels) != len(map_strides):
+            raise ConfigError("head: segment needs the feature maps of the region encoder; build it with `maps=True`")
+        self.config = config
+        self.stride = map_strides[0]
+        self.context_norm = nn.LayerNorm(dim)
+        self.levels = nn.ModuleList(_Level(channels, dim, config.dim) for channels in map_channels)
+        self.classifier = nn.Conv2d(config.dim, config.classes, 1)
+        self.register_buffer("class_weights", weights_tensor(config), persistent=False)
+
+    def forward(self, maps: Sequence[Tensor], context: Tensor) -> Tensor:
+        """Decode regions, each on its own.
+
+        Args:
+            maps: (n, c_i, h_i, w_i) each, fine to coarse, all of the same area.
+            context: (n, rows, cols, dim), of that area too.
+
+        Returns:
+            Logits (n, classes, h_0 * stride_0, w_0 * stride_0).
+        """
+        context = self.context_norm(context).permute(0, 3, 1, 2)  # (n, rows, cols, dim) -> (n, dim, rows, cols)
+        x: Tensor | None = None
+        for level, features in zip(reversed(self.levels), reversed(maps), strict=True):
+            x = level(features, context, x)
+        logits: Tensor = self.classifier(x)
+        return logits if self.stride == 1 else _resize(logits, [side * self.stride for side in logits.shape[2:]])
+
+    def loss_sums(self, logits: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums whose ratio, over all regions of a scene, is its mean cross entropy.
+
+        Args:
+            logits: (n, classes, H, W).
+            target: (n, H, W) integer classes, or the `ignore` value.
+            valid: (n, H, W) bool; False for padding and nodata, whatever the target says there.
+
+        Returns:
+            The sum of the weighted losses and the sum of the weights, scalars, and the confusion matrix (classes,
+            classes) of pixel counts with the true class as row; all float64. Only the first has a gradient.
+
+        Raises:
+            DataError: shapes that do not fit, or a class out of range.
+        """
+        classes = self.config.classes
+        if target.shape != valid.shape or target.shape != logits.shape[:1] + logits.shape[2:]:
+            raise DataError(
+                f"target: expected a mask of the logits' size {tuple(logits.shape[2:])} with a validity of the same "
+                f"shape, got {tuple(target.shape)} and {tuple(valid.shape)}"
+            )
+        counted = valid & (target != self.config.ignore)
+        target = target.long().masked_fill(~counted, 0)
+        check_class_indices(target, classes)
+        logits = at_least_float32(logits)
+        class_weights = None if self.class_weights is None else self.class_weights.to(logits.dtype)
+        losses = F.cross_entropy(
+            logits,
+            target.masked_fill(~counted, -100),
+            weight=class_weights,
+            ignore_index=-100,
+            label_smoothing=self.config.label_smoothing,
+            reduction="none",
+        )
+        weights = counted.double() if class_weights is None else class_weights.double()[target] * counted
+        return losses.sum(dtype=torch.float64), weights.sum(), _confusion(logits, target, counted)
+
+
+class _Level(nn.Module):
+    """One feature map joins the decoder."""
+
+    def __init__(self, channels: int, context_dim: int, dim: int) -> None:
+        super().__init__()
+        self.lateral = nn.Conv2d(channels, dim, 1)
+        self.norm = _PixelNorm(dim)
+        self.film = nn.Conv2d(context_dim, 2 * dim, 1)
+        nn.init.normal_(self.film.weight, std=FILM_GAIN * context_dim**-0.5)  # its input has a variance of one
+        nn.init.zeros_(self.film.bias)  # type: ignore[arg-type]  # a Conv2d built with bias has one
+        self.fuse = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), _PixelNorm(dim), nn.GELU())
+
+    def forward(self, features: Tensor, context: Tensor, coarser: Tensor | None) -> Tensor:
+        size = features.shape[2:]
+        # The 1 x 1 convolution first: it commutes with the interpolation and is far cheaper on the token lattice.
+        scale, shift = _resize(self.film(context), size).chunk(2, dim=1)  # (n, dim, h, w) each
+        x = F.gelu(self.norm(self.lateral(features)) * (1.0 + scale) + shift)
+        if coarser is not None:
+            x = x + _resize(coarser, size)
+        y: Tensor = self.fuse(x)
+        return y
+
+
+class _PixelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (n, c, h, w), at each place alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, cell centres kept in place."""
+    return x if tuple(x.shape[2:]) == tuple(size) else F.interpolate(x, size=list(size), mode="bilinear")
+
+
+def _confusion(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+    """Counts (classes, classes), row true, column predicted; scatter, for `bincount` waits for the GPU."""
+    classes = logits.shape[1]
+    cells = (target * classes + logits.detach().argmax(dim=1)).flatten()
+    counts = torch.zeros(classes * classes, dtype=torch.float64, device=logits.device)
+    return counts.scatter_add_(0, cells, counted.flatten().double()).view(classes, classes)

@@ -1,0 +1,76 @@
+"""Chunks read ahead in threads while the device computes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from gigaxt.errors import ConfigError
+
+C = TypeVar("C")
+
+READ_AHEAD = 2
+"""Chunks in the queue besides the one at work; also the number of reading threads. The codecs release the GIL."""
+
+
+def read_ahead(load: Callable[[C], Any], chunks: Sequence[C], device: torch.device) -> Iterator[tuple[C, Any]]:
+    """Yield (chunk, load(chunk) on `device`) in order, with the next chunks being loaded meanwhile.
+
+    Args:
+        load: pure function from a chunk to tensors (any nesting of tuples, lists, dicts); called in threads.
+        chunks: what to load.
+        device: where the tensors go. To CUDA they are copied without waiting, from pinned memory; PyTorch's caching
+            host allocator reuses a pinned block only after the copy's event.
+
+    At most `READ_AHEAD` + 1 chunks are in memory. Errors of `load` are raised at their chunk's turn.
+    """
+    if len(chunks) <= 1:
+        for chunk in chunks:
+            yield chunk, to_device(load(chunk), device)
+        return
+    pin = device.type == "cuda"
+    executor = ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="gigaxt-read")
+    try:
+        queue: deque[Future[Any]] = deque()
+        for i, chunk in enumerate(chunks):
+            for later in chunks[i + len(queue) : i + 1 + READ_AHEAD]:
+                queue.append(executor.submit(_load, load, later, pin))
+            yield chunk, to_device(queue.popleft().result(), device)
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def to_device(loaded: Any, device: torch.device) -> Any:
+    """All tensors of `loaded` on `device`."""
+    return tree_map(lambda t: t.to(device, non_blocking=True) if isinstance(t, Tensor) else t, loaded)
+
+
+def count_rows(loaded: Any) -> int:
+    """Regions in a loaded chunk: the leading dimension that all its tensors share.
+
+    Raises:
+        ConfigError: no tensor, or tensors of different leading dimensions.
+    """
+    rows = {t.shape[0] if t.ndim else -1 for t in tree_flatten(loaded)[0] if isinstance(t, Tensor)}
+    if len(rows) != 1 or rows == {-1}:
+        raise ConfigError(
+            f"load(chunk) returned tensors of leading dimensions {sorted(rows)}: "
+            "expected at least one tensor, all with one row a region"
+        )
+    return rows.pop()
+
+
+def take_rows(loaded: Any, start: int, stop: int) -> Any:
+    """Rows start..stop of every tensor in `loaded`."""
+    return tree_map(lambda t: t[start:stop] if isinstance(t, Tensor) else t, loaded)
+
+
+def _load(load: Callable[[C], Any], chunk: C, pin: bool) -> Any:
+    loaded = load(chunk)
+    return tree_map(lambda t: t.pin_memory() if isinstance(t, Tensor) else t, loaded) if pin else loaded

@@ -1,0 +1,258 @@
+"""Running a module on chunks again and again, with the same result: what `streaming` and `nested` share.
+
+A module is called on detached aliases of its parameters, so that parameter hooks (DDP's among
+them) do not fire for every chunk, and under the autocast state of the forward pass. What a first run would hide from a
+second one (buffers, global random state, tensors that are no inputs) is found on the first chunk and refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from gigaxt.errors import ConfigError
+from gigaxt.rows import Rows, at_least_float32
+
+
+@dataclass
+class Autocast:
+    """The autocast state of one device type, taken at the forward pass and restored at the backward pass."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls, device: torch.device) -> Autocast:
+        """The state at this moment."""
+        kind = device.type
+        return cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+
+    def restored(self) -> torch.autocast:
+        """A context manager. Without the weight cache: a cast cached without a graph would cut later gradients."""
+        return torch.autocast(self.device_type, self.dtype, enabled=self.enabled, cache_enabled=False)
+
+
+class Aliases:
+    """Detached aliases of a module's parameters, and calls of the module on them.
+
+    Iterating gives one alias for each of `module.parameters()`, in that order; frozen parameters have frozen aliases.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._of = {id(p): p.detach().requires_grad_(p.requires_grad) for p in module.parameters()}
+        # Not torch.func.functional_call: with a submodule under two names it leaves an alias behind in the module.
+        self._slots = [
+            (child._parameters, name, self._of[id(p)])
+            for child in module.modules()
+            for name, p in child._parameters.items()
+            if p is not None
+        ]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._of.values())
+
+    def __call__(self, *args: Any) -> Any:
+        """The module's output on `args`."""
+        with _swapped(self._slots):
+            return self.module(*args)
+
+    def call_checked(self, *args: Any) -> Any:
+        """As a plain call, but refuses a module that changes its buffers or draws from global random state.
+
+        Buffers are swapped for copies meanwhile, so that a refused module is left as it was.
+        """
+        copies = [
+            (child._buffers, name, b.clone())
+            for child in self.module.modules()
+            for name, b in child._buffers.items()
+            if b is not None
+        ]
+        versions = [copy._version for _, _, copy in copies]
+        random_state = torch.get_rng_state()
+        with _swapped([*self._slots, *copies]):
+            result = self.module(*args)
+            changed = [
+                name
+                for (owner, name, copy), version in zip(copies, versions, strict=True)
+                if owner[name] is not copy or copy._version != version
+            ]
+        if changed:
+            raise ConfigError(
+                f"the module's forward changes its buffers ({', '.join(changed[:3])}), which streaming would repeat: "
+                "make them constant, or freeze the layers that own them"
+            )
+        if not torch.equal(random_state, torch.get_rng_state()):
+            raise ConfigError(
+                "the module draws from the global random state, so a second run would differ: "
+                "replace its random layers with gigaxt.key_dropout(module)"
+            )
+        return result
+
+
+@contextlib.contextmanager
+def _swapped(slots: Sequence[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
+    """Put tensors in the places of a module's own ones."""
+    own = [owner[name] for owner, name, _ in slots]
+    for owner, name, tensor in slots:
+        owner[name] = tensor
+    try:
+        yield
+    finally:
+        for (owner, name, _), tensor in zip(slots, own, strict=True):
+            owner[name] = tensor
+
+
+@dataclass
+class Sums:
+    """Gradients of trained parameters added up in float32 or better, in chunk order."""
+
+    like: Sequence[Tensor]
+    totals: list[Tensor | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.totals = [None] * len(self.like)
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        """Add one chunk's gradients; None is zero."""
+        for i, (tensor, grad) in enumerate(zip(self.like, grads, strict=True)):
+            if grad is None:
+                continue
+            total = self.totals[i]
+            if total is None:
+                self.totals[i] = grad.to(at_least_float32(tensor.dtype), copy=True)
+            else:
+                total += grad
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply what has been added so far."""
+        self.totals = [None if t is None else t * factor.to(t.dtype) for t in self.totals]
+
+    def results(self) -> list[Tensor | None]:
+        """In the dtypes of the tensors themselves."""
+        return [None if t is None else t.to(like.dtype) for t, like in zip(self.totals, self.like, strict=True)]
+
+
+def refuse_unstreamable(module: nn.Module) -> None:
+    """Refuse what cannot be recomputed chunk by chunk.
+
+    Raises:
+        ConfigError: BatchNorm in training mode, or FSDP inside.
+    """
+    for name, child in module.named_modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training:
+            raise ConfigError(
+                f"`{name}` is {type(child).__name__} in training mode, which mixes the regions of a chunk: set "
+                "`region_encoder.freeze_batchnorm: true`, call gigaxt.freeze_batchnorm(module), or use another backbone"
+            )
+        if any(c.__name__ in ("FullyShardedDataParallel", "FSDPModule") for c in type(child).__mro__):
+            raise ConfigError(
+                f"`{name or 'the module'}` is sharded by FSDP, whose hooks cannot run once a chunk: use DDP"
+            )
+
+
+def refuse_foreign_leaves(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> None:
+    """Walk the graph behind `outputs`; any leaf that requires grad must be one of `known`.
+
+    Raises:
+        ConfigError: the module reaches a tensor that is no input of the stream, whose gradient would be lost.
+    """
+    allowed = {id(t) for t in known}
+    stack = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in allowed:
+            raise ConfigError(
+                f"the module uses a tensor of shape {tuple(leaf.shape)} that requires grad but is not among its own "
+                "parameters: pass it in `sliced` or `shared`, or register it as a parameter"
+            )
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+
+
+@contextlib.contextmanager
+def counted_saves(ignore: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
+    """Count the bytes that autograd saves inside the block, each storage once, `ignore`'s storages not.
+
+    Yields a function that returns the bytes counted so far.
+    """
+    known = {t.untyped_storage().data_ptr() for t in ignore}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # the tensor itself would make a cycle when it is its node's own output
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(sizes.values())
+
+
+def first_look(
+    call: Callable[[Callable[..., Any], Rows, Sequence[Tensor]], tuple[Tensor, ...]],
+    aliases: Aliases,
+    rows: Rows,
+    leaves: Sequence[Tensor],
+) -> tuple[tuple[Tensor, ...], int]:
+    """Run the first rows of a stream with a graph and check that they can be replayed.
+
+    Returns:
+        The outputs, and the bytes that their graph saved.
+
+    Raises:
+        ConfigError: see `Aliases.call_checked`, `refuse_foreign_leaves`; or pixels that require grad.
+    """
+    if any(isinstance(t, Tensor) and t.requires_grad for t in tree_flatten(rows.loaded)[0]):
+        raise ConfigError(
+            "load(chunk) returned a tensor that requires grad, but pixels get no gradient when streamed: pass it in "
+            "`sliced` or `shared`, or keep everything with Streaming(budget_gib=None)"
+        )
+    known = [*aliases, *leaves]
+    with counted_saves(known) as saved:
+        outputs = call(aliases.call_checked, rows, leaves)
+    refuse_foreign_leaves(outputs, known)
+    return outputs, saved()
+
+
+def offloaded(to_host: bool) -> contextlib.AbstractContextManager[Any]:
+    """Keep what autograd saves inside the block on the host, in pinned memory; or do nothing."""
+    return torch.autograd.graph.save_on_cpu(pin_memory=True) if to_host else contextlib.nullcontext()
+
+
+def gradient_of(rows: Rows, grads: Sequence[Tensor | None], per_row: Sequence[int]) -> list[Tensor | None]:
+    """The rows' share of the outputs' gradients: all of it where outputs were added up (no `per_row`)."""
+    if not per_row:
+        return list(grads)
+    return [None if g is None else rows.of([g], k)[0] for g, k in zip(grads, per_row, strict=True)]
+
+
+def grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """`torch.autograd.grad` that passes over outputs without a gradient and inputs that need none."""
+    pairs = [(t, g.to(t.dtype)) for t, g in zip(outputs, grads, strict=True) if g is not None and t.requires_grad]
+    wanted = [t for t in inputs if t.requires_grad]
+    if not pairs or not wanted:
+        return [None] * len(inputs)
+    found = iter(torch.autograd.grad([t for t, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
+    return [next(found) if t.requires_grad else None for t in inputs]
+
+
+def as_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Detached, each asking for a gradient where its original does."""
+    return [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+
+
+def draw_seed() -> int:
+    """A seed from PyTorch's default generator, as nn.Dropout would take its own; follows torch.manual_seed."""
+    return int(torch.randint(2**62, ()).item())

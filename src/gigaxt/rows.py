@@ -1,0 +1,181 @@
+"""The regions of a stream: read ahead, run in parts, put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from gigaxt.errors import ConfigError
+from gigaxt.nn.keyed import dropout_key
+from gigaxt.prefetch import count_rows, read_ahead, take_rows
+
+T = TypeVar("T")
+GIB = 2**30
+Reduce = Literal["cat", "sum"]
+
+
+@dataclass(kw_only=True)
+class Streaming:
+    """How much of the forward pass is kept for the backward pass, and how many regions are encoded at once."""
+
+    budget_gib: float | None = 0.0
+    """Device memory for activations that are kept instead of recomputed; None keeps everything (ordinary autograd)."""
+    host_gib: float = 0.0
+    """Host memory for the same: whole activations of a classifier, feature maps of a dense model. On the CPU it adds to
+    the device's."""
+    chunk_regions: int = 4
+    """Regions encoded together in one batch."""
+
+    def __post_init__(self) -> None:
+        if self.budget_gib is not None and self.budget_gib < 0:
+            raise ConfigError(f"streaming.budget_gib: expected None or at least 0, got {self.budget_gib}")
+        if self.host_gib < 0:
+            raise ConfigError(f"streaming.host_gib: expected at least 0, got {self.host_gib}")
+        if self.chunk_regions < 1:
+            raise ConfigError(f"streaming.chunk_regions: expected at least 1, got {self.chunk_regions}")
+
+
+@dataclass
+class Rows:
+    """Some regions of a stream: loaded and ready to be run."""
+
+    chunk: Any
+    """What `load` was given; named in errors."""
+    loaded: Any
+    """Tensors with one row a region, on the device."""
+    ids: Tensor
+    """What dropout is keyed by, (rows,) int64."""
+    start: int
+    """Place of the first row in the whole stream."""
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return len(self.ids)
+
+    @property
+    def stop(self) -> int:
+        """One past the last row's place in the stream."""
+        return self.start + self.count
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Rows start..stop of these."""
+        return Rows(self.chunk, take_rows(self.loaded, start, stop), self.ids[start:stop], self.start + start)
+
+    def of(self, tensors: Sequence[Tensor], per_row: int = 1) -> list[Tensor]:
+        """These rows of whole-stream tensors that hold `per_row` rows a region."""
+        return [t[self.start * per_row : self.stop * per_row] for t in tensors]
+
+
+class Reader:
+    """Loads chunks ahead and runs work on their rows, in smaller parts once the device has run out of memory."""
+
+    def __init__(self, load: Callable[[Any], Any], device: torch.device, seed: int) -> None:
+        self.load, self.device, self.seed = load, device, seed
+        self.most_rows = 2**62
+
+    def rows(self, chunks: Sequence[Any], starts: Sequence[int] | None = None) -> Iterator[Rows]:
+        """The chunks' rows in order; `starts` gives their places in the stream where some chunks are left out."""
+        start = 0
+        for i, (chunk, loaded) in enumerate(read_ahead(self.load, chunks, self.device)):
+            start = start if starts is None else starts[i]
+            count = count_rows(loaded)
+            ids = getattr(chunk, "region_ids", None)
+            yield Rows(
+                chunk, loaded, torch.arange(start, start + count) if ids is None else torch.as_tensor(ids), start
+            )
+            start += count
+
+    def run(self, rows: Rows, work: Callable[[Rows], T]) -> list[tuple[Rows, T]]:
+        """Call `work` on all of `rows`, halving the number at once when the device is out of memory.
+
+        Returns the parts with `work`'s results. Whatever it raises carries a note that names the chunk.
+        """
+        start, count = 0, rows.count
+        results: list[tuple[Rows, T]] = []
+        while start < count:
+            stop = min(start + self.most_rows, count)
+            part = rows if stop - start == count else rows.part(start, stop)
+            try:
+                with dropout_key(self.seed, part.ids):
+                    results.append((part, work(part)))
+            except torch.OutOfMemoryError:
+                if stop - start == 1:
+                    raise
+                self.most_rows = (stop - start) // 2
+            except Exception as error:
+                error.add_note(f"in {rows.chunk}")
+                raise
+            else:
+                start = stop
+                continue
+            # Not inside `except`: there the exception keeps the failed attempt's tensors alive.
+            torch.cuda.empty_cache()
+        return results
+
+
+class Purse:
+    """Memory that kept activations are paid from."""
+
+    def __init__(self, gib: float) -> None:
+        self.left = int(gib * GIB)
+
+    def take(self, size: int) -> bool:
+        """Pay `size` bytes if they are there."""
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+
+def join(parts: Sequence[Tensor], reduce: Reduce) -> Tensor:
+    """Parts joined along their first dimension, or added up in float32 or better."""
+    return torch.cat(list(parts)) if reduce == "cat" else sum(t.to(at_least_float32(t.dtype)) for t in parts)  # type: ignore[return-value]  # never the 0 of an empty sum
+
+
+class Joined:
+    """Outputs of all rows in one preallocated tensor ("cat") or added up ("sum")."""
+
+    def __init__(self, reduce: Reduce) -> None:
+        self.reduce = reduce
+        self.tensors: list[Tensor] = []
+        self.per_row: list[int] = []
+        """Rows of each output for one region; "cat" only."""
+
+    def add(self, rows: Rows, outputs: Sequence[Tensor], chunks: int) -> None:
+        """Put `outputs` of `rows` at their place; `chunks` (the number of all) sizes the first allocation."""
+        if self.reduce == "sum":
+            widened = [t.detach().to(at_least_float32(t.dtype)) for t in outputs]
+            self.tensors = [a + b for a, b in zip(self.tensors, widened, strict=True)] if self.tensors else widened
+            return
+        count = rows.count
+        if not self.tensors:
+            for t in outputs:
+                if t.ndim == 0 or t.shape[0] % count:
+                    raise ConfigError(
+                        f"stream: an output of shape {tuple(t.shape)} for {count} regions cannot be joined: expected a "
+                        "first dimension that is a multiple of the regions, or use reduce='sum'"
+                    )
+            self.per_row = [t.shape[0] // count for t in outputs]
+            self.tensors = [t.new_empty((0, *t.shape[1:])) for t in outputs]
+        for i, (t, k) in enumerate(zip(outputs, self.per_row, strict=True)):
+            if rows.stop * k > len(self.tensors[i]):
+                grown = t.new_empty((max(rows.stop, count * chunks) * k, *t.shape[1:]))
+                grown[: rows.start * k] = self.tensors[i][: rows.start * k]
+                self.tensors[i] = grown
+            self.tensors[i][rows.start * k : rows.stop * k] = t.detach()
+
+    def results(self, rows: int) -> tuple[Tensor, ...]:
+        """The whole; `rows` is the number of all regions."""
+        if self.reduce == "sum":
+            return tuple(self.tensors)
+        return tuple(t[: rows * k] for t, k in zip(self.tensors, self.per_row, strict=True))
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, or float32 where it is a smaller float; integers become int64."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.int64

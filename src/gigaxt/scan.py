@@ -1,0 +1,269 @@
+"""`scan`: a module run over segments of a token sequence, as one differentiable operation.
+
+The second primitive beside `streaming.stream`: there the chunks are independent and are read from disk, here each segment
+hands a state to the next and the tokens are in memory. A recurrence (a state-space model) uses inputs, state and
+output; a reduction over all tokens only the state; a map only the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from gigaxt.errors import ConfigError
+from gigaxt.replay import Aliases, Autocast, Sums, refuse_foreign_leaves
+
+State = tuple[Tensor, ...]
+T = TypeVar("T")
+
+
+def scan(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    state: Sequence[Tensor] = (),
+    *,
+    shared: Sequence[Tensor] = (),
+    segment: int,
+    kept: int = 0,
+    reverse: bool = False,
+) -> tuple[Tensor | None, State]:
+    """Run `module` over segments of the token axis, each with the state that the one before it returned.
+
+    `module(*segment_inputs, *shared, *state)` returns `(output, *state)`. The result and all gradients equal those of the
+    plain loop up to rounding, but what is kept between the passes is only `inputs` and the states at the segment borders:
+    the backward pass runs the segments again, last to first, with a graph of one segment at a time. Each parameter gets its
+    gradient once, so that DDP, accumulation and hooks see one ordinary operation; first derivatives only. With
+    `kept >= ` the number of segments it is the plain loop under ordinary autograd.
+
+    The module must be a pure function of its arguments, parameters and (constant) buffers: no dropout, no BatchNorm.
+
+    Args:
+        module: what one segment does. Its submodules' forward hooks run once a segment.
+        inputs: tensors (batch, tokens, ...), cut along `tokens`. At least one.
+        state: the state before the first segment; `module` returns as many tensors, of any shape.
+        shared: tensors that every segment is given whole; their gradients are added up in float32 or better.
+        segment: tokens in a segment; the last one processed may be shorter.
+        kept: the last `kept` segments keep their activations and are not run again.
+        reverse: process from the last token to the first. Each segment is handed over flipped, so that `module` need not
+            know, and the output is in the order of the inputs.
+
+    Returns:
+        The output (batch, tokens, ...), or None if the module returns None in its place; and the state after the last segment.
+
+    Raises:
+        ConfigError: no tokens, inputs of different length, or an output whose tokens are not the segment's.
+    """
+    tokens = _count_tokens(inputs, segment)
+    bounds = _bounds(tokens, segment, reverse)
+    if kept >= len(bounds):
+        return _plain_loop(module, inputs, tuple(shared), tuple(state), bounds, reverse)
+    return _scan_recomputed(module, tuple(inputs), tuple(state), tuple(shared), bounds, kept, reverse)
+
+
+@torch.compiler.disable  # Dynamo cannot trace autograd.grad inside a backward; the plain loop above compiles.
+def _scan_recomputed(
+    module: nn.Module,
+    inputs: State,
+    state: State,
+    shared: State,
+    bounds: tuple[tuple[int, int], ...],
+    kept: int,
+    reverse: bool,
+) -> tuple[Tensor | None, State]:
+    plan = _Plan(
+        module=module,
+        bounds=bounds,
+        reverse=reverse,
+        kept=kept if torch.is_grad_enabled() else 0,
+        counts=(len(inputs), len(shared), len(state)),
+        autocast=Autocast.now(inputs[0].device),
+    )
+    output, *final = _Scan.apply(plan, *inputs, *shared, *state, *module.parameters())  # type: ignore[no-untyped-call]
+    return output, tuple(final)
+
+
+@dataclass(kw_only=True)
+class _Plan:
+    """What both passes must agree on."""
+
+    module: nn.Module
+    bounds: tuple[tuple[int, int], ...]
+    """Of the segments, in the order of processing."""
+    reverse: bool
+    kept: int
+    counts: tuple[int, int, int]
+    """Of inputs, shared, state."""
+    autocast: Autocast
+
+    def cut(self, tensors: Iterable[Tensor | None], i: int) -> list[Tensor | None]:
+        """Segment `i` of whole-sequence tensors, in the order in which the module sees it."""
+        start, stop = self.bounds[i]
+        pieces = (None if t is None else t[:, start:stop] for t in tensors)
+        return [p.flip(1) if self.reverse and p is not None else p for p in pieces]
+
+    def put(self, whole: Tensor, i: int, piece: Tensor | None) -> None:
+        """The inverse of `cut`; None is zeros."""
+        start, stop = self.bounds[i]
+        if piece is None:
+            whole[:, start:stop].zero_()
+        else:
+            whole[:, start:stop] = piece.flip(1) if self.reverse else piece
+
+
+@dataclass
+class _Graph:
+    """One segment's autograd graph. `leaves`: inputs, shared, state, parameters; detached from all else."""
+
+    leaves: list[Tensor]
+    outputs: tuple[Tensor | None, ...]
+
+
+class _Scan(torch.autograd.Function):
+    """Tensors come as inputs, shared, state, parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+        aliases = Aliases(plan.module)
+        inputs, shared, state, _ = _split(plan, tensors)
+        borders: list[State] = []
+        graphs: dict[int, _Graph] = {}
+        whole: Tensor | None = None
+        for i in range(len(plan.bounds)):
+            borders.append(state)
+            if i < len(plan.bounds) - plan.kept:
+                with plan.autocast.restored():
+                    call = aliases if i else aliases.call_checked
+                    outputs = call(*plan.cut(inputs, i), *shared, *state)
+            else:
+                graphs[i] = _record(plan, aliases, i, (inputs, shared, state), ctx.needs_input_grad[1:])
+                outputs = tuple(None if t is None else t.detach() for t in graphs[i].outputs)
+            if outputs[0] is not None:
+                _check_length(outputs[0], plan.bounds[i])
+                if whole is None:
+                    tokens = inputs[0].shape[1]
+                    whole = outputs[0].new_empty((outputs[0].shape[0], tokens, *outputs[0].shape[2:]))
+                plan.put(whole, i, outputs[0])
+            state = tuple(_owned(t) for t in outputs[1:])
+        ctx.plan, ctx.graphs = plan, graphs
+        ctx.save_for_backward(*tensors, *(t for border in borders[1:] for t in border))
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for t in state if not t.is_floating_point()))
+        return whole, *state
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch gives it no types
+    def backward(ctx: Any, grad_whole: Tensor | None, *grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
+        plan: _Plan = ctx.plan
+        needs: tuple[bool, ...] = ctx.needs_input_grad[1:]
+        tensors, borders = ctx.saved_tensors[: len(needs)], ctx.saved_tensors[len(needs) :]
+        aliases = Aliases(plan.module)
+        inputs, shared, state, parameters = _split(plan, tensors)
+        count = len(state)
+        states = [state, *(borders[i * count : (i + 1) * count] for i in range(len(plan.bounds) - 1))]
+
+        grad_inputs = [torch.empty_like(t) if need else None for t, need in zip(inputs, needs, strict=False)]
+        sums = Sums([*shared, *parameters])
+        for i in reversed(range(len(plan.bounds))):
+            graph = ctx.graphs.pop(i, None) or _record(plan, aliases, i, (inputs, shared, states[i]), needs)
+            if i == len(plan.bounds) - 1:
+                refuse_foreign_leaves([t for t in graph.outputs if t is not None], graph.leaves)
+            grads = _segment_grads(graph, [*plan.cut([grad_whole], i), *grad_state])
+            of_inputs, of_shared, grad_state, of_parameters = _split(plan, grads)
+            for whole, grad in zip(grad_inputs, of_inputs, strict=True):
+                if whole is not None:
+                    plan.put(whole, i, grad)
+            sums.add([*of_shared, *of_parameters])
+        totals = sums.results()
+        return None, *grad_inputs, *totals[: len(shared)], *grad_state, *totals[len(shared) :]
+
+
+def _split(plan: _Plan, tensors: Sequence[T]) -> tuple[tuple[T, ...], tuple[T, ...], tuple[T, ...], tuple[T, ...]]:
+    """Into inputs, shared, state, parameters."""
+    a, b, c = accumulate(plan.counts)
+    return tuple(tensors[:a]), tuple(tensors[a:b]), tuple(tensors[b:c]), tuple(tensors[c:])
+
+
+def _record(
+    plan: _Plan, aliases: Aliases, i: int, tensors: tuple[State, State, State], needs: Sequence[bool]
+) -> _Graph:
+    """Run segment `i` with a graph of its own."""
+    inputs, shared, state = tensors
+    pieces = [t for t in [*plan.cut(inputs, i), *shared, *state] if t is not None]
+    wanted = list(needs[: len(pieces)])
+    if i > 0:  # earlier segments may hold parameters and inputs that want the state's gradient
+        wanted[len(inputs) + len(shared) :] = [t.is_floating_point() for t in state]
+    leaves = [t.detach().requires_grad_(want) for t, want in zip(pieces, wanted, strict=True)]
+    with torch.enable_grad(), plan.autocast.restored():
+        outputs = aliases(*leaves)
+    return _Graph([*leaves, *aliases], tuple(outputs))
+
+
+def _segment_grads(graph: _Graph, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of the leaves, None where there is none."""
+    pairs = [
+        (t, g) for t, g in zip(graph.outputs, grads, strict=True) if t is not None and g is not None and t.requires_grad
+    ]
+    asked = [t for t in graph.leaves if t.requires_grad]
+    if not pairs or not asked:
+        return [None] * len(graph.leaves)
+    found = iter(torch.autograd.grad([t for t, _ in pairs], asked, [g for _, g in pairs], allow_unused=True))
+    return [next(found) if t.requires_grad else None for t in graph.leaves]
+
+
+def _plain_loop(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    shared: State,
+    state: State,
+    bounds: tuple[tuple[int, int], ...],
+    reverse: bool,
+) -> tuple[Tensor | None, State]:
+    pieces: list[Tensor] = []
+    for start, stop in bounds:
+        cut = (t[:, start:stop] if stop - start < t.shape[1] else t for t in inputs)
+        output, *rest = module(*(t.flip(1) if reverse else t for t in cut), *shared, *state)
+        state = tuple(rest)
+        if output is not None:
+            _check_length(output, (start, stop))
+            pieces.append(output.flip(1) if reverse else output)
+    if reverse:
+        pieces.reverse()
+    return (torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0] if pieces else None), state
+
+
+def _count_tokens(inputs: Sequence[Tensor], segment: int) -> int:
+    if segment < 1:
+        raise ConfigError(f"scan: expected a segment of at least 1 token, got {segment}")
+    lengths = {t.shape[1] for t in inputs}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ConfigError(
+            f"scan: expected inputs (batch, tokens, ...) with one number of tokens, at least 1, got shapes "
+            f"{[tuple(t.shape) for t in inputs]}"
+        )
+    return lengths.pop()
+
+
+def _bounds(tokens: int, segment: int, reverse: bool) -> tuple[tuple[int, int], ...]:
+    """(start, stop) of the segments in the order of processing; only the last one is shorter."""
+    if reverse:
+        return tuple((max(stop - segment, 0), stop) for stop in range(tokens, 0, -segment))
+    return tuple((start, min(start + segment, tokens)) for start in range(0, tokens, segment))
+
+
+def _check_length(output: Tensor, bound: tuple[int, int]) -> None:
+    if output.ndim < 2 or output.shape[1] != bound[1] - bound[0]:
+        raise ConfigError(
+            f"scan: the module returned {tuple(output.shape)} for a segment of {bound[1] - bound[0]} tokens: "
+            "expected (batch, tokens, ...) with as many tokens, or None"
+        )
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """A copy if `tensor` is a part of something larger, which it would keep alive until the backward pass."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor

@@ -1,0 +1,383 @@
+"""A batch of scenes as the model sees it: checked, at the model's pixel size, cut into regions, loaded by chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gigaxt.augment import ColourAugmented, Dihedral, resample_below
+from gigaxt.errors import ConfigError, DataError
+from gigaxt.foreground import Foreground
+from gigaxt.image.base import Image, Mask
+from gigaxt.image.views import resample
+from gigaxt.regions import Place, RegionGrid, keep_valid
+
+SAME_SIZE = 0.01
+"""Pixel sizes that differ by less than this share are the same."""
+MOST_ENLARGED = 2.0
+"""An image whose pixels are coarser than the model's by more than this factor is refused."""
+
+
+@dataclass(kw_only=True)
+class InputConfig:
+    """What the model expects of its images, and how they are cut; part of the saved model."""
+
+    mean: list[float] | None = None
+    """Of each band, in the files' units. None: 0."""
+    std: list[float] | None = None
+    """Of each band, in the files' units. None: 1, but integers are divided by the largest value of their type."""
+    band_names: list[str] | None = None
+    """Which bands, in this order; None takes all, whatever they are called."""
+    mpp: float | None = None
+    """Micrometres a pixel; images that say otherwise are resampled. None takes them as they are."""
+    gsd_m: float | None = None
+    """The same in metres, for georeferenced images."""
+    halo: int = 0
+    """Pixels read around each region's core and cut off after decoding; a multiple of 32."""
+    overview: list[int] = field(default_factory=list)
+    """Downsample factors of coarser levels whose regions join the context, such as [8] or [8, 64]."""
+    foreground: str | None = None
+    """Which regions are worth encoding: "tissue", or a raster or GeoJSON file for all images; None: all with data."""
+
+    def __post_init__(self) -> None:
+        if (self.mean is None) != (self.std is None):
+            raise ConfigError("input: expected `mean` and `std` together, got one of them")
+        if self.mean is not None and self.std is not None:
+            if len(self.mean) != len(self.std):
+                raise ConfigError(f"input: {len(self.mean)} values of `mean`, {len(self.std)} of `std`")
+            if not all(s > 0 for s in self.std):
+                raise ConfigError(f"input.std: expected numbers above 0, got {self.std}")
+        if self.mpp is not None and self.gsd_m is not None:
+            raise ConfigError("input: `mpp` and `gsd_m` exclude each other; give one")
+
+
+class TensorImage:
+    """One image of a batch in memory, (C, H, W): the network's input as it is, normalised by whoever made it."""
+
+    all_valid = True
+
+    def __init__(self, tensor: Tensor, name: str) -> None:
+        self.tensor, self.name = tensor, name
+        self.channels, self.height, self.width = tensor.shape
+
+
+@dataclass
+class Chunk:
+    """Regions that are encoded together."""
+
+    batch: SceneBatch
+    start: int
+    stop: int
+
+    @cached_property
+    def region_ids(self) -> Tensor:
+        """(n,) int64, distinct over the batch and independent of the chunk size."""
+        return torch.tensor([scene << 40 | index for scene, index, _ in self.places])
+
+    @property
+    def places(self) -> list[tuple[int, int, Place]]:
+        """(scene, index in its grid, place) of each region."""
+        return self.batch.places[self.start : self.stop]
+
+    def __str__(self) -> str:
+        named: dict[str, list[str]] = {}
+        for scene, _, (row, col, level) in self.places:
+            where = f"({row}, {col})" + (f" of overview {level}" if level else "")
+            named.setdefault(self.batch.scenes[scene].image.name, []).append(where)
+        return "; ".join(f"{name}, regions {', '.join(places)}" for name, places in named.items())
+
+
+class Scene:
+    """One image on the model's pixel size, its grid, and its mask if there is one."""
+
+    def __init__(
+        self, image: Image | TensorImage, config: InputConfig, region: int, channels: int, target: Image | None
+    ):
+        if isinstance(image, Image):
+            if config.band_names is not None and list(image.band_names) != config.band_names:
+                image = self._select(image, config.band_names)
+            if target is not None:
+                check_mask(image, target)
+            image, target = to_pixel_size(image, config, target)
+        if image.channels != channels:
+            raise DataError(f"{image.name}: the model takes {channels} bands, the image has {image.channels}")
+        self.image, self.target = image, target
+        keep = kept_regions(image, config, region) if isinstance(image, Image) else None
+        self.grid = RegionGrid(
+            image.height,
+            image.width,
+            region,
+            halo=config.halo,
+            overview=tuple(config.overview),
+            order="raster",
+            keep=keep,
+        )
+        self.levels = [image, *(self._coarser(factor) for factor in config.overview)]
+        self.scale, self.shift = self._normalisation(config)
+
+    def _select(self, image: Image, names: list[str]) -> Image:
+        missing = [name for name in names if name not in image.band_names]
+        if not missing:
+            return image.select(names)
+        if len(image.band_names) == len(names) and all(name.isdigit() for name in image.band_names):
+            return image  # the file names no bands: they are taken in the model's order
+        raise DataError(f"{image.name}: the model takes bands {names}, the image has {list(image.band_names)}")
+
+    def _coarser(self, factor: int) -> Image | TensorImage:
+        if isinstance(self.image, Image):
+            return resample(self.image, factor)
+        height, width = max(1, round(self.image.height / factor)), max(1, round(self.image.width / factor))
+        shrunk = torch.nn.functional.interpolate(
+            self.image.tensor[None], (height, width), mode="bilinear", antialias=True, align_corners=False
+        )
+        return TensorImage(shrunk[0], self.image.name)
+
+    def _normalisation(self, config: InputConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(scale, shift) a band: normalised = pixel * scale + shift, colour augmentation included."""
+        channels = self.image.channels
+        if isinstance(self.image, TensorImage):
+            return np.ones(channels), np.zeros(channels)
+        if config.mean is not None and config.std is not None:
+            if len(config.mean) != channels:
+                raise ConfigError(f"input.mean: {len(config.mean)} values for a model of {channels} bands")
+            mean, std = np.array(config.mean), np.array(config.std)
+        else:
+            integer = np.issubdtype(self.image.dtype, np.integer)
+            most = np.iinfo(self.image.dtype.str).max if integer else 1.0
+            mean, std = np.zeros(channels), np.full(channels, most)
+        gain, offset = getattr(self.image, "colour", (np.ones(channels), np.zeros(channels)))
+        return gain / std, offset - gain * mean / std
+
+
+class SceneBatch:
+    """Scenes of any sizes as one sequence of regions: those of full size of all scenes, then their overviews'.
+
+    Args:
+        images: Images, or one float tensor (B, C, H, W) that is already normalised.
+        config: of the input.
+        region: px on a side.
+        channels: bands that the model takes.
+        tokens_per_core: t, tokens along a side of a region's core.
+        targets: mask Images, for dense models.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Image] | Tensor,
+        config: InputConfig,
+        *,
+        region: int,
+        channels: int,
+        tokens_per_core: int,
+        targets: Sequence[Image] | None = None,
+    ) -> None:
+        sources: Sequence[Image | TensorImage]
+        if isinstance(images, Tensor):
+            if images.ndim != 4 or not images.is_floating_point():
+                raise DataError(
+                    f"expected Images or a normalised float tensor (B, C, H, W), got {images.dtype} "
+                    f"{tuple(images.shape)}; wrap pixels that are not normalised with gigaxt.open_image"
+                )
+            sources = [TensorImage(image, f"image {i} of the tensor") for i, image in enumerate(images)]
+        else:
+            sources = list(images)
+        if not sources:
+            raise DataError("expected at least one image, got none")
+        masks: Sequence[Image | None] = [None] * len(sources) if targets is None else list(targets)
+        if len(masks) != len(sources):
+            raise DataError(f"{len(sources)} images, {len(masks)} targets: expected one target an image")
+        self.config, self.region, self.t = config, region, tokens_per_core
+        self.scenes = [Scene(image, config, region, channels, mask) for image, mask in zip(sources, masks, strict=True)]
+        placed = [(s, i, place) for s, scene in enumerate(self.scenes) for i, place in enumerate(scene.grid.places)]
+        self.places = [p for p in placed if p[2].level == 0] + [p for p in placed if p[2].level > 0]
+        self.full_size = sum(place.level == 0 for _, _, place in self.places)
+        self.token_validity = torch.zeros(len(self.places), self.t**2, dtype=torch.bool)
+        """(regions, t * t): which tokens cover a valid pixel. Filled by `load`, the same each time."""
+        self._place_of = {(scene, index): row for row, (scene, index, _) in enumerate(self.places)}
+
+    def chunks(self, regions: int) -> list[Chunk]:
+        """The regions of full size, `regions` at a time."""
+        return self._cut(0, self.full_size, regions)
+
+    def overview_chunks(self, regions: int) -> list[Chunk]:
+        """The regions of the overviews; none without `overview`."""
+        return self._cut(self.full_size, len(self.places), regions)
+
+    def rows_of(self, scene: int) -> Tensor:
+        """Rows of the batch that hold a scene's regions, in the order of its grid: (regions,) int64."""
+        count = len(self.scenes[scene].grid)
+        return torch.tensor([self._place_of[scene, index] for index in range(count)])
+
+    def load(self, chunk: Chunk) -> dict[str, Tensor]:
+        """Pixels and what turns them into the network's input.
+
+        Returns:
+            pixels (n, region, region, C) as stored; valid (n, region, region, 1 or C) bool; scale and shift (n, C) with
+            input = pixels * scale + shift where valid and 0 elsewhere; level (n,) int64.
+        """
+        loaded = [self._read(self.scenes[scene], place) for scene, _, place in chunk.places]
+        pixels, valid = (_stack(column) for column in zip(*loaded, strict=True))
+        self._note_validity(chunk, valid)
+        scenes = [self.scenes[scene] for scene, _, _ in chunk.places]
+        return {
+            "pixels": pixels,
+            "valid": valid,
+            "scale": torch.from_numpy(np.stack([scene.scale for scene in scenes])),
+            "shift": torch.from_numpy(np.stack([scene.shift for scene in scenes])),
+            "level": torch.tensor([place.level for _, _, place in chunk.places]),
+        }
+
+    def load_targets(self, chunk: Chunk) -> dict[str, Tensor]:
+        """Masks of the regions' cores.
+
+        Returns:
+            target (n, core, core) int64; valid (n, core, core) bool, False outside the image and at the mask's nodata.
+        """
+        masks, valid = [], []
+        for s, _, place in chunk.places:
+            scene = self.scenes[s]
+            assert scene.target is not None
+            x, y = place.col * scene.grid.core, place.row * scene.grid.core
+            pixels, mask = scene.target.read_valid(x, y, scene.grid.core, scene.grid.core)
+            masks.append(pixels[..., 0].astype(np.int64))
+            valid.append(mask)
+        return {"target": torch.from_numpy(np.stack(masks)), "valid": torch.from_numpy(np.stack(valid))}
+
+    def _cut(self, start: int, stop: int, regions: int) -> list[Chunk]:
+        return [Chunk(self, first, min(first + regions, stop)) for first in range(start, stop, regions)]
+
+    def _read(self, scene: Scene, place: Place) -> tuple[NDArray[np.generic] | Tensor, Mask]:
+        x, y, w, h = scene.grid.window_xywh(place)
+        image = scene.levels[place.level]
+        if isinstance(image, TensorImage):
+            return _crop(image.tensor, x, y, w, h), scene.grid.pixel_validity(place)[..., None]
+        pixels, mask = image.read_valid(x, y, w, h)
+        valid = mask[..., None]
+        if image.nodata is not None and np.issubdtype(pixels.dtype, np.floating):
+            # A valid pixel may lack single bands. Integers are left alone: 0 is nodata and a colour in too many files.
+            lacking = np.isnan(pixels) if np.isnan(image.nodata) else pixels == pixels.dtype.type(image.nodata)
+            valid = valid & ~lacking
+        return pixels, valid
+
+    def _note_validity(self, chunk: Chunk, valid: Tensor) -> None:
+        """A token is valid where its cell holds a valid pixel."""
+        halo, core = self.config.halo, self.region - 2 * self.config.halo
+        real = valid.any(dim=3)[:, halo : halo + core, halo : halo + core]
+        edges = [core * i // self.t for i in range(self.t + 1)]
+        cells = [
+            real[:, top:bottom, left:right].any(dim=2).any(dim=1)
+            for top, bottom in pairwise(edges)
+            for left, right in pairwise(edges)
+        ]
+        self.token_validity[chunk.start : chunk.stop] = torch.stack(cells, dim=1).cpu()
+
+
+def kept_regions(image: Image, config: InputConfig, region: int) -> Mask:
+    """Which regions hold data and foreground: (rows, cols). Found once a file, since finding it may read all of it.
+
+    Raises:
+        DataError: none does.
+    """
+    below = image.base if isinstance(image, ColourAugmented) else image
+    k = below.k if isinstance(below, Dihedral) else 0
+    place = (image.height, image.width, image.band_names, k, region, config.halo, config.foreground)
+    file = _file_identity(image.name)
+    if file is not None and (file, place) in _KEPT:
+        return _KEPT[file, place]
+    keep = keep_valid(image, region, config.halo)
+    if config.foreground is not None:
+        keep = keep & Foreground.from_spec(config.foreground).keep(image, region, config.halo)
+    if not keep.any():
+        raise DataError(
+            f"{image.name}: none of its {keep.size} regions holds data"
+            + (" in the foreground" if config.foreground else "")
+        )
+    if file is not None:
+        while len(_KEPT) >= MOST_KEPT:
+            _KEPT.pop(next(iter(_KEPT)))
+        _KEPT[file, place] = keep
+    return keep
+
+
+_KEPT: dict[tuple[Any, ...], Mask] = {}
+MOST_KEPT = 4096
+"""Scenes whose empty regions are remembered; a byte a region."""
+
+
+def _file_identity(name: str) -> tuple[str, int, int] | None:
+    """A file's path, time and size; None for what is no single file."""
+    path = Path(name)
+    try:
+        stat = path.stat() if path.is_file() else None
+    except (OSError, ValueError):
+        return None
+    return None if stat is None else (str(path), stat.st_mtime_ns, stat.st_size)
+
+
+def check_mask(image: Image, mask: Image) -> None:
+    """A mask must lie on the image's grid.
+
+    Raises:
+        DataError: it has another size, or several bands.
+    """
+    if (mask.height, mask.width) != (image.height, image.width):
+        raise DataError(
+            f"{mask.name}: the mask has {mask.width} x {mask.height} px, "
+            f"its image {image.name} has {image.width} x {image.height}"
+        )
+    if mask.channels != 1:
+        raise DataError(f"{mask.name}: expected a mask of one band with class numbers, got {mask.channels} bands")
+
+
+def to_pixel_size(image: Image, config: InputConfig, target: Image | None = None) -> tuple[Image, Image | None]:
+    """An image, and its mask with it, on the model's pixel size.
+
+    Raises:
+        DataError: the image has no pixel size though the model has one, or its pixels are far too coarse.
+    """
+    wanted, own, unit = (config.mpp, image.mpp, "µm") if config.gsd_m is None else (config.gsd_m, image.gsd_m, "m")
+    if wanted is None:
+        return image, target
+    if own is None:
+        raise DataError(
+            f"{image.name}: the model works at {wanted} {unit} a pixel, the image does not say its pixel size"
+        )
+    scale_x, scale_y = wanted / own[0], wanted / own[1]
+    if max(abs(scale_x - 1), abs(scale_y - 1)) < SAME_SIZE:
+        return image, target
+    if min(scale_x, scale_y) < 1 / MOST_ENLARGED:
+        raise DataError(
+            f"{image.name}: the model works at {wanted} {unit} a pixel, "
+            f"the image has only {own[0]:.4g} x {own[1]:.4g} {unit}"
+        )
+    mask = None if target is None else resample_below(target, scale_x, scale_y, nearest=True)
+    return resample_below(image, scale_x, scale_y), mask
+
+
+def _crop(tensor: Tensor, x: int, y: int, w: int, h: int) -> Tensor:
+    """Window of (C, H, W) as (h, w, C), zeros outside."""
+    _, height, width = tensor.shape
+    x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+    window = tensor.new_zeros(h, w, tensor.shape[0])
+    window[y0 - y : y1 - y, x0 - x : x1 - x] = tensor[:, y0:y1, x0:x1].permute(1, 2, 0)
+    return window
+
+
+def _stack(arrays: Sequence[Any]) -> Tensor:
+    """Arrays or tensors of one shape, up to a last dimension of 1, as one tensor."""
+    if isinstance(arrays[0], Tensor):
+        return torch.stack(list(arrays))
+    dtype = np.result_type(*arrays)
+    last = max(a.shape[-1] for a in arrays)
+    return torch.from_numpy(
+        np.stack([np.broadcast_to(a, (*a.shape[:-1], last)).astype(dtype, copy=False) for a in arrays])
+    )

@@ -1,0 +1,252 @@
+"""A module mapped over chunks as ONE differentiable operation, in memory that does not grow with their number.
+
+Forward: each chunk is loaded, run without a graph, and only its result is kept. Backward: each chunk is loaded and run
+again with a graph, `torch.autograd.grad` takes its slice of the incoming gradient, and the sums over chunks are
+returned once, as gradients of the inputs. DDP, accumulation, clipping, AMP and hooks see one ordinary operation. Chunks whose
+activations fit a budget keep their graph and are not run again. `nested.py` builds on this what dense heads need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from gigaxt.errors import ConfigError
+from gigaxt.replay import (
+    Aliases,
+    Autocast,
+    Sums,
+    as_leaves,
+    draw_seed,
+    first_look,
+    grad,
+    gradient_of,
+    offloaded,
+    refuse_unstreamable,
+)
+from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, join
+
+__all__ = ["Streaming", "stream"]
+
+C = TypeVar("C")
+
+
+def stream(
+    module: nn.Module,
+    load: Callable[[C], Any],
+    chunks: Sequence[C],
+    *,
+    sliced: Sequence[Tensor] = (),
+    shared: Sequence[Tensor] = (),
+    reduce: Reduce = "cat",
+    seed: int | None = None,
+    streaming: Streaming | None = None,
+) -> Any:
+    """Map `module` over `chunks`; gradients equal those of the whole batch at once, up to rounding.
+
+    Args:
+        module: called as `module(loaded, *slices, *shared)`; returns a tensor or a tuple of tensors. Rows (regions)
+            must not influence each other.
+        load: pure function from a chunk to the module's first argument: a tensor, or tensors nested in tuples, lists or
+            dicts, all with one row a region. Called up to twice a chunk, in threads, ahead of its turn.
+        chunks: any objects that `load` understands. One with an attribute `region_ids` keys its rows' dropout by them.
+        sliced: tensors with one row a region; each chunk gets its own rows.
+        shared: tensors that every chunk gets whole.
+        reduce: "cat": outputs are joined along their first dimension, which must be a multiple of the chunk's rows.
+            "sum": outputs are added up, in float32 or better.
+        seed: of keyed dropout; None draws one from PyTorch's default generator.
+        streaming: budgets; default: nothing kept. Its `chunk_regions` is not read here.
+
+    Returns:
+        What the module returns, joined or added. First derivatives only.
+
+    Raises:
+        ConfigError: BatchNorm in training mode, buffers that change, global random state, FSDP, pixels that require
+            grad, or a tensor that requires grad and is no input: each would make the gradient wrong.
+    """
+    chunks = list(chunks)
+    if not chunks:
+        raise ConfigError("stream: expected at least one chunk, got none")
+    if reduce not in ("cat", "sum"):
+        raise ConfigError(f"stream: reduce is 'cat' or 'sum', got {reduce!r}")
+    job = _Job(module, load, chunks, reduce, draw_seed() if seed is None else seed, streaming or Streaming())
+    inputs = _Inputs(tuple(module.parameters()), tuple(sliced), tuple(shared))
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for group in inputs for t in group)
+    if needs_grad and job.streaming.budget_gib is None:
+        outputs = job.run_ordinarily(inputs)
+    elif needs_grad:
+        refuse_unstreamable(module)
+        job.inputs_shape = inputs.shape
+        outputs = _Stream.apply(job, *(t for group in inputs for t in group))
+    else:
+        with torch.no_grad():
+            outputs = job.forward(inputs, training=False)
+    return outputs[0] if job.single else tuple(outputs)
+
+
+class _Inputs(NamedTuple):
+    """The tensors that get gradients."""
+
+    parameters: tuple[Tensor, ...]
+    sliced: tuple[Tensor, ...]
+    shared: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.parameters), len(self.sliced), len(self.shared)
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], shape: tuple[int, int, int]) -> _Inputs:
+        p, n, _ = shape
+        return cls(tuple(tensors[:p]), tuple(tensors[p : p + n]), tuple(tensors[p + n :]))
+
+
+class _Run(NamedTuple):
+    """One run of the module on some rows."""
+
+    outputs: tuple[Tensor, ...]
+    leaves: list[Tensor]
+    """Stand-ins for the rows of the sliced and for the shared tensors."""
+    saved: int = 0
+    """Bytes that the graph saved; counted at the first look only."""
+
+
+class _Stream(torch.autograd.Function):
+    """The job's two passes as one operation on parameters, sliced and shared tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, job: _Job, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.job = job
+        # Saved although the job holds aliases of them: so autograd notices a change in place between the passes.
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        outputs = job.forward(_Inputs.of(tensors, job.inputs_shape), training=True)
+        ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *ctx.job.backward(_Inputs.of(ctx.saved_tensors, ctx.job.inputs_shape), grads)
+
+
+class _Job:
+    """One streamed call: what both passes need, and what the first leaves for the second."""
+
+    inputs_shape = (0, 0, 0)
+
+    def __init__(
+        self,
+        module: nn.Module,
+        load: Callable[[Any], Any],
+        chunks: Sequence[Any],
+        reduce: Reduce,
+        seed: int,
+        streaming: Streaming,
+    ) -> None:
+        self.module, self.chunks, self.streaming = module, chunks, streaming
+        first = next(module.parameters(), None)
+        device = torch.device("cpu") if first is None else first.device
+        self.reader = Reader(load, device, seed)
+        self.autocast = Autocast.now(device)
+        self.aliases = Aliases(module)
+        self.joined = Joined(reduce)
+        self.kept: dict[int, list[tuple[Rows, _Run]]] = {}
+        """Graphs that wait for the backward pass, by chunk. A chunk is kept whole or not at all."""
+        self.starts: list[int] = []
+        self.single = True
+
+    def run_ordinarily(self, inputs: _Inputs) -> tuple[Tensor, ...]:
+        """Everything kept by autograd itself, on the module's own parameters; nothing is replayed, none refused."""
+
+        def work(rows: Rows) -> tuple[Tensor, ...]:
+            return self._as_tuple(self.module(rows.loaded, *rows.of(inputs.sliced), *inputs.shared))
+
+        results = [result for rows in self.reader.rows(self.chunks) for result in self.reader.run(rows, work)]
+        _check_rows(inputs.sliced, results[-1][0].stop)
+        columns = zip(*(outputs for _, outputs in results), strict=True)
+        return tuple(join(column, self.joined.reduce) for column in columns)
+
+    def forward(self, inputs: _Inputs, *, training: bool) -> tuple[Tensor, ...]:
+        """Run all chunks; when training, keep the graphs that fit the budget."""
+        on_cpu = self.reader.device.type == "cpu"
+        device = Purse((self.streaming.budget_gib or 0) + (self.streaming.host_gib if on_cpu else 0))
+        host = Purse(0 if on_cpu else self.streaming.host_gib)
+        per_row: int | None = None  # bytes that a region's graph saves; from the first rows, so the same in every run
+        total = 0
+        for i, rows in enumerate(self.reader.rows(self.chunks)):
+            self.starts.append(rows.start)
+            look = training and per_row is None
+            size = (per_row or 0) * rows.count
+            on_device = training and not look and device.take(size)
+            on_host = training and not look and not on_device and host.take(size)
+            work = partial(
+                self._run_rows, inputs=inputs, graph=look or on_device or on_host, look=look, on_host=on_host
+            )
+            results = self.reader.run(rows, work)
+            if look:
+                per_row = -(-results[0][1].saved // results[0][0].count)
+                on_device = device.take(per_row * rows.count)
+            for part, result in results:
+                self.joined.add(part, result.outputs, len(self.chunks))
+            if on_device or on_host:
+                self.kept[i] = [(replace(part, loaded=None), result) for part, result in results]
+            total = rows.stop
+            del results  # else its graph would stand beside the next chunk's
+        _check_rows(inputs.sliced, total)
+        return self.joined.results(total)
+
+    def backward(self, inputs: _Inputs, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients of the inputs for `grads` of the outputs."""
+        sums = Sums([*inputs.parameters, *inputs.shared])
+        slices = [torch.zeros_like(t) if t.requires_grad else None for t in inputs.sliced]
+        missing = [i for i in range(len(self.chunks)) if i not in self.kept]
+        reread = self.reader.rows([self.chunks[i] for i in missing], [self.starts[i] for i in missing])
+
+        def gradients(rows: Rows, run: _Run | None = None) -> list[Tensor | None]:
+            run = run or self._run_rows(rows, inputs=inputs, graph=True)
+            share = gradient_of(rows, grads, self.joined.per_row)
+            return grad(run.outputs, [*self.aliases, *run.leaves], share)
+
+        p, n = len(inputs.parameters), len(inputs.sliced)
+        for i in range(len(self.chunks)):  # in order, so that the sums do not depend on the budget
+            if i in self.kept:
+                found = [(rows, gradients(rows, run)) for rows, run in self.kept.pop(i)]
+            else:
+                found = self.reader.run(next(reread), gradients)
+            for rows, gradient in found:
+                for whole, part in zip(slices, gradient[p : p + n], strict=True):
+                    if whole is not None and part is not None:
+                        rows.of([whole])[0].copy_(part)
+                sums.add([*gradient[:p], *gradient[p + n :]])
+            del found
+        totals = sums.results()
+        return [*totals[:p], *slices, *totals[p:]]
+
+    def _run_rows(self, rows: Rows, *, inputs: _Inputs, graph: bool, look: bool = False, on_host: bool = False) -> _Run:
+        leaves = as_leaves([*rows.of(inputs.sliced), *inputs.shared])
+        with torch.set_grad_enabled(graph), offloaded(on_host):
+            if look:
+                outputs, saved = first_look(self._call, self.aliases, rows, leaves)
+                return _Run(outputs, leaves, saved)
+            return _Run(self._call(self.aliases, rows, leaves), leaves)
+
+    def _call(self, run: Callable[..., Any], rows: Rows, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        with self.autocast.restored():
+            return self._as_tuple(run(rows.loaded, *leaves))
+
+    def _as_tuple(self, outputs: Any) -> tuple[Tensor, ...]:
+        self.single = isinstance(outputs, Tensor)
+        return (outputs,) if self.single else tuple(outputs)
+
+
+def _check_rows(sliced: Sequence[Tensor], rows: int) -> None:
+    for t in sliced:
+        if t.shape[0] != rows:
+            raise ConfigError(f"stream: a sliced tensor has {t.shape[0]} rows, the chunks together have {rows}")

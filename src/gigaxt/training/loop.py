@@ -1,0 +1,399 @@
+"""The training loop: plain PyTorch, read top to bottom.
+
+`train` prepares, `Run.fit` loops, `Run.step` is one update of the weights, `Run.save` and `Run.restore` are what makes
+a stopped run continue to the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from timm.utils import ModelEmaV3  # type: ignore[attr-defined]  # timm does not mark what it exports
+from torch import nn
+
+from gigaxt.config import from_dict, to_dict
+from gigaxt.errors import CheckpointError, ConfigError, DataError, GigaxtError, ImageError, TrainingError
+from gigaxt.nn.xt import ModelConfig, build_model
+from gigaxt.rows import Streaming
+from gigaxt.tasks import Classification, Evaluation, Task
+from gigaxt.training.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    random_states,
+    replaced_folder,
+    restore_random_states,
+    save_checkpoint,
+)
+from gigaxt.training.config import RunConfig
+from gigaxt.training.data import Sample, Samples, balanced_weights, derive_seed, epoch_order
+from gigaxt.training.device import autocast, pick_device
+from gigaxt.training.evaluate import Stopping, evaluate, named, open_samples, without_guilty
+from gigaxt.training.log import RunLog, duration
+from gigaxt.training.optim import make_optimizer, set_lr
+from gigaxt.training.report import write_report
+from gigaxt.training.run_folder import RunFolder, prepare_run
+from gigaxt.training.signals import Signals
+from gigaxt.training.state import Best, RunResult, State
+
+T = TypeVar("T")
+
+
+def train(config: RunConfig, out: str | Path, *, console: Console | None = None) -> RunResult:
+    """Train a model, or continue the run in `out`.
+
+    Args:
+        config: what to train, on what, how.
+        out: the run folder; made where it does not exist.
+        console: where lines and the progress bar go; None: standard error.
+
+    Returns:
+        How it ended. `model/` in the run folder is the best model (the last, without a `val` split).
+
+    Raises:
+        ConfigError: the folder holds another run, or settings do not fit together.
+        DataError: the manifest or a target does not fit the images or the model.
+        ImageError: an image cannot be read and `on_bad_image` is `stop`.
+        TrainingError: the loss or a gradient is not finite; no weight was changed.
+        CheckpointError: something could not be written; the previous checkpoint is intact.
+    """
+    folder, config, task = prepare_run(config, Path(out))
+    device = pick_device(config.train.device)
+    # The run's own random stream: the caller's goes on afterwards as if nothing had happened.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), Signals() as signals:
+        torch.manual_seed(derive_seed(config.train.seed, "weights"))
+        run = Run(config, folder, task, device, signals)
+        run.restore()
+        run.fit(console)
+    write_report(folder, config, task, run.state)
+    best = run.state.best.evaluation if run.state.best else None
+    return RunResult(
+        out=folder.path, step=run.state.step, total_steps=run.total_steps, signal=signals.caught, best=best
+    )
+
+
+class Run:
+    """A model in training, with everything that a step needs."""
+
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, task: Task, device: torch.device, signals: Signals
+    ) -> None:
+        self.config, self.folder, self.task, self.device, self.signals = config, folder, task, device, signals
+        self.settings = settings = config.train
+        manifest = task.manifest
+        self.train_samples, self.val_samples = (
+            Samples(manifest.split(name), task, verify_sha256=config.data.verify_sha256) for name in ("train", "val")
+        )
+        if not len(self.train_samples):
+            raise DataError(f"{manifest.path}: expected images in the split `train`, got none")
+        self.sample_weights = self._sample_weights()
+        self.images_per_step = settings.batch * settings.accumulate
+        self.steps_per_epoch = math.ceil(len(self.train_samples) / self.images_per_step)
+        self.total_steps = settings.epochs * self.steps_per_epoch
+
+        self.model: nn.Module = build_model(self._first_model()).to(device)
+        self.model.config = config.model
+        self.model.streaming = settings.streaming
+        self.optimizer = make_optimizer(self.model, settings)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        # use_warmup: a plain average would hold the first, random weights for 1 / (1 - decay) steps.
+        self.ema = ModelEmaV3(self.model, decay=settings.ema, use_warmup=True) if settings.ema is not None else None
+        self.state = State()
+        self._order: tuple[int, NDArray[np.int64]] | None = None
+
+    # The loop
+
+    def fit(self, console: Console | None) -> None:
+        """Step, evaluate and save until all epochs are done or a signal asks to stop."""
+        state = self.state
+        log = RunLog(
+            self.folder.path,
+            self.task.metric_names,
+            step=state.step,
+            evaluated=state.evaluated,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            console=console,
+        )
+        with log:
+            self.log = log
+            log.line(self._headline())
+            saved_step, saved_at = state.step, time.monotonic()
+            try:
+                self.evaluate_if_due()  # a run may have been stopped between a step and its evaluation
+                while state.step < self.total_steps and self.signals.caught is None:
+                    self.step()
+                    self.evaluate_if_due()
+                    minutes = (time.monotonic() - saved_at) / 60
+                    if minutes >= self.settings.checkpoint_minutes or state.step % self.steps_per_epoch == 0:
+                        self.save()
+                        saved_step, saved_at = state.step, time.monotonic()
+                if state.step >= self.total_steps and not len(self.val_samples):
+                    self.save_model()
+            except CheckpointError:
+                raise  # nothing can be written, the previous checkpoint stays
+            except GigaxtError:
+                if state.step > saved_step:  # the steps before the failed one are good
+                    self.save()
+                raise
+            if state.step > saved_step:
+                self.save()
+            log.line(self._farewell())
+
+    def step(self) -> None:
+        """One update of the weights; none where a number is not finite."""
+        state, settings = self.state, self.settings
+        started = time.monotonic()
+        lr = set_lr(self.optimizer, settings, state.step, self.steps_per_epoch)
+        loss, images = self.retried(self.gradients)
+        if images:
+            norm = float(nn.utils.clip_grad_norm_(self.parameters, settings.clip_grad or math.inf))  # sync
+            if not math.isfinite(norm):
+                self.optimizer.zero_grad()
+                raise self._not_finite(f"the norm of the gradient is {norm}", self.step_samples())
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update(self.model, step=state.step)
+        else:
+            norm = math.nan
+        epoch = state.step // self.steps_per_epoch
+        state.step += 1
+        seconds = time.monotonic() - started
+        state.seconds += seconds
+        self.log.train(state.step, epoch + 1, loss, lr, norm, images, seconds)
+
+    def gradients(self) -> tuple[float, int]:
+        """The mean loss over the images of this step and their number; gradients are left in the parameters.
+
+        A pure function of the weights, the seed and the step: whatever fails in between is simply done again.
+        """
+        samples = self.step_samples()
+        while samples:
+            self.optimizer.zero_grad()
+            try:
+                return self._accumulate(samples), len(samples)
+            except ImageError as error:
+                samples = without_guilty(samples, error, self.skipped)
+        if len(self.state.skipped) >= len(self.train_samples):
+            raise TrainingError(f"step {self.state.step + 1}: no image is left, all were skipped; try `gigaxt check`")
+        return math.nan, 0
+
+    def _accumulate(self, samples: list[Sample]) -> float:
+        total = 0.0
+        self.model.train()
+        for start in range(0, len(samples), self.settings.batch):
+            group = samples[start : start + self.settings.batch]
+            seed = derive_seed(self.settings.seed, "model", self.state.step, start // self.settings.batch)
+            with autocast(self.device, self.settings.amp):
+                try:
+                    loss = self.model([s.image for s in group], [s.target for s in group], seed=seed)
+                except DataError as error:
+                    raise named(error, group) from error
+            value = float(loss.detach())  # sync: a loss that is not finite must not reach the weights
+            if not math.isfinite(value):
+                raise self._not_finite(f"the loss is {value}", group)
+            share = len(group) / len(samples)
+            (loss * share).backward()
+            total += value * share
+        return total
+
+    def step_samples(self) -> list[Sample]:
+        """The augmented images of the coming step, without those that cannot be opened and may be skipped."""
+        step, seed = self.state.step, self.settings.seed
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, epoch_order(seed, epoch, len(self.train_samples), self.sample_weights))
+        wanted = []
+        for at in range(place * self.images_per_step, min((place + 1) * self.images_per_step, len(self._order[1]))):
+            index = int(self._order[1][at])
+            # Seeded by the place in the epoch, so that an image that is drawn twice is changed in two ways.
+            change = (derive_seed(seed, "augment", epoch, at), self.settings.augment)
+            wanted.append((self.train_samples.rows[index], partial(self.train_samples.augmented, index, *change)))
+        return open_samples(wanted, self.skipped)
+
+    def retried(self, attempt: Callable[[], T]) -> T:
+        """`attempt()`, done again with smaller chunks as often as CUDA runs out of memory."""
+        while True:
+            try:
+                return attempt()
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+            # Outside of `except`: the exception's frames hold the tensors that have to go.
+            self.optimizer.zero_grad()
+            self._shrink(reason)
+            torch.cuda.empty_cache()
+
+    def _shrink(self, reason: str) -> None:
+        streaming: Any = self.model.streaming
+        if streaming.chunk_regions > 1:
+            streaming = dataclasses.replace(streaming, chunk_regions=streaming.chunk_regions // 2)
+            what = f"{streaming.chunk_regions} regions a chunk"
+        elif streaming.budget_gib != 0:
+            streaming = dataclasses.replace(streaming, budget_gib=0.0)
+            what = "no activations kept"
+        else:
+            raise TrainingError(
+                f"step {self.state.step + 1}: out of memory with one region a chunk and nothing kept ({reason}); "
+                "use a smaller region encoder or context, `train.amp bf16`, or a larger device"
+            )
+        self._set_streaming(streaming)
+        self.log.line(f"step {self.state.step + 1}: out of memory, going on with {what} ({reason})")
+
+    def _set_streaming(self, streaming: Any) -> None:
+        self.model.streaming = streaming
+        if self.ema is not None:
+            self.ema.module.streaming = streaming
+
+    # Evaluation
+
+    def evaluate_if_due(self) -> None:
+        """Evaluate at the end of every `eval_every`-th epoch and of the last, once; keep the model if it is best."""
+        state = self.state
+        epoch, rest = divmod(state.step, self.steps_per_epoch)
+        due = rest == 0 and state.step > state.evaluated and len(self.val_samples)
+        if not due or (epoch % self.settings.eval_every and epoch != self.settings.epochs):
+            return
+        try:
+            with autocast(self.device, self.settings.amp):
+                evaluation = self.retried(self._evaluate)
+        except Stopping:
+            return  # done again by the run that continues
+        state.evaluated, state.last = state.step, evaluation
+        self.log.evaluation(state.step, epoch, evaluation.loss, evaluation.metrics)
+        name = self.task.best
+        if state.best is None or self.task.better(evaluation.metrics[name], state.best.evaluation.metrics[name]):
+            state.best = Best(step=state.step, evaluation=evaluation)
+            self.save_model()
+
+    def _evaluate(self) -> Evaluation:
+        return evaluate(
+            self.evaluated_model,
+            self.val_samples,
+            self.task,
+            batch=self.settings.batch,
+            skipped=self.skipped,
+            on_image=self._stop_if_asked,
+        )
+
+    def _stop_if_asked(self, done: int) -> None:
+        if self.signals.caught is not None:
+            raise Stopping
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model that is evaluated and kept: the moving average where there is one."""
+        if self.ema is None:
+            return self.model
+        module: nn.Module = self.ema.module
+        return module
+
+    # What stays on disk
+
+    def save_model(self) -> None:
+        """Write the folder `model/`."""
+        with replaced_folder(self.folder.model) as part:
+            self.evaluated_model.save(part)  # type: ignore[operator]  # GigaXT.save
+
+    def save(self) -> None:
+        """Write a checkpoint of the step."""
+        state = {
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": random_states(),
+            "asked": to_dict(self.settings.streaming),
+            "streaming": to_dict(self.model.streaming),
+            "state": to_dict(self.state),
+            "rows": self.folder.rows_digest,
+        }
+        save_checkpoint(self.folder.checkpoints, self.state.step, state)
+
+    def restore(self) -> None:
+        """Continue where the run in this folder stopped."""
+        # Where the weights come from:
+        # 1. the newest checkpoint in the run folder;
+        # 2. the one before, if that cannot be read;
+        # 3. without any: pretrained weights of the region encoder, if the config names them, and the seed.
+        found = checkpoints(self.folder.checkpoints)
+        failed: CheckpointError | None = None
+        for path in reversed(found):
+            try:
+                _, saved = load_checkpoint(path)
+                break
+            except CheckpointError as error:
+                failed = failed or error
+        else:
+            if failed is not None:
+                raise failed
+            return
+        if saved["rows"] != self.folder.rows_digest:
+            raise DataError(
+                f"{self.task.manifest.path}: the rows changed since the run in {self.folder.path} began; "
+                "restore them, or start another run with another --out"
+            )
+        self.model.load_state_dict(saved["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(saved["ema"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        restore_random_states(saved["random"])
+        self.state = from_dict(State, saved["state"])
+        if saved["asked"] == to_dict(self.settings.streaming):  # smaller chunks, once found necessary, stay
+            self._set_streaming(Streaming(**saved["streaming"]))
+
+    # Small things
+
+    @property
+    def skipped(self) -> dict[str, str] | None:
+        """Where images that cannot be read are noted; None where they end the run."""
+        return self.state.skipped if self.settings.on_bad_image == "skip" else None
+
+    def _first_model(self) -> ModelConfig:
+        """The model's config, without pretrained weights where a checkpoint holds better ones."""
+        model = self.config.model
+        if not checkpoints(self.folder.checkpoints):
+            return model
+        return dataclasses.replace(model, region_encoder=dataclasses.replace(model.region_encoder, pretrained=False))
+
+    def _sample_weights(self) -> list[float] | None:
+        if self.settings.sampling == "shuffle":
+            return None
+        counts = self.task.class_counts("train")
+        if not isinstance(self.task, Classification):
+            raise ConfigError("train.sampling balanced needs a label for each image, and these have masks")
+        classes = [self.task.manifest.class_indices(row)[0] for row in self.train_samples.rows]
+        return balanced_weights(classes, counts)
+
+    def _not_finite(self, what: str, samples: list[Sample]) -> TrainingError:
+        names = ", ".join(sample.image.name for sample in samples)
+        return TrainingError(
+            f"step {self.state.step + 1}: {what}, and no weight was changed; images: {names}; "
+            "look for values that are not finite in them, or lower train.lr"
+        )
+
+    def _headline(self) -> str:
+        count = sum(p.numel() for p in self.parameters)
+        done = f"continuing after step {self.state.step}: " if self.state.step else ""
+        return (
+            f"{done}{self.folder.path}: {len(self.train_samples)} images to train on, {len(self.val_samples)} to "
+            f"evaluate on, {count / 1e6:.2f} M weights, {self.total_steps} steps on {self.device}"
+        )
+
+    def _farewell(self) -> str:
+        state = self.state
+        if self.signals.caught is not None:
+            where = f"stopped by {self.signals.caught.name} after step {state.step} of {self.total_steps}"
+            return f"{where}; all is saved, the same command continues"
+        best = state.best
+        score = (
+            f"; best {self.task.best} {best.evaluation.metrics[self.task.best]:.4f} (step {best.step})" if best else ""
+        )
+        return f"{self.total_steps} steps done in {duration(state.seconds)}{score}; the model is {self.folder.model}"

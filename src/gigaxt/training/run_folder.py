@@ -1,0 +1,108 @@
+"""The folder of a run: its files, and the settings that a run gets from its data before it starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from gigaxt.config import to_dict
+from gigaxt.datasets.manifest import Manifest
+from gigaxt.errors import CheckpointError, ConfigError
+from gigaxt.tasks import Task, make_task, read_manifest
+from gigaxt.training.checkpoint import checkpoints, one_line, recover_folder
+from gigaxt.training.config import RunConfig, differences, read_yaml, run_config
+
+
+class RunFolder:
+    """Names in a run folder.
+
+        config.yaml   checkpoints/   model/   metrics.csv   tensorboard/   log.txt   report.html
+
+    Args:
+        path: the folder.
+        rows_digest: of the manifest's training and validation rows; a run continues with the same ones only.
+    """
+
+    def __init__(self, path: Path, rows_digest: str = "") -> None:
+        self.path, self.rows_digest = path, rows_digest
+        self.config = path / "config.yaml"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self.metrics = path / "metrics.csv"
+        self.report = path / "report.html"
+
+
+def prepare_run(config: RunConfig, out: Path) -> tuple[RunFolder, RunConfig, Task]:
+    """Make or check the run folder, and fill what the data decides into the config: class names and weights.
+
+    Raises:
+        ConfigError: `out` is no run folder, or one of a run with other settings.
+        DataError: the manifest does not fit; files are missing and `on_bad_image` is `stop`.
+        CheckpointError: the folder cannot be written.
+    """
+    manifest = read_manifest(config.model.head, config.data.csv, split_seed=config.data.split_seed)
+    if config.train.on_bad_image == "stop":
+        manifest.check_files()
+    folder = RunFolder(out, rows_digest(manifest))
+    stored = run_config(read_yaml(folder.config)) if folder.config.exists() else None
+    if stored is None and out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out}: expected a new folder or one of a run (with config.yaml); use another --out")
+    task = make_task(config.model.head, manifest)
+    config = _resolved(config, task, stored)
+    if stored is not None and checkpoints(folder.checkpoints):
+        changed = differences(to_dict(stored), to_dict(config))
+        if changed:
+            raise ConfigError(
+                f"{out} holds a run with other settings: {'; '.join(changed[:3])}; use these, or another --out"
+            )
+    try:
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        recover_folder(folder.model)
+        part = folder.config.with_suffix(".part")
+        part.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        part.replace(folder.config)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot write the run folder: {one_line(error)}") from error
+    return folder, config, task
+
+
+def rows_digest(manifest: Manifest) -> str:
+    """A digest of the rows that training sees; the folder of the CSV does not count, so that data may be moved."""
+    base = manifest.path.parent
+    rows = [
+        [*(str(path and _relative(path, base)) for path in (row.image, row.mask)), row.label, row.split]
+        for row in manifest.rows
+        if row.split in ("train", "val")
+    ]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _relative(path: Path, base: Path) -> Path:
+    return path.relative_to(base) if path.is_relative_to(base) else path
+
+
+def _resolved(config: RunConfig, task: Task, stored: RunConfig | None) -> RunConfig:
+    """The config with class names and, where asked, class weights in its head."""
+    head = config.model.head
+    if head.class_names is None:
+        head = replace(head, class_names=list(task.class_names))
+    if config.train.class_weights == "balanced":
+        if head.class_weights is not None and (stored is None or stored.model.head.class_weights != head.class_weights):
+            raise ConfigError("train.class_weights and model.head.class_weights are both set; remove one")
+        if stored is not None and stored.train.class_weights == "balanced":
+            weights = stored.model.head.class_weights  # counting pixels takes a while, and was done
+        else:
+            weights = balanced(task.class_counts("train"))
+        head = replace(head, class_weights=weights)
+    csv = str(Path(config.data.csv).resolve())
+    return replace(config, data=replace(config.data, csv=csv), model=replace(config.model, head=head))
+
+
+def balanced(counts: list[float]) -> list[float]:
+    """Class weights: all counts / (classes * count), so that they average to 1 over the data; 1 for absent classes."""
+    present = [count for count in counts if count]
+    return [sum(counts) / (len(present) * count) if count else 1.0 for count in counts]

@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gigaxt.errors import ConfigError
+from gigaxt.nn.keyed import key_dropout
+from gigaxt.streaming import Streaming, stream
+
+REGIONS = 7
+BUDGETS = [Streaming(budget_gib=None), Streaming(), Streaming(budget_gib=1.0), Streaming(budget_gib=20e-6)]
+CHUNKS = {
+    "one": [slice(i, i + 1) for i in range(REGIONS)],
+    "three": [slice(0, 3), slice(3, 6), slice(6, 7)],
+    "all": [slice(0, REGIONS)],
+    "growing": [slice(0, 1), slice(1, 7)],
+}
+
+
+class Small(nn.Module):
+    """Uses its rows, its slice, what is shared, a frozen and a tied parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.linear = nn.Linear(4, 5)
+        self.tied = self.linear
+        self.frozen = nn.Parameter(torch.full((5,), 0.7), requires_grad=False)
+        self.drop = nn.Dropout(0.4)
+        self.rows: list[int] = []
+
+    def forward(self, x: Tensor, own: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+        self.rows.append(len(x))
+        y = self.tied(self.drop(self.conv(x).mean((2, 3)).tanh())) * self.frozen + own * shared
+        return y, (y**2).reshape(-1, 1)  # one row a region, and five
+
+
+def problem() -> tuple[Small, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    module = key_dropout(Small().double())
+    own = torch.randn(REGIONS, 5, dtype=torch.float64, requires_grad=True)
+    shared = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    return module, torch.randn(REGIONS, 3, 8, 8, dtype=torch.float64), own, shared
+
+
+def run(chunks: Sequence[Any], streaming: Streaming, reduce: Any = "cat") -> list[Tensor]:
+    module, pixels, own, shared = problem()
+    outputs = stream(
+        module,
+        lambda chunk: pixels[chunk],
+        chunks,
+        sliced=(own,),
+        shared=(shared,),
+        reduce=reduce,
+        seed=3,
+        streaming=streaming,
+    )
+    # Weights that differ by element: a gradient that lands at the wrong row shows.
+    sum((o * torch.linspace(1, 2, o.numel(), dtype=torch.float64).view_as(o)).sum() for o in outputs).backward()
+    grads = [p.grad for p in module.parameters() if p.requires_grad]
+    assert module.frozen.grad is None
+    return [o.detach() for o in outputs] + [g for g in [*grads, own.grad, shared.grad] if g is not None]
+
+
+def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("streaming", BUDGETS, ids=["ordinary", "nothing", "all", "some"])
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS.keys())
+def test_equals_ordinary_autograd(chunks: list[slice], streaming: Streaming) -> None:
+    assert_same(run(chunks, streaming), run(CHUNKS["all"], BUDGETS[0]))
+
+
+@pytest.mark.parametrize("streaming", BUDGETS, ids=["ordinary", "nothing", "all", "some"])
+def test_sums(streaming: Streaming) -> None:
+    class Summed(Small):
+        def forward(self, x: Tensor, own: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+            y, squares = super().forward(x, own, shared)
+            return y.sum(0), squares.sum()
+
+    module, pixels, own, shared = problem()
+    summed = key_dropout(Summed().double())
+    summed.load_state_dict(module.state_dict())
+
+    def grads(chunks: list[slice], streaming: Streaming) -> list[Tensor]:
+        summed.zero_grad()
+        a, b = stream(
+            summed,
+            lambda c: pixels[c],
+            chunks,
+            sliced=(own,),
+            shared=(shared,),
+            reduce="sum",
+            seed=1,
+            streaming=streaming,
+        )
+        loss = (a * torch.arange(5.0, dtype=torch.float64)).sum() / b
+        trained = [p for p in summed.parameters() if p.requires_grad]
+        return [loss.detach(), *torch.autograd.grad(loss, [*trained, own, shared])]
+
+    assert_same(grads(CHUNKS["three"], streaming), grads(CHUNKS["all"], BUDGETS[0]))
+
+
+def test_passes_over_the_module() -> None:
+    """Rows forwarded per training step: once with everything kept, twice with nothing."""
+    for streaming, expected in ((Streaming(budget_gib=1.0), REGIONS), (Streaming(), 2 * REGIONS)):
+        module, pixels, own, shared = problem()
+        out, _ = stream(
+            module, lambda c: pixels[c], CHUNKS["three"], sliced=(own,), shared=(shared,), streaming=streaming
+        )
+        out.sum().backward()
+        assert sum(module.rows) == expected
+
+
+def test_hooks_see_one_ordinary_operation() -> None:
+    module, pixels, own, shared = problem()
+    calls: list[Tensor] = []
+    module.linear.weight.register_hook(calls.append)
+    module.linear.weight.register_post_accumulate_grad_hook(lambda p: calls.append(p.grad))
+    out, _ = stream(module, lambda c: pixels[c], CHUNKS["one"], sliced=(own,), shared=(shared,))
+    out.sum().backward()
+    assert len(calls) == 2
+
+
+def test_accumulation_and_no_grad() -> None:
+    module, pixels, own, shared = problem()
+
+    def step() -> None:
+        out, _ = stream(module, lambda c: pixels[c], CHUNKS["three"], sliced=(own,), shared=(shared,), seed=1)
+        out.sum().backward()
+
+    step()
+    assert module.conv.weight.grad is not None
+    once = module.conv.weight.grad.clone()
+    step()
+    torch.testing.assert_close(module.conv.weight.grad, 2 * once)
+    with torch.no_grad():
+        out, _ = stream(module, lambda c: pixels[c], CHUNKS["three"], sliced=(own,), shared=(shared,), seed=1)
+    assert not out.requires_grad
+
+
+def test_autocast_of_the_forward_pass() -> None:
+    torch.manual_seed(0)
+    module, pixels = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.randn(4, 12)
+
+    def grads(streaming: Streaming) -> list[Tensor]:
+        module.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = stream(module, lambda c: pixels[c], [slice(0, 2), slice(2, 4)], streaming=streaming)
+        assert out.dtype == torch.bfloat16
+        out.float().square().sum().backward()
+        return [p.grad.clone() for p in module.parameters() if p.grad is not None]
+
+    for a, b in zip(grads(Streaming()), grads(Streaming(budget_gib=None)), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)
+    assert grads(Streaming())[0].dtype == torch.float32
+
+
+def test_changed_parameter_between_the_passes_is_noticed() -> None:
+    module, pixels, own, shared = problem()
+    out, _ = stream(module, lambda c: pixels[c], CHUNKS["three"], sliced=(own,), shared=(shared,))
+    with torch.no_grad():
+        module.conv.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+class Scaled(nn.Module):
+    def __init__(self, extra: Tensor) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.hidden = [extra]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x) * self.hidden[0]
+        return out
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        out: Tensor = self.linear(x)
+        return out
+
+
+class Noisy(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.randn(2)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Scaled(torch.ones(2, requires_grad=True)), "not among its own"),
+        (Counting(), "changes its buffers"),
+        (Noisy(3, 2), "global random state"),
+        (nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), "BatchNorm1d in training mode"),
+    ],
+    ids=["foreign leaf", "buffer", "random", "batchnorm"],
+)
+def test_refuses_what_would_give_wrong_gradients(module: nn.Module, message: str) -> None:
+    before = {name: b.clone() for name, b in module.named_buffers()}
+    with pytest.raises(ConfigError, match=message):
+        stream(module, lambda c: torch.ones(2, 3), [0, 1])
+    for name, b in module.named_buffers():
+        torch.testing.assert_close(b, before[name])
+
+
+def test_refuses_pixels_that_require_grad() -> None:
+    with pytest.raises(ConfigError, match="pixels get no gradient"):
+        stream(nn.Linear(3, 2), lambda c: torch.ones(2, 3, requires_grad=True), [0])
+
+
+def test_wrong_use() -> None:
+    linear = nn.Linear(3, 2)
+    with pytest.raises(ConfigError, match="at least one chunk"):
+        stream(linear, lambda c: torch.ones(2, 3), [])
+    with pytest.raises(ConfigError, match="'cat' or 'sum'"):
+        stream(linear, lambda c: torch.ones(2, 3), [0], reduce="mean")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="5 rows"):
+        stream(
+            Small().eval(), lambda c: torch.ones(2, 3, 8, 8), [0], sliced=(torch.ones(5, 5),), shared=(torch.ones(5),)
+        )
+    with pytest.raises(ConfigError, match="leading dimensions"):
+        stream(linear, lambda c: (torch.ones(2, 3), torch.ones(3, 3)), [0])
+
+
+def test_errors_name_the_chunk_and_close_the_readers() -> None:
+    class Named:
+        def __init__(self, i: int) -> None:
+            self.i = i
+
+        def __str__(self) -> str:
+            return f"scene.tif, region {self.i}"
+
+    class Fails(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if x[0, 0] == 2:
+                raise ValueError("boom")
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match="boom") as caught:
+        stream(Fails(3, 2), lambda c: torch.full((1, 3), float(c.i)), [Named(i) for i in range(6)])
+    assert "scene.tif, region 2" in " ".join(caught.value.__notes__)
+    assert not [t for t in threading.enumerate() if t.name.startswith("gigaxt-read")]
+
+
+def test_out_of_memory_is_retried_in_smaller_parts() -> None:
+    class Tight(nn.Linear):
+        most = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.most = max(self.most, len(x))
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    pixels, module = torch.randn(7, 3), Tight(3, 2)
+    out = stream(module, lambda c: pixels[c], [slice(0, 7)])
+    torch.testing.assert_close(out, pixels @ module.weight.T + module.bias)
+    out.sum().backward()
+    torch.testing.assert_close(module.weight.grad, pixels.sum(0).expand(2, 3))
+    assert module.most == 7
+
+
+def test_a_large_sum_in_bfloat16_does_not_lose_itself() -> None:
+    """Adding 1 to 256 in bfloat16 changes nothing; the sums over chunks are float32."""
+    module = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    out = stream(module, lambda c: torch.ones(1, 1, dtype=torch.bfloat16), range(1000))
+    out.sum().backward()
+    assert module.weight.grad is not None
+    assert abs(module.weight.grad.item() - 1000) < 4
+
+
+def test_chunks_are_read_ahead_and_memory_is_bounded() -> None:
+    alive: list[int] = []
+    most = 0
+    lock = threading.Lock()
+
+    def load(i: int) -> Tensor:
+        nonlocal most
+        with lock:
+            alive.append(i)
+            most = max(most, len(alive))
+        return torch.ones(1, 3)
+
+    class Forgetting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with lock:
+                alive.pop()
+            return super().forward(x)
+
+    with torch.no_grad():
+        stream(Forgetting(3, 2), load, range(50))
+    assert 1 <= most <= 4
