@@ -1,9 +1,9 @@
 """A class mask of 29,000 x 25,000 px, written in regions of 256 px as inference does: wall, CPU, peak memory, size.
 
-Each case runs in a child process of its own: TiffWriter with regions in raster order, in Hilbert-like (Z) order and from
-two threads, and, where rasterio is installed, rasterio's tiled GeoTIFF (DEFLATE 1) with overviews built afterwards, the
-best that `facts/io.md` found. `baseline` makes the regions and writes nothing; its CPU time and memory are taken off in
-the ratios. Bare seconds on a busy machine mean little: compare the CPU ratios of one run.
+Each case runs in a child process of its own: TiffWriter with regions in raster order, in Hilbert-like (Z) order and
+from two threads (one half of the image each), with zstd, and, where rasterio is installed, rasterio's tiled GeoTIFF
+(DEFLATE 1) with overviews built afterwards, the best that `facts/io.md` found. `baseline` makes the regions and writes
+nothing; its CPU time is taken off in the ratio. Seconds on a busy machine mean little: compare CPU within one run.
 
     python benchmarks/bench_write.py [--quick]        # --quick: 5,800 x 5,000 px
 """

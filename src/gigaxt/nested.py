@@ -100,6 +100,7 @@ class _Encode(torch.autograd.Function):
     def forward(ctx: Any, job: _Job, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         ctx.job = job
         ctx.save_for_backward(*parameters)  # so that a change in place between the passes is noticed
+        ctx.set_materialize_grads(False)
         # The link makes the decode stage depend on this one even where `join` cuts the tokens' gradient.
         return job.encode_all(training=True), parameters[0].new_zeros(())
 
@@ -245,7 +246,9 @@ class _Job:
         if context.shape[0] != sum(self.counts):
             raise ConfigError(f"join_tokens: expected {sum(self.counts)} rows, one a region, got {context.shape[0]}")
         self.context = context.detach()
-        unit = [context.new_ones((), dtype=torch.float64)] if training and self.linear else None
+        unit: list[Tensor | None] | None = None
+        if training and self.linear:
+            unit = [context.new_ones((), dtype=torch.float64)]
         for part, decoded in self._decode_stage(unit, check=training):
             self.outputs.add(part, decoded.outputs, len(self.chunks))
         return self.outputs.results(sum(self.counts))
@@ -306,14 +309,13 @@ class _Job:
         self, grads: Sequence[Tensor | None] | None, *, check: bool = False
     ) -> Iterator[tuple[Rows, _Decoded]]:
         """Decode all chunks; with `grads` of the outputs, take those of the context and of what is in `kept`."""
-        if grads is not None:
-            self.context_grad = torch.zeros_like(self.context)
+        context_grad = self.context_grad = None if grads is None else torch.zeros_like(self.context)
         for i, rows in enumerate(self._rows(lambda i: (i not in self.kept, True))):
             kept = self.kept.get(i)
             for part, decoded in self.reader.run(rows, partial(self._decode_rows, kept=kept, grads=grads, check=check)):
                 check = False
-                if decoded.context_grad is not None:
-                    part.of([self.context_grad])[0].copy_(decoded.context_grad)
+                if context_grad is not None and decoded.context_grad is not None:
+                    part.of([context_grad])[0].copy_(decoded.context_grad)
                 if kept is not None and grads is not None:
                     kept.map_grads.append(decoded.map_grads)
                     self.decode_sums.add(decoded.parameter_grads)

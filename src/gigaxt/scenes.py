@@ -240,14 +240,19 @@ class SceneBatch:
         """Masks of the regions' cores.
 
         Returns:
-            target (n, core, core) int64; valid (n, core, core) bool, False outside the image and at the mask's nodata.
+            target (n, core, core) int64; valid (n, core, core) bool, False outside the image, at its nodata and at the
+            mask's.
         """
         masks, valid = [], []
         for s, _, place in chunk.places:
             scene = self.scenes[s]
             assert scene.target is not None
             x, y = place.col * scene.grid.core, place.row * scene.grid.core
-            pixels, mask = scene.target.read_valid(x, y, scene.grid.core, scene.grid.core)
+            window = (x, y, scene.grid.core, scene.grid.core)
+            pixels, mask = scene.target.read_valid(*window)
+            if not scene.image.all_valid and isinstance(scene.image, Image):
+                # As in regions that are left out: where there is no data, nothing is learnt, whatever the mask says.
+                mask = mask & scene.image.validity(*window)
             masks.append(pixels[..., 0].astype(np.int64))
             valid.append(mask)
         return {"target": torch.from_numpy(np.stack(masks)), "valid": torch.from_numpy(np.stack(valid))}
@@ -297,10 +302,8 @@ def kept_regions(image: Image, config: InputConfig, region: int) -> Mask:
     if config.foreground is not None:
         keep = keep & Foreground.from_spec(config.foreground).keep(image, region, config.halo)
     if not keep.any():
-        raise DataError(
-            f"{image.name}: none of its {keep.size} regions holds data"
-            + (" in the foreground" if config.foreground else "")
-        )
+        what = "foreground" if config.foreground else "data"
+        raise DataError(f"{image.name}: none of its {keep.size} regions holds {what}: leave the image out")
     if file is not None:
         while len(_KEPT) >= MOST_KEPT:
             _KEPT.pop(next(iter(_KEPT)))

@@ -215,7 +215,8 @@ def test_jpeg_equals_pillow(tmp_path: Path, kind: str, progressive: bool) -> Non
     if progressive:  # 2 bytes a coefficient: needs more than is allowed here
         with pytest.raises(ImageError, match=r"progressive JPEG.*jpegtran"):
             jpeg_rows.jpeg_rows(source, 16, 100_000)
-    rows = jpeg_rows.jpeg_rows(source, 16, 260_000 if progressive else 0).bands(64)  # through rasterio, band by band
+    budget = (260_000 if kind == "RGB" else 180_000) if progressive else 0
+    rows = jpeg_rows.jpeg_rows(source, 16, budget).bands(64)  # through rasterio, band by band
     found = np.concatenate(list(rows))
     assert np.abs(found - wanted).mean() < 2.5  # rasterio 1.4 brings a libjpeg that rounds otherwise
 
@@ -236,7 +237,7 @@ def test_truncated_jpeg(tmp_path: Path, careful: bool) -> None:
     source = save(tmp_path / "a.jpg", pictures()["RGB"].resize((300, 200)), quality=90)
     good = source.read_bytes()
     source.write_bytes(good[:9000])
-    with pytest.raises(ImageError, match="truncated|Premature") as caught:
+    with pytest.raises(ImageError, match=r"truncated|Premature") as caught:
         list(jpeg_rows.jpeg_rows(source, 16, 10**9 if careful else 0).bands(16))
     assert "\n" not in str(caught.value)
     if careful:  # GDAL does not notice

@@ -161,6 +161,7 @@ def test_resample_mean_keeps_means_and_places() -> None:
 def test_layout_is_found_where_channels_equal_sides() -> None:
     assert find_layout([(1, 16, 16, 16), (1, 8, 8, 32)], [16, 32], [16, 8]) is True
     assert find_layout([(1, 16, 16, 16), (1, 32, 8, 8)], [16, 32], [16, 8]) is False
+    assert find_layout([(1, 16, 16, 8), (1, 8, 8, 8)], [8, 8], [16, 8]) is True
     assert find_layout([(1, 16, 16, 16)], [16], [16]) is None
     with pytest.raises(InadmissibleError, match="16 x 15 x 15"):
         find_layout([(1, 15, 15, 17)], [16], [15])

@@ -44,7 +44,10 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[TinyMod
 
 def numbers(out: Path) -> list[dict[str, str]]:
     """metrics.csv without what depends on the clock."""
-    return [{key: value for key, value in row.items() if key not in TIME_COLUMNS} for row in read_metrics(out / "metrics.csv")]
+    return [
+        {key: value for key, value in row.items() if key not in TIME_COLUMNS}
+        for row in read_metrics(out / "metrics.csv")
+    ]
 
 
 def final_state(out: Path) -> dict[str, Any]:
@@ -103,17 +106,19 @@ def test_the_callers_random_stream_goes_on(csv: Path, models: list[TinyModel], t
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("step", [1, 6, 8])  # in the first epoch, in the middle of one, at the end of one
+@pytest.mark.parametrize(  # in the first epoch, in the middle of one, at the end of one
+    ("step", "number"), [(1, signal.SIGTERM), (6, signal.SIGUSR1), (8, signal.SIGINT)]
+)
 def test_a_stopped_run_continues_to_the_same_numbers(
-    csv: Path, models: list[TinyModel], tmp_path: Path, at_step: Any, step: int
+    csv: Path, models: list[TinyModel], tmp_path: Path, at_step: Any, step: int, number: signal.Signals
 ) -> None:
     settings = {"ema": 0.9, "augment": {"dihedral": True, "colour": 0.3}, "sampling": "balanced", "optimizer": "adamw"}
     train(tiny_config(csv, **settings), tmp_path / "whole")
-    at_step(step, stop)
+    at_step(step, lambda model: os.kill(os.getpid(), number))
 
     first = train(tiny_config(csv, **settings), tmp_path / "stopped")
-    assert (first.signal, first.step) == (signal.SIGTERM, step)
-    assert "stopped by SIGTERM" in (tmp_path / "stopped/log.txt").read_text()
+    assert (first.signal, first.step) == (number, step)
+    assert f"stopped by {number.name} after step {step} of 12" in (tmp_path / "stopped/log.txt").read_text()
     second = train(tiny_config(csv, **settings), tmp_path / "stopped")
     assert (second.signal, second.step) == (None, 12)
 
@@ -172,7 +177,9 @@ def test_a_finished_run_is_left_as_it_is(csv: Path, models: list[TinyModel], tmp
     assert not models[1].seeds
 
 
-def test_accumulated_steps_equal_large_ones(csv: Path, models: list[TinyModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accumulated_steps_equal_large_ones(
+    csv: Path, models: list[TinyModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch, "randn", lambda *shape, **_: torch.zeros(*shape))  # noise is drawn per forward pass
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(*shape))
     train(tiny_config(csv, batch=4, epochs=1), tmp_path / "large")
@@ -318,9 +325,7 @@ def test_a_folder_of_something_else_is_refused(csv: Path, models: list[TinyModel
         train(tiny_config(csv), csv.parent)
 
 
-def test_changed_rows_are_refused_and_moved_data_is_not(
-    csv: Path, models: list[TinyModel], tmp_path: Path
-) -> None:
+def test_changed_rows_are_refused_and_moved_data_is_not(csv: Path, models: list[TinyModel], tmp_path: Path) -> None:
     train(tiny_config(csv, epochs=1), tmp_path / "run")
     other = tmp_path / "moved"
     other.mkdir()

@@ -82,7 +82,12 @@ class SlowModel(TinyModel):
         return super().forward(*args, **kwargs)
 
 
-KILLED_SETTINGS: dict[str, Any] = {"epochs": 20, "checkpoint_minutes": 0.0, "ema": 0.9, "augment": {"dihedral": True, "colour": 0.2}}
+KILLED_SETTINGS: dict[str, Any] = {
+    "epochs": 20,
+    "checkpoint_minutes": 0.0,
+    "ema": 0.9,
+    "augment": {"dihedral": True, "colour": 0.2},
+}
 
 if __name__ == "__main__":
     loop.build_model = SlowModel  # type: ignore[assignment]

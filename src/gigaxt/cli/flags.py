@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -43,17 +44,12 @@ def parse(cls: type[T], args: Sequence[str], *, verb: str, description: str = ""
 
 
 def _first_sentence(box: str) -> str:
-    """What tyro says in its frame, up to the first rule and without the title."""
-    lines = [line.strip(" │").strip() for line in box.splitlines()[1:]]
-    body: list[str] = []
-    hints: list[str] = []
-    for line in lines:
-        if set(line) <= set("─╰╯╭╮"):
-            body, hints = (body, [line]) if body and not hints else (body, [*hints, line])
-        elif hints:
-            hints.append(line)
-        else:
-            body.append(line)
-    nearest = next((line.split()[0] for line in hints if line.startswith("--")), "")
-    text = " ".join(part for part in body if part).rstrip(".")
-    return f"{text}; did you mean `{nearest}`?" if nearest and text.startswith("Unrecognized") else text
+    """What tyro says in its frame, up to the first rule and without the title; the nearest flag where it names one.
+
+    The frame is drawn in ASCII where the terminal's encoding has no lines.
+    """
+    lines = [re.sub(r"^[|│\s]+|[|│\s]+$", "", line) for line in box.splitlines()[1:]]
+    rule = next((i for i, line in enumerate(lines) if re.fullmatch(r"[-+─╰╯]{5,}", line)), len(lines))
+    text = " ".join(line for line in lines[:rule] if line).rstrip(".")
+    near = next((line.split()[0] for line in lines[rule:] if line.startswith("--") and line[2:3].isalpha()), "")
+    return f"{text}; did you mean `{near}`?" if near and text.startswith("Unrecognized") else text

@@ -188,9 +188,8 @@ def _placement(image: Image, model: Image) -> tuple[tuple[float, float], tuple[f
     for axis, (size, over), by, start in zip("xy", sizes, scale, offset, strict=True):
         slack = 1.01 * max(1.0, by)  # one px of the coarser of the two
         if by <= 0 or abs(start) > slack or abs(start + over * by - size) > slack:
-            raise _mismatch(
-                image, model, f"along {axis} it covers {size} px, the grid {start:.1f} to {start + over * by:.1f}"
-            )
+            covered = f"{start:.1f} to {start + over * by:.1f}"
+            raise _mismatch(image, model, f"one of {size} px along {axis}, of which the grid covers {covered}")
     return scale, offset
 
 

@@ -53,9 +53,7 @@ def open_image(
     wanted, own, name = (mpp, image.mpp, "mpp") if mpp is not None else (gsd_m, image.gsd_m, "gsd_m")
     assert wanted is not None
     if own is None:
-        raise ImageError(
-            image.name, f"{name}={wanted:g} asked for, but the image does not say its own: open it without"
-        )
+        raise ImageError(image.name, f"cannot be resampled to {name}={wanted:g}: it does not say its own {name}")
     scales = [wanted / size for size in own]
     return resample(image, *(1.0 if abs(scale - 1) < _SAME else scale for scale in scales))
 
@@ -115,4 +113,4 @@ def _slide(path: Path, limits: dict[str, int]) -> Image:
 
 
 def _is_text(head: bytes) -> bool:
-    return all(byte >= 32 or byte in b"\t\n\r\f" for byte in head)
+    return head.isascii() and all(byte >= 32 or byte in b"\t\n\r\f" for byte in head)

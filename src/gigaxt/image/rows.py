@@ -48,8 +48,9 @@ class Rows:
 
 
 def copying_bytes(width: int, channels: int, dtype: np.dtype[np.generic], tile: int) -> int:
-    """Memory that copying takes beside what decoding holds: two bands as high as a tile, one more in the overviews,
-    and one for what is being encoded.
+    """Memory that copying takes beside decoding: four rows of tiles.
+
+    Two are bands (one being filled, one being written), one waits in the overviews, one is what the encoders hold.
     """
     return 4 * width * tile * channels * dtype.itemsize
 

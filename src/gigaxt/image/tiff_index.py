@@ -176,10 +176,7 @@ class _Builder:
     def index(self) -> TiffIndex:
         first = self._page(self.chain[0])
         vendor = any(getattr(first, flag) for flag in _VENDORS)
-        ome = self._ome(first)
-        indexes = [0]
-        if ome is not None:
-            indexes = ome.directories(first.samplesperpixel, len(self.chain), Path(self.walk.file.path).name)
+        ome, indexes = self._ome(first) if first.is_ome else (None, [0])
         first = first if indexes[0] == 0 else self._page(self.chain[indexes[0]])
         mains = [first, *(self._page(self.chain[index]) for index in indexes[1:])]
         full = tuple(self._plane(page) for page in mains)
@@ -199,7 +196,7 @@ class _Builder:
             levels = [planes for planes, mask in zip(levels, level_masks, strict=True) if mask is not None]
             level_masks = [mask for mask in level_masks if mask is not None]
         channels = sum(plane.samples for plane in full)
-        geo = georeference(first)
+        geo, orientation = georeference(first), first.tags.valueof(274, default=1)
         mpp = ome.mpp if ome is not None else None
         if mpp is None and geo.transform is None:
             mpp = micrometres_per_pixel(first)
@@ -210,15 +207,16 @@ class _Builder:
             mpp=mpp,
             geo=geo,
             band_names=(ome.band_names(channels) if ome is not None else ()) or gdal_band_names(first, channels),
-            orientation=int(first.tags.valueof(274, default=1)),
+            orientation=orientation if orientation in range(1, 9) else 1,
             vendor=vendor,
         )
 
-    def _ome(self, first: tifffile.TiffPage) -> OmeImage | None:
-        if not first.is_ome:
-            return None
+    def _ome(self, first: tifffile.TiffPage) -> tuple[OmeImage, list[int]]:
+        """The OME-XML, and which directories hold the bands."""
         try:
-            return OmeImage(first.description)
+            ome = OmeImage(first.description)
+            name = Path(self.walk.file.path).name
+            return ome, ome.directories(first.samplesperpixel, len(self.chain), name)
         except ValueError as error:
             raise self.walk.error(str(error)) from error
 

@@ -222,7 +222,7 @@ class OmeImage:
         """
         planes = max(1, self.sizes["C"] // max(1, samples))
         if planes > count:
-            raise ValueError(f"its OME-XML promises {planes} bands, the file has {count} directories")
+            raise ValueError(f"its OME-XML promises {planes} bands, this file holds {count} (a set of several files?)")
         lengths = {"C": planes, "Z": self.sizes["Z"], "T": self.sizes["T"]}
         order = [axis for axis in self._pixels.get("DimensionOrder", "XYZCT") if axis in lengths]
         if sorted(order) != ["C", "T", "Z"]:

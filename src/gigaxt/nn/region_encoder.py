@@ -126,7 +126,7 @@ class RegionEncoder(nn.Module):
         features: list[Tensor] = list(self.trunk(pixels))
         if self.layout.channels_last:
             features = [x.permute(0, 3, 1, 2) for x in features]  # (n, h, w, c) -> (n, c, h, w), a view
-        tokens = resample_mean(features[-1], self.tokens_per_side).permute(0, 3, 2, 1)  # -> (n, t, t, dim)
+        tokens = resample_mean(features[-1], self.tokens_per_side).permute(0, 2, 3, 1)  # -> (n, t, t, dim)
         if not self.map_channels:
             return tokens, []
         return tokens, self.pyramid(features) if self.pyramid else features

@@ -329,7 +329,8 @@ class GigaXT(nn.Module):
     def _join(self, batch: SceneBatch, tokens: Tensor, overview: Tensor) -> Tensor:
         """Tokens of the regions of full size (regions, t * t, dim), and of the overviews', to the former's context."""
         everything = torch.cat([tokens, overview]) if len(overview) else tokens
-        parts, order = [], []
+        parts: list[Tensor] = []
+        order: list[Tensor] = []
         for group in _alike(batch):
             rows, coords, valid = self._tokens_of(batch, group, tokens.device)
             joined, _ = self.context(_gather(everything, rows), coords, valid)

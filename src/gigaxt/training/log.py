@@ -205,7 +205,6 @@ def duration(seconds: float) -> str:
 def environment() -> dict[str, str]:
     """Versions and hardware, for the report."""
     import platform
-
     from importlib.metadata import version
 
     import timm

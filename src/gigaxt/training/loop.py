@@ -40,7 +40,7 @@ from gigaxt.training.device import autocast, pick_device
 from gigaxt.training.evaluate import Stopping, evaluate, named, open_samples, without_guilty
 from gigaxt.training.log import RunLog, duration
 from gigaxt.training.optim import make_optimizer, set_lr
-from gigaxt.training.report import write_report
+from gigaxt.training.report import answers, write_report
 from gigaxt.training.run_folder import RunFolder, prepare_run
 from gigaxt.training.signals import Signals
 from gigaxt.training.state import Best, RunResult, State
@@ -74,7 +74,9 @@ def train(config: RunConfig, out: str | Path, *, console: Console | None = None)
         run = Run(config, folder, task, device, signals)
         run.restore()
         run.fit(console)
-    write_report(folder, config, task, run.state)
+    with answers(folder, task, device) as answer:
+        # Who is asked to stop may be killed soon: then without new answers.
+        write_report(folder, config, task, run.state, answer if signals.caught is None else None)
     best = run.state.best.evaluation if run.state.best else None
     return RunResult(
         out=folder.path, step=run.state.step, total_steps=run.total_steps, signal=signals.caught, best=best

@@ -7,10 +7,13 @@ import html
 import io
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 from PIL import Image as Pillow
 
@@ -19,14 +22,19 @@ from gigaxt.draw import Colour, Picture, class_palette, mask_thumbnail, overlay_
 from gigaxt.errors import CheckpointError, GigaxtError
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image
-from gigaxt.tasks import Evaluation, Task, WorstCase
+from gigaxt.inference import predict
+from gigaxt.pretrained import load
+from gigaxt.tasks import Evaluation, Segmentation, Task, WorstCase
 from gigaxt.training.checkpoint import one_line
 from gigaxt.training.config import RunConfig
+from gigaxt.training.data import derive_seed
 from gigaxt.training.log import duration, environment, read_metrics
 from gigaxt.training.run_folder import RunFolder
 from gigaxt.training.state import State
 
 THUMBNAIL_PX = 320
+ANSWER_PIXELS = 1 << 26
+"""Larger scenes are shown without the model's answer, which would take too long to make for a report."""
 CURVE_POINTS = 500
 CONFUSION_CLASSES = 30
 """Larger confusion matrices are left out of the report."""
@@ -85,6 +93,24 @@ def write_report(folder: RunFolder, config: RunConfig, task: Task, state: State,
         part.unlink(missing_ok=True)
         raise CheckpointError(f"{folder.report}: cannot write: {one_line(error)}") from error
     return folder.report
+
+
+@contextmanager
+def answers(folder: RunFolder, task: Task, device: torch.device) -> Iterator[Answer | None]:
+    """What makes the masks of a run's best model, while it is entered; None for tasks without masks."""
+    if not isinstance(task, Segmentation) or not (folder.model / "config.json").exists():
+        yield None
+        return
+    model = load(folder.model).to(device)
+    with tempfile.TemporaryDirectory() as temporary:
+
+        def answer(path: str) -> Image | None:
+            image = open_image(path)
+            if image.height * image.width > ANSWER_PIXELS:
+                return None
+            return open_image(predict(model, image, Path(temporary) / f"{derive_seed(path)}.tif"))
+
+        yield answer
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

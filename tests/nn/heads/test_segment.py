@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -51,10 +53,18 @@ def test_context_modulates_every_map_from_the_start() -> None:
     changed = module(maps, context + torch.randn_like(context))
     effect = ((changed - base).std() / base.std()).item()
     assert 0.05 < effect < 1.5
-    # The effect is a product with the features, on each level: scale channels are as strong as shift channels.
     for level in module.levels:
         film = level.film(module.context_norm(context).permute(0, 3, 1, 2))
         assert 0.1 < film.std().item() < 0.6
+    # Scale and shift each act on every level alone.
+    for k in range(len(module.levels)):
+        for half in (slice(0, 8), slice(8, 16)):
+            quiet = copy.deepcopy(module)
+            with torch.no_grad():
+                for j, level in enumerate(quiet.levels):
+                    level.film.weight.mul_(0) if j != k else level.film.weight[half].mul_(0)
+            difference = quiet(maps, context + torch.randn_like(context)) - quiet(maps, context)
+            assert difference.std() > 0.005 * base.std()
 
 
 def test_context_acts_at_its_place() -> None:

@@ -55,7 +55,7 @@ class LayeredContext(ContextEncoder):
     def __init__(self, config: ContextConfig) -> None:
         super().__init__(config)
         heads = largest_divisor(config.dim, max(1, config.dim // 32)) if config.summary else 0
-        gain = 0.5 * config.depth**-0.5  # so that all branches together change the tokens by about a half
+        gain = 0.3 * config.depth**-0.5  # so that all branches together change the tokens by about a half
         self.entry = Entry(config.dim, self.fourier_positions)
         self.latents = nn.Parameter(torch.randn(config.summary, config.dim)) if config.summary else None
         self.layers = nn.ModuleList(

@@ -1,0 +1,63 @@
+"""Arrays and tensors as images."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from gigaxt.errors import ImageError
+from gigaxt.image import open_image
+
+
+def test_arrays() -> None:
+    data = np.arange(24, dtype=np.uint16).reshape(4, 6)
+    image = open_image(data)
+    assert (image.height, image.width, image.channels, image.dtype) == (4, 6, 1, np.uint16)
+    np.testing.assert_array_equal(image.read(0, 0, 6, 4)[..., 0], data)
+    image.read(0, 0, 6, 4)[...] = 0
+    assert data[3, 5] == 23
+    assert open_image(image) is image
+    swapped = open_image(data.astype(">u2"))
+    assert swapped.read(1, 1, 1, 1).dtype.isnative
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(image)).read(0, 0, 6, 4), image.read(0, 0, 6, 4))
+    assert open_image(np.ones((2, 2), bool)).dtype == np.uint8
+
+
+def test_nodata() -> None:
+    data = np.array([[np.nan, 1], [2, np.nan]], np.float32)
+    assert open_image(data, nodata=np.nan).validity(0, 0, 2, 2).tolist() == [[False, True], [True, False]]
+    assert open_image(data).all_valid
+    with pytest.raises(ImageError, match="nodata= is for arrays"):
+        open_image("a.tif", nodata=0)
+
+
+def test_tensors() -> None:
+    tensor = torch.arange(24.0).reshape(2, 3, 4).requires_grad_()
+    image = open_image(tensor)
+    assert (image.height, image.width, image.channels) == (3, 4, 2)
+    np.testing.assert_array_equal(image.read(0, 0, 4, 3), tensor.detach().numpy().transpose(1, 2, 0))
+    assert open_image(torch.zeros(3, 4, dtype=torch.uint8)).channels == 1
+    with pytest.raises(ImageError, match=r"tensor.float\(\)"):
+        open_image(torch.zeros(3, 4, dtype=torch.bfloat16))
+    with pytest.raises(ImageError, match="expected a tensor of shape"):
+        open_image(torch.zeros(1, 3, 4, 4))
+
+
+def test_refused_arrays() -> None:
+    for array in (np.zeros(3), np.zeros((0, 3)), np.zeros((2, 2, 2, 2))):
+        with pytest.raises(ImageError, match="expected shape"):
+            open_image(array)
+    with pytest.raises(ImageError, match="expected integers or floats, got complex64"):
+        open_image(np.zeros((2, 2), np.complex64))
+
+
+def test_windows() -> None:
+    image = open_image(np.ones((4, 6), np.uint8))
+    with pytest.raises(ImageError, match="expected a window of at least 1 x 1 px, got 0 x 3"):
+        image.read(0, 0, 0, 3)
+    with pytest.raises(ImageError, match="expected a level from 0 to 0, got -1"):
+        image.read(0, 0, 1, 1, level=-1)
+    pixels, mask = image.read_valid(-1, -1, 9, 9)
+    assert pixels.sum() == mask.sum() == 24

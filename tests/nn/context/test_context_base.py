@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gigaxt.config import from_dict, to_dict
+from gigaxt.errors import ConfigError, DataError
+from gigaxt.nn.context import ContextConfig, ContextEncoder, ContextState, base, build_context, register_context
+
+TOKENS, COORDS = torch.ones(2, 6, 8), torch.zeros(2, 6, 2)
+
+
+def small(kind: str = "mamba2", **kwargs: object) -> ContextEncoder:
+    return build_context(ContextConfig(kind=kind, dim=8, depth=1, summary=2, **kwargs))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "mamba"}, "context.kind: unknown 'mamba'; did you mean `mamba2`"),
+        ({"kind": "zzz"}, "known: none, full, mamba2"),
+        ({"depth": 0}, "context.depth: expected at least 1, got 0"),
+        ({"dim": 0}, "context.dim: expected at least 1"),
+        ({"summary": -1}, "context.summary: expected at least 0"),
+        ({"order": "hilber"}, "did you mean `hilbert`"),
+        ({"mlp_ratio": 0}, "context.mlp_ratio: expected more than 0"),
+        ({"heads": 0}, "context.heads: expected at least 1"),
+        ({"heads": 5}, "context.heads: expected a divisor of dim x expand = 384, got 5"),
+        ({"kind": "full", "heads": 5}, "divisible by 4 x heads"),
+        ({"kind": "full", "dim": 30}, "divisible by 4 x heads"),
+        ({"kind": "full", "bidirectional": False}, "`full` looks both ways"),
+        ({"options": {"expend": 1}}, "context.options.expend: unknown key; did you mean `expand`"),
+        ({"options": {"conv": 1}}, "context.options.conv: expected at least 2, got 1"),
+        ({"kind": "full", "options": {"expand": 1}}, "context.options.expand: unknown key"),
+    ],
+)
+def test_config_refuses(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ContextConfig(**settings)  # type: ignore[arg-type]
+    assert message in str(caught.value)
+
+
+def test_config_goes_through_plain_data() -> None:
+    config = ContextConfig(kind="mamba2", heads=3, options={"state": 16})
+    assert from_dict(ContextConfig, to_dict(config)) == config
+
+
+@pytest.mark.parametrize("kind", ["none", "full", "mamba2"])
+def test_input_is_checked(kind: str) -> None:
+    encoder = small(kind)
+    for tokens, coords, validity, error, message in (
+        (TOKENS[..., :5], COORDS, None, ConfigError, "expected floating-point tokens (batch, tokens, 8), got (2, 6, 5)"),
+        (TOKENS.long(), COORDS, None, ConfigError, "floating-point"),
+        (TOKENS[0], COORDS, None, ConfigError, "(6, 8)"),
+        (TOKENS[:, :0], COORDS[:, :0], None, DataError, "at least one token, got (2, 0, 8)"),
+        (TOKENS, COORDS[:, :5], None, ConfigError, "expected coords (2, 6, 2)"),
+        (TOKENS, COORDS, torch.ones(2, 6), ConfigError, "expected validity (2, 6) of bool"),
+    ):
+        with pytest.raises(error) as caught:
+            encoder(tokens, coords, validity)
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["full", "mamba2"])
+def test_places_are_checked(kind: str) -> None:
+    encoder = small(kind)
+    validity = torch.tensor([[True] * 6, [False] * 6])
+    with pytest.raises(DataError, match="every token of batch row 1 is masked"):
+        encoder(TOKENS, COORDS, validity)
+    coords = COORDS.clone()
+    coords[1, 2, 0] = torch.nan
+    with pytest.raises(DataError, match="coordinates of token 2 in batch row 1 are"):
+        encoder(TOKENS, coords)
+    validity = torch.ones(2, 6, dtype=torch.bool)
+    validity[1, 2] = False
+    assert encoder(TOKENS, coords, validity)[0].isfinite().all()  # a masked token may be anywhere
+
+
+def test_state_is_refused_where_nothing_is_causal() -> None:
+    state = ((torch.zeros(1),),)
+    for encoder in (small("full"), small("none"), small("mamba2"), small("mamba2", bidirectional=False)):
+        assert not encoder.causal
+        with pytest.raises(ConfigError, match="bidirectional=False and summary=0"):
+            encoder(TOKENS, COORDS, None, state)
+
+
+def test_none_returns_the_tokens() -> None:
+    validity = torch.rand(2, 6) > 0.5
+    tokens = torch.where(validity[..., None], TOKENS, torch.nan)
+    y, state = small("none")(tokens, COORDS, validity)
+    assert state is None
+    assert torch.equal(y, validity[..., None] * TOKENS)
+    assert small("none")(TOKENS, COORDS)[0] is TOKENS
+
+
+def test_other_kinds_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_KINDS", dict(base._KINDS))
+
+    class Twice(ContextEncoder):
+        def encode(
+            self, tokens: Tensor, coords: Tensor, validity: Tensor | None, state: ContextState | None
+        ) -> tuple[Tensor, ContextState | None]:
+            return 2 * tokens, None
+
+    register_context("twice", Twice)
+    register_context("twice", Twice)  # a module that is imported again
+    assert torch.equal(small("twice")(TOKENS, COORDS)[0], 2 * TOKENS)
+    with pytest.raises(ConfigError, match="'full' is already Full"):
+        register_context("full", Twice)

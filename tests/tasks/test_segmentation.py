@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from gigaxt.datasets.manifest import Manifest
+from gigaxt.errors import DataError
+from gigaxt.image.open import open_image
+from gigaxt.tasks import Segmentation, read_manifest
+from gigaxt.tasks.segmentation import intersection_over_union
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    tifffile.imwrite(tmp_path / "image.tif", np.zeros((20, 30, 3), np.uint8), photometric="rgb")
+    mask = np.zeros((20, 30), np.uint8)
+    mask[:5], mask[5:7], mask[7] = 1, 255, 9  # 9: no class of the model
+    tifffile.imwrite(tmp_path / "mask.tif", mask)
+    tifffile.imwrite(tmp_path / "small.tif", mask[:, :29])
+    tifffile.imwrite(tmp_path / "float.tif", mask.astype(np.float32))
+    lines = ["image.tif,mask.tif,train", "image.tif,small.tif,train", "image.tif,float.tif,train"]
+    (tmp_path / "data.csv").write_text("\n".join(["image,mask,split", *lines]))
+    return Manifest.read(tmp_path / "data.csv")
+
+
+def test_targets(manifest: Manifest) -> None:
+    task = Segmentation(manifest, 3, 255)
+    rows, image = manifest.rows, open_image(manifest.rows[0].image)
+    mask = task.target(rows[0], image)
+    assert (mask.height, mask.width, mask.channels) == (20, 30, 1)
+    with pytest.raises(DataError, match=r"small\.tif.*29 x 20 px.*image\.tif has 30 x 20"):
+        task.target(rows[1], image)
+    with pytest.raises(DataError, match=r"float\.tif: expected a mask of whole numbers"):
+        task.target(rows[2], image)
+
+
+def test_pixels_are_counted_strip_by_strip(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gigaxt.tasks.segmentation.STRIP_ROWS", 3)
+    manifest.rows[:] = manifest.rows[:1]
+    assert Segmentation(manifest, 3, 255).class_counts("train") == [12 * 30, 5 * 30, 0]
+
+
+def answer(true: np.ndarray, given: np.ndarray, classes: int) -> dict[str, torch.Tensor]:
+    confusion = np.zeros((classes, classes))
+    np.add.at(confusion, (true, given), 1)
+    return {"confusion": torch.from_numpy(confusion), "loss_sum": torch.tensor(6.0), "weight_sum": torch.tensor(3.0)}
+
+
+def test_metrics_against_a_naive_count(manifest: Manifest) -> None:
+    random = np.random.default_rng(0)
+    true, given = random.integers(0, 3, (2, 500)), random.integers(0, 3, (2, 500))
+    tally = Segmentation(manifest, 4, 255).tally()  # the fourth class neither occurs nor is answered
+    for i in range(2):
+        tally.update([manifest.rows[i]], [None], answer(true[i], given[i], 4))
+    result = tally.compute()
+
+    t, g = true.ravel(), given.ravel()
+    iou = [((t == k) & (g == k)).sum() / ((t == k) | (g == k)).sum() for k in range(3)]
+    f1 = [2 * ((t == k) & (g == k)).sum() / ((t == k).sum() + (g == k).sum()) for k in range(3)]
+    assert result.metrics == pytest.approx(
+        {"mean_iou": np.mean(iou), "pixel_accuracy": (t == g).mean(), "f1_macro": np.mean(f1)}
+    )
+    assert [result.per_class[str(k)]["iou"] for k in range(3)] == pytest.approx(iou)
+    assert np.isnan(result.per_class["3"]["iou"])
+    assert (result.images, result.loss) == (2, 2.0)
+    assert result.confusion is not None
+    assert np.sum(result.confusion) == 1000
+
+
+def test_the_worst_image_comes_first(manifest: Manifest) -> None:
+    task = Segmentation(manifest, 2, 255)
+    tally = task.tally()
+    good, bad = np.array([0, 1, 1, 0]), np.array([1, 0, 0, 0])
+    tally.update([manifest.rows[0]], [None], answer(good, good, 2))
+    tally.update([manifest.rows[1]], [None], answer(good, bad, 2))
+    worst = tally.compute().worst
+    assert [Path(case.mask or "").name for case in worst] == ["small.tif", "mask.tif"]
+    assert worst[1].caption == "mean IoU 1.000, pixel accuracy 1.000"
+
+
+def test_nothing_to_evaluate_is_an_error(manifest: Manifest) -> None:
+    with pytest.raises(DataError, match="no image to evaluate"):
+        Segmentation(manifest, 2, 255).tally().compute()
+
+
+def test_iou_of_a_class_without_pixels_is_not_a_number() -> None:
+    iou = intersection_over_union(torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
+    assert iou[0] == 1
+    assert torch.isnan(iou[1])
+
+
+def test_a_manifest_of_labels_does_not_fit_a_mask_head(tmp_path: Path) -> None:
+    from gigaxt.nn.heads import SegmentConfig
+
+    (tmp_path / "data.csv").write_text("image,label\na.tif,1\n")
+    with pytest.raises(DataError, match="column `mask` is missing"):
+        read_manifest(SegmentConfig(classes=2), tmp_path / "data.csv")

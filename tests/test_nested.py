@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gigaxt.errors import ConfigError
+from gigaxt.nested import stream_nested
+from gigaxt.nn.keyed import key_dropout
+from gigaxt.streaming import Streaming
+
+REGIONS = 7
+ORDINARY = Streaming(budget_gib=None)
+BUDGETS = {
+    "ordinary": ORDINARY,
+    "nothing": Streaming(),
+    "maps": Streaming(host_gib=1.0),
+    "graphs": Streaming(budget_gib=1.0),
+    "some maps": Streaming(host_gib=12e-6),
+    "some of each": Streaming(budget_gib=3e-5, host_gib=6e-6),
+}
+
+
+class Encode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse, self.out = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 2, stride=2), nn.Linear(6, 5)
+        self.drop = nn.Dropout(0.3)
+        self.forwards = self.backwards = 0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self.forwards += len(x)
+        fine = self.drop(self.fine(x).tanh())
+        coarse = self.coarse(fine).tanh()
+        if fine.requires_grad:
+            fine.register_hook(lambda _: self._count(len(x)))
+        return self.out(coarse.mean((2, 3))), (fine, coarse)
+
+    def _count(self, regions: int) -> None:
+        self.backwards += regions
+
+
+class Decode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse, self.film = nn.Conv2d(4, 3, 1), nn.Conv2d(6, 3, 1), nn.Linear(5, 3)
+
+    def logits(self, maps: Sequence[Tensor], context: Tensor) -> Tensor:
+        y = self.fine(maps[0]) + F.interpolate(self.coarse(maps[1]), scale_factor=2.0)
+        out: Tensor = y * self.film(context)[:, :, None, None]
+        return out
+
+    def forward(self, maps: Sequence[Tensor], context: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        y = self.logits(maps, context)
+        p, true = y.softmax(1)[:, 1], target == 1
+        return F.cross_entropy(y, target, reduction="sum"), (p * true).sum(), p.sum(), true.sum()
+
+
+class Logits(Decode):
+    def forward(self, maps: Sequence[Tensor], context: Tensor, target: object) -> tuple[Tensor, ...]:
+        assert target is None
+        return (self.logits(maps, context),)
+
+
+class Problem:
+    def __init__(self, decode: type[Decode] = Decode) -> None:
+        torch.manual_seed(0)
+        self.encode, self.decode, self.mix = Encode().double(), decode().double(), nn.Linear(5, 5).double()
+        self.all = key_dropout(nn.ModuleList([self.encode, self.decode, self.mix]))
+        self.pixels = torch.randn(REGIONS, 3, 8, 8, dtype=torch.float64)
+        self.target = torch.randint(0, 3, (REGIONS, 8, 8))
+
+    def join(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.mix(tokens) * (1 + tokens.mean(0, keepdim=True).tanh())
+        return out
+
+    def run(self, chunk: int, streaming: Streaming, **options: Any) -> tuple[Tensor, ...]:
+        chunks = [slice(i, min(i + chunk, REGIONS)) for i in range(0, REGIONS, chunk)]
+        return stream_nested(
+            self.encode,
+            self.join,
+            self.decode,
+            lambda c: self.pixels[c],
+            chunks,
+            seed=1,
+            streaming=streaming,
+            **options,
+        )
+
+    def loss(self, chunk: int, streaming: Streaming, linear: bool) -> Tensor:
+        cross, both, predicted, true = self.run(chunk, streaming, load_targets=lambda c: self.target[c], linear=linear)
+        return cross / 400 if linear else cross / 400 + 1 - 2 * both / (predicted + true)
+
+    def grads(self) -> list[Tensor]:
+        return [p.grad.clone() for p in self.all.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "ratio"])
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+@pytest.mark.parametrize("streaming", BUDGETS.values(), ids=BUDGETS.keys())
+def test_equals_ordinary_autograd(streaming: Streaming, chunk: int, linear: bool) -> None:
+    found, expected = Problem(), Problem()
+    a, b = found.loss(chunk, streaming, linear), expected.loss(7, ORDINARY, linear)
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+    a.backward()
+    b.backward()
+    assert len(found.grads()) == len(expected.grads()) == len(list(found.all.parameters()))
+    for x, y in zip(found.grads(), expected.grads(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("streaming", "linear", "forwards"),
+    [
+        (BUDGETS["graphs"], True, 1),
+        (BUDGETS["graphs"], False, 1),
+        (BUDGETS["maps"], True, 2),
+        (BUDGETS["maps"], False, 2),
+        (BUDGETS["nothing"], True, 3),
+        (BUDGETS["nothing"], False, 4),
+    ],
+)
+def test_passes_over_the_encoder(streaming: Streaming, linear: bool, forwards: int) -> None:
+    """The table in DESIGN.md and in the module: never a second backward pass."""
+    problem = Problem()
+    problem.loss(3, streaming, linear).backward()
+    assert problem.encode.forwards == forwards * REGIONS
+    assert problem.encode.backwards == REGIONS
+
+
+@pytest.mark.parametrize("streaming", BUDGETS.values(), ids=BUDGETS.keys())
+def test_joined_outputs(streaming: Streaming) -> None:
+    """Logits of all regions, differentiated by any loss outside."""
+    found, expected = Problem(Logits), Problem(Logits)
+    weights = torch.linspace(-1, 1, REGIONS * 3 * 64, dtype=torch.float64).view(REGIONS, 3, 8, 8)
+    for problem, chunk, budget in ((found, 3, streaming), (expected, 7, ORDINARY)):
+        (logits,) = problem.run(chunk, budget, reduce="cat")
+        assert logits.shape == (REGIONS, 3, 8, 8)
+        (logits * weights).sum().backward()
+    for x, y in zip(found.grads(), expected.grads(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-13)
+
+
+def test_decoder_learns_where_the_context_is_cut_off() -> None:
+    """Nothing flows back through the tokens; the encoder still gets what comes through its feature maps."""
+    found, expected = Problem(), Problem()
+    for problem, streaming in ((found, Streaming()), (expected, ORDINARY)):
+        problem.join = lambda tokens: tokens.detach() * 2  # type: ignore[method-assign]
+        problem.loss(3, streaming, linear=True).backward()
+    assert found.encode.fine.weight.grad is not None
+    for x, y in zip(found.grads(), expected.grads(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("streaming", [Streaming(), Streaming(host_gib=1.0), Streaming(budget_gib=1.0)])
+def test_frozen_encoder(streaming: Streaming) -> None:
+    found, expected = Problem(), Problem()
+    for problem, budget in ((found, streaming), (expected, ORDINARY)):
+        problem.encode.requires_grad_(False)
+        problem.loss(3, budget, linear=False).backward()
+        assert problem.encode.fine.weight.grad is None
+    for x, y in zip(found.grads(), expected.grads(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-13)
+
+
+def test_without_gradients() -> None:
+    problem = Problem()
+    with torch.no_grad():
+        streamed, ordinary = (problem.loss(chunk, Streaming(), linear=False) for chunk in (2, 7))
+    torch.testing.assert_close(streamed, ordinary)
+    assert not streamed.requires_grad
+
+
+def test_out_of_memory_is_retried_in_smaller_parts() -> None:
+    class Tight(Encode):
+        def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    for streaming in (Streaming(), Streaming(host_gib=1.0)):
+        found, expected = Problem(), Problem()
+        tight = Tight().double()
+        tight.load_state_dict(found.encode.state_dict())
+        found.encode = tight
+        found.all = key_dropout(nn.ModuleList([found.encode, found.decode, found.mix]))
+        found.loss(7, streaming, linear=False).backward()
+        expected.loss(7, ORDINARY, linear=False).backward()
+        for x, y in zip(found.grads(), expected.grads(), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-13)
+
+
+def test_wrong_use() -> None:
+    problem = Problem()
+    with pytest.raises(ConfigError, match="one sum"):
+        problem.run(3, Streaming(), linear=True, reduce="cat")
+    problem.join = lambda tokens: tokens[:3]  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="expected 7 rows"):
+        problem.loss(3, Streaming(), linear=True)
+    twice = Problem()
+    loss = twice.loss(3, Streaming(), linear=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()

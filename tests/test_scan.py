@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gigaxt.errors import ConfigError
+from gigaxt.scan import scan
+
+
+class Recurrence(nn.Module):
+    """A small nonlinear recurrence with a matrix state and a shared input."""
+
+    def __init__(self, dim: int = 3) -> None:
+        super().__init__()
+        self.inner = nn.Linear(dim, dim)
+        self.outer = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, valid: Tensor, shared: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = []
+        for token, keep in zip(x.unbind(1), valid.unbind(1), strict=True):
+            h = torch.where(keep[:, None], torch.tanh(self.inner(token) + self.outer(h) * shared), h)
+            outputs.append(h * token)
+        return torch.stack(outputs, dim=1), h
+
+
+class Total(nn.Module):
+    """A reduction: a state and no output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, x: Tensor, total: Tensor) -> tuple[None, Tensor]:
+        return None, total + (x * self.weight).square().sum(1)
+
+
+class Case:
+    """Fresh module and inputs with the same values each time."""
+
+    def __init__(self, tokens: int = 11) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+        self.module = Recurrence().double()
+        with torch.no_grad():
+            for p in self.module.parameters():
+                p.copy_(draw(*p.shape))
+        self.x = draw(2, tokens, 3).requires_grad_()
+        self.valid = draw(2, tokens) > -1
+        self.shared = draw(3).requires_grad_()
+        self.state = draw(2, 3).requires_grad_()
+        self.weights = draw(2, tokens, 3), draw(2, 3)
+
+    def run(self, segment: int = 4, **kwargs: object) -> tuple[Tensor, Tensor]:
+        y, (h,) = scan(
+            self.module, (self.x, self.valid), (self.state,), shared=(self.shared,), segment=segment, **kwargs
+        )
+        assert y is not None
+        return y, h
+
+    def loss(self, y: Tensor, h: Tensor) -> Tensor:
+        return (y * self.weights[0]).sum() + (h * self.weights[1]).sum()
+
+    def grads(self) -> list[Tensor | None]:
+        return [t.grad for t in (self.x, self.shared, self.state, *self.module.parameters())]
+
+
+def plain(reverse: bool = False) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """The reference: the module on the whole sequence, under ordinary autograd."""
+    case = Case()
+    flip = (lambda t: t.flip(1)) if reverse else (lambda t: t)
+    y, h = case.module(flip(case.x), flip(case.valid), case.shared, case.state)
+    case.loss(flip(y), h).backward()
+    return flip(y).detach(), h.detach(), case.grads()
+
+
+def close(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> None:
+    for left, right in zip(a, b, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("segment", [1, 4, 11, 20])
+@pytest.mark.parametrize("kept", [0, 1, 100])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_equals_the_plain_loop(segment: int, kept: int, reverse: bool) -> None:
+    case = Case()
+    y, h = case.run(segment, kept=kept, reverse=reverse)
+    case.loss(y, h).backward()
+    expected_y, expected_h, expected_grads = plain(reverse)
+    close([y, h], [expected_y, expected_h])
+    close(case.grads(), expected_grads)
+
+
+def test_reduction_has_no_output() -> None:
+    module, x = Total(), torch.arange(10, dtype=torch.float64).reshape(1, 10, 1).requires_grad_()
+    output, (total,) = scan(module, (x,), (torch.zeros(1, 1, dtype=torch.float64),), segment=3)
+    assert output is None
+    total.sum().backward()
+    close([total, x.grad, module.weight.grad], [(2 * x).square().sum(1), 8 * x, 4 * x.square().sum()])
+
+
+def test_map_has_no_state() -> None:
+    class Double(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            return (x * 2,)
+
+    x = torch.randn(1, 10, 2, requires_grad=True)
+    output, state = scan(Double(), (x,), segment=3)
+    assert output is not None
+    assert state == ()
+    output.sum().backward()
+    close([output, x.grad], [x * 2, torch.full_like(x, 2)])
+
+
+def test_only_the_state_is_used() -> None:
+    case, expected = Case(), Case()
+    case.run()[1].sum().backward()
+    expected.run(kept=100)[1].sum().backward()
+    close(case.grads(), expected.grads())
+
+
+def test_frozen_tensors_get_no_gradient() -> None:
+    case = Case()
+    case.module.inner.requires_grad_(False)
+    case.x.requires_grad_(False)
+    case.state.requires_grad_(False)
+    case.loss(*case.run()).backward()
+    x, shared, state, inner_weight, inner_bias, *outer = case.grads()
+    assert [x, state, inner_weight, inner_bias] == [None] * 4
+    expected = plain()[2]
+    close([shared, *outer], [expected[1], *expected[5:]])
+
+
+def test_hooks_fire_once_a_backward_pass() -> None:
+    case, fired = Case(), []
+    for name, p in case.module.named_parameters():
+        p.register_hook(lambda grad, name=name: fired.append(name))
+    case.loss(*case.run()).backward()
+    assert sorted(fired) == sorted(name for name, _ in case.module.named_parameters())
+
+
+def test_accumulates_and_repeats() -> None:
+    case, once = Case(), plain()[2]
+    for kept in (0, 1):
+        loss = case.loss(*case.run(kept=kept))
+        loss.backward(retain_graph=True)
+        loss.backward()
+    close(case.grads(), [None if g is None else 4 * g for g in once])
+
+
+@pytest.fixture
+def process_group(tmp_path: object) -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        yield
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_under_distributed_data_parallel() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.case = Case()
+            self.inside = self.case.module
+
+        def forward(self, shared: Tensor) -> Tensor:
+            self.case.shared = shared
+            return self.case.loss(*self.case.run())
+
+    model = Model()
+    shared = model.case.shared
+    nn.parallel.DistributedDataParallel(model)(shared).backward()
+    close([p.grad for p in model.inside.parameters()], plain()[2][3:])
+
+
+def test_change_in_place_is_noticed() -> None:
+    for changed in ("x", "parameter"):
+        case = Case()
+        loss = case.loss(*case.run())
+        with torch.no_grad():
+            (case.x if changed == "x" else case.module.inner.weight).add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_autocast_of_the_forward_pass_is_restored() -> None:
+    case, seen = Case(), []
+    case.module.float()
+    case.module.inner.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    x, shared, state = (t.detach().float().requires_grad_() for t in (case.x, case.shared, case.state))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = scan(case.module, (x, case.valid), (state,), shared=(shared,), segment=4)
+    assert y is not None
+    y.sum().backward()
+    assert set(seen) == {torch.bfloat16}
+    assert len(seen) == 2 * x.shape[1]  # forward, and again in the backward pass
+
+
+def test_low_precision_sums_are_added_in_float32() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones((), dtype=torch.bfloat16))
+
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            return (x * self.weight,)
+
+    module = Scale()
+    y, _ = scan(module, (torch.ones(1, 1000, 1, dtype=torch.bfloat16),), segment=1)
+    y.sum().backward()
+    assert module.weight.grad is not None
+    assert module.weight.grad.item() == 1000  # bfloat16 sums of ones stop at 256
+
+
+def test_borders_do_not_keep_whole_segments() -> None:
+    class Last(nn.Module):
+        def forward(self, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+            y = x + last
+            return y, y[:, -1:]
+
+    saved: list[int] = []
+    x = torch.zeros(1, 4000, 1, requires_grad=True)
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t.untyped_storage().nbytes())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        scan(Last(), (x,), (torch.zeros(1, 1, 1),), segment=1000)
+    assert sorted(saved) == [4, 4, 4, 4, 16000]
+
+
+def test_no_graph_without_gradients() -> None:
+    case = Case()
+    with torch.no_grad():
+        y, h = case.run(kept=1)
+    assert not y.requires_grad
+    close([y, h], plain()[:2])
+
+
+def test_foreign_leaf_is_refused() -> None:
+    foreign = torch.ones(3, requires_grad=True)
+
+    class Uses(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            return (x * foreign,)
+
+    y, _ = scan(Uses(), (torch.ones(1, 4, 3, requires_grad=True),), segment=2)
+    with pytest.raises(ConfigError, match="requires grad but is not among its own parameters"):
+        y.sum().backward()
+
+
+def test_wrong_use_is_refused() -> None:
+    case = Case()
+    with pytest.raises(ConfigError, match="segment of at least 1 token, got 0"):
+        case.run(0)
+    with pytest.raises(ConfigError, match="one number of tokens"):
+        scan(case.module, (case.x, case.valid[:, :3]), segment=4)
+    with pytest.raises(ConfigError, match="at least 1"):
+        scan(case.module, (case.x[:, :0],), segment=4)
+
+    class Pools(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            return (x.mean(1),)
+
+    for kept in (0, 9):
+        with pytest.raises(ConfigError, match="for a segment of 4 tokens"):
+            scan(Pools(), (case.x,), segment=4, kept=kept)
