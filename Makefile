@@ -27,7 +27,7 @@ bench: $(STAMP)
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 docs: $(STAMP)
-	$(BIN)/python docs/build.py
+	$(BIN)/pdoc --docformat google --output-directory docs/site gigaxt
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

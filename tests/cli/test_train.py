@@ -155,6 +155,51 @@ def test_an_image_that_does_not_fit_the_model_is_named(folder: Path, capsys: pyt
     assert ".tif: the model works at 10.0 m a pixel, the image does not say its pixel size" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_flags_that_tyro_refuses_are_one_line(folder: Path, encoding: str) -> None:
+    code = """if True:
+        from dataclasses import dataclass
+        from gigaxt.cli.flags import parse
+        @dataclass(kw_only=True)
+        class Flags:
+            rate: float = 1.0
+        for args in (["--rat", "1"], ["--rate", "x"], ["--rate"], ["y"]):
+            try:
+                parse(Flags, args, verb="train", default=Flags())
+            except Exception as error:
+                print(error)
+        """
+    (folder / "flags.py").write_text(code)
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C"}
+    result = subprocess.run([sys.executable, "flags.py"], capture_output=True, text=True, check=True, env=environment)
+    tail = "; `gigaxt train --help` lists the flags"
+    assert result.stdout.splitlines() == [
+        f"Unrecognized options: --rat, 1; did you mean `--rate`?{tail}",
+        f"Error parsing --rate: could not convert string to float: 'x'{tail}",
+        f"Missing value for argument '--rate'. Expected 1 values{tail}",
+        f"Unrecognized options: y{tail}",
+    ]
+
+
+def test_bad_images_may_be_skipped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One whose header is read and whose pixels cannot be: the error comes from within the model's stream."""
+    pixels = np.zeros((70, 100, 3), np.uint8)
+    for name in ("1.tif", "m5.tif"):  # an image to train on, a mask to evaluate on
+        tifffile.imwrite(name, pixels if name == "1.tif" else pixels[..., 0], tile=(32, 32), compression="zlib")
+        data = bytearray(Path(name).read_bytes())
+        with tifffile.TiffFile(name) as file:
+            for offset, count in zip(file.pages[0].dataoffsets, file.pages[0].databytecounts, strict=True):
+                data[offset : offset + count] = b"\xff" * count
+        Path(name).write_bytes(bytes(data))
+    assert main(["train", "--config", "mask.yaml", "--out", "stop"]) == 2
+    assert "1.tif" in capsys.readouterr().err.splitlines()[-1]
+    assert main(["train", "--config", "mask.yaml", "--out", "skip", "--train.on-bad-image", "skip"]) == 0
+    page = (folder / "skip/report.html").read_text()
+    left_out = page[page.index("Images left out") : page.index("<h2>Next")]
+    assert "1.tif" in left_out
+    assert "m5.tif" in left_out
+
+
 def test_debug_shows_the_traceback(folder: Path) -> None:
     from gigaxt.errors import ConfigError
 
@@ -183,7 +228,7 @@ def test_unexpected_errors_and_ctrl_c_are_one_line(
 
 
 def test_help_is_instant_and_fits_a_screen() -> None:
-    code = "from gigaxt.cli import main; import sys; main(['--help']); assert not {'torch', 'numpy', 'tyro'} & set(sys.modules)"
+    code = "import sys; from gigaxt.cli import main; main(['--help']); assert not {'torch', 'numpy'} & set(sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert len(result.stdout.splitlines()) <= 24
     assert all(f"\n  {verb}" in result.stdout for verb in VERBS)

@@ -176,13 +176,14 @@ def test_config_of_a_segmentation(scenes: Path, tmp_path: Path) -> None:
 
 def test_config_of_regression_and_tiny_statistics(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).uniform(0, 1e-5, (64, 64, 2)).astype(np.float32)
-    pixels[:, :, 1] = 3
+    pixels[:, :, 1] = 1e-5
     tifffile.imwrite(tmp_path / "i.tif", pixels, planarconfig="contig")
     csv = table(tmp_path / "d.csv", "image,label,split\ni.tif,1|2,train\n")
     report = check_manifest(csv, target="regression")
     config = yaml.safe_load(write_config(report, csv, tmp_path / "run.yaml").read_text())
     assert config["model"]["head"] == {"kind": "classify", "classes": 2, "target": "regression"}
     assert config["model"]["input"]["mean"][0] == pytest.approx(5e-6, rel=0.1)
+    assert config["model"]["input"]["mean"][1] == 1e-5  # YAML 1.1 reads 1e-05 as text
     assert config["model"]["input"]["std"][1] == 1
     assert "band 1 (from 0) has one value everywhere: leave it out" in report.proposals()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+
 from gigaxt.errors import ImageError
 from gigaxt.image import open_bands, open_image
 

@@ -174,6 +174,8 @@ def broken_pngs() -> dict[str, tuple[bytes, str]]:
         "cut header": (good[:20], "truncated"),
         "flipped bit": (good[: at + 300] + bytes([good[at + 300] ^ 1]) + good[at + 301 :], "damaged"),
         "checksum": (good[:-20] + bytes([good[-20] ^ 1]) + good[-19:], "damaged"),
+        "last checksum": (good[:-14] + bytes([good[-14] ^ 1]) + good[-13:], "checksum"),
+        "cut end": (good[:-14], "checksum"),
         "filter 9": (wrong_filter, "damaged"),
         "too few rows": (png(ihdr, chunk(b"IDAT", zlib.compress(bytes(500)))), "fewer rows"),
         "no pixels": (png(ihdr), "without pixel data"),
@@ -273,6 +275,15 @@ def test_geotiffs_keep_pixels_and_place(tmp_path: Path, fixtures: Path, name: st
         np.testing.assert_allclose(after.transform, before.transform)
         assert after.profile["tiled"]
         assert after.descriptions == before.descriptions
+
+
+def test_overviews_open_as_levels(tmp_path: Path) -> None:
+    pixels = noise(300, 200, 3)
+    convert_image(ArrayImage(pixels), tmp_path / "a.tif", tile=64)
+    image = open_image(tmp_path / "a.tif")
+    assert [level[:2] for level in image.levels] == [(200, 300), (100, 150), (50, 75), (25, 38)]
+    means = pixels.reshape(150, 2, 100, 2, 3).astype(int).sum((1, 3))
+    np.testing.assert_array_equal(image.read(0, 0, 100, 150, level=1), (means + 2) // 4)
 
 
 def test_bands_are_read_once(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+
 from gigaxt.errors import ImageError
 from gigaxt.image import open_image
 

@@ -12,6 +12,7 @@ import imagecodecs
 import numpy as np
 import PIL.Image
 import pytest
+
 from gigaxt.errors import ImageError
 from gigaxt.image import open_image
 
@@ -69,7 +70,7 @@ def test_deep_colour_stays_deep(tmp_path: Path, channels: int) -> None:
 
 def test_palette_gives_indices(tmp_path: Path) -> None:
     path, classes = tmp_path / "mask.png", RNG.integers(0, 5, (40, 52), dtype=np.uint8)
-    picture = PIL.Image.fromarray(classes, mode="P") if False else PIL.Image.frombytes("P", (52, 40), classes.tobytes())
+    picture = PIL.Image.frombytes("P", (52, 40), classes.tobytes())
     picture.putpalette(bytes(range(255, 240, -1)))
     picture.save(path)
     np.testing.assert_array_equal(open_image(path).read(0, 0, 52, 40)[..., 0], classes)

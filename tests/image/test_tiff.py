@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+
 from gigaxt.errors import ImageError
 from gigaxt.image import open_image
 from gigaxt.image.cache import SEGMENTS
@@ -264,8 +265,15 @@ def test_nodata_and_validity(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "dtype", "expected"),
-    [("nan", "float32", np.nan), ("nan", "uint8", None), ("300", "uint8", None), ("-32768", "float16", -32768)]
-    + [("1e39", "float32", None), ("-3.4028234663852886e+38", "float32", -3.4028234663852886e38), ("x", "uint8", None)],
+    [
+        ("nan", "float32", np.nan),
+        ("nan", "uint8", None),
+        ("300", "uint8", None),
+        ("-32768", "float16", -32768),
+        ("1e39", "float32", None),
+        ("-3.4028234663852886e+38", "float32", -3.4028234663852886e38),
+        ("x", "uint8", None),
+    ],
 )
 def test_nodata_texts(tmp_path: Path, text: str, dtype: str, expected: float | None) -> None:
     path = tmp_path / "a.tif"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+
 from gigaxt.errors import ImageError
 from gigaxt.image import Image, Level, open_image
 from gigaxt.image.memory import ArrayImage
@@ -73,7 +74,9 @@ def test_shrinking_is_the_mean() -> None:
 
 def test_shrinking_by_a_fraction_weighs_by_area() -> None:
     view = resample(ArrayImage(np.arange(10.0)[None].repeat(2, 0)), 2.5, 2)
-    np.testing.assert_allclose(whole(view)[0, :, 0], np.array([0 + 1 + 2 / 2, 2 / 2 + 3 + 4, 5 + 6 + 7 / 2, 7 / 2 + 8 + 9]) / 2.5)
+    np.testing.assert_allclose(
+        whole(view)[0, :, 0], np.array([0 + 1 + 2 / 2, 2 / 2 + 3 + 4, 5 + 6 + 7 / 2, 7 / 2 + 8 + 9]) / 2.5
+    )
 
 
 def test_growing_is_bilinear() -> None:
@@ -140,8 +143,16 @@ def pyramid(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("mpp", "value", "size"),
-    [(0.125, 0, (810, 602)), (0.25, 0, (405, 301)), (0.4, 0, (253, 188)), (0.5, 10, (202, 150))]
-    + [(0.4999, 10, (203, 151)), (0.9, 10, (112, 84)), (1.0, 20, (101, 75)), (3.0, 20, (34, 25))],
+    [
+        (0.125, 0, (810, 602)),
+        (0.25, 0, (405, 301)),
+        (0.4, 0, (253, 188)),
+        (0.5, 10, (202, 150)),
+        (0.4999, 10, (203, 151)),
+        (0.9, 10, (112, 84)),
+        (1.0, 20, (101, 75)),
+        (3.0, 20, (34, 25)),
+    ],
 )
 def test_reads_from_the_next_finer_level(pyramid: Path, mpp: float, value: int, size: tuple[int, int]) -> None:
     image = open_image(pyramid, mpp=mpp)
@@ -178,7 +189,7 @@ def test_place_follows_the_pixels() -> None:
 
 
 def test_no_pixel_size_to_resample_by() -> None:
-    with pytest.raises(ImageError, match="cannot be resampled to mpp=0.5: it does not say its own mpp"):
+    with pytest.raises(ImageError, match=r"cannot be resampled to mpp=0\.5: it does not say its own mpp"):
         open_image(np.zeros((4, 4), np.uint8), mpp=0.5)
     with pytest.raises(ImageError, match="expected mpp= or gsd_m=, got both"):
         open_image(np.zeros((4, 4), np.uint8), mpp=0.5, gsd_m=1)

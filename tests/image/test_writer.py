@@ -140,6 +140,12 @@ def test_many_threads_in_random_order(tmp_path: Path) -> None:
         np.testing.assert_array_equal(level, wanted)
 
 
+def test_pixel_by_pixel(tmp_path: Path) -> None:
+    pixels = scene(33, 17)
+    write(tmp_path / "a.tif", pixels, size=1, seed=0, tile=16)
+    np.testing.assert_array_equal(read_levels(tmp_path / "a.tif")[0], pixels)
+
+
 def test_windows_outside_are_clipped_and_large_ones_are_split(tmp_path: Path) -> None:
     pixels, path = scene(150, 130), tmp_path / "a.tif"
     around = np.pad(pixels, ((20, 30), (10, 40), (0, 0)), constant_values=99)
@@ -166,6 +172,8 @@ def test_pixels_never_written_are_nodata(tmp_path: Path, dtype: str, nodata: flo
     with rasterio.open(path, overview_level=0) as file:
         np.testing.assert_array_equal(file.read(1)[35:40, 50:60], np.full((5, 10), 5))
     assert path.stat().st_size < 8000  # 35 tiles of level 0 share one
+    with tifffile.TiffFile(path) as tif:
+        assert all(min(page.databytecounts) > 0 for page in tif.pages)
 
 
 @pytest.mark.parametrize("epsg", [32633, 4326, 3857, 6318, 4087, 7844, 2180, 4647])
@@ -177,6 +185,9 @@ def test_crs_and_transform(tmp_path: Path, epsg: int) -> None:
         assert file.crs.to_epsg() == epsg
         assert tuple(file.transform)[:6] == like.transform
         assert file.tags()["AREA_OR_POINT"] == "Area"
+        kind, key = (2, 2048) if file.crs.is_geographic else (1, 3072)
+    with tifffile.TiffFile(tmp_path / "a.tif") as tif:
+        assert tif.pages.first.tags[34735].value == (1, 1, 0, 3, 1024, 0, 1, kind, 1025, 0, 1, 1, key, 0, 1, epsg)
 
 
 def test_wkt_and_rotation(tmp_path: Path) -> None:
@@ -214,7 +225,7 @@ def test_pixel_size_names_orientation_and_colours(tmp_path: Path) -> None:
         assert 1e4 / float(file.tags()["TIFFTAG_XRESOLUTION"]) == pytest.approx(0.2513, rel=1e-5)
     with tifffile.TiffFile(tmp_path / "a.tif") as tif:
         assert tif.pages.first.tags["Orientation"].value == 6
-        assert tif.series[0].levels[1].keyframe.colormap.shape == (3, 256)
+        assert tif.series[0].levels[1].keyframe.colormap.T[1].tolist() == [255 * 257, 10 * 257, 20 * 257]
 
 
 def test_alpha_and_extra_bands(tmp_path: Path) -> None:
@@ -428,8 +439,8 @@ def test_full_disk_in_one_of_many_threads(tmp_path: Path, monkeypatch: pytest.Mo
 
     def pwrite(fd: int, data: memoryview, offset: int) -> int:
         nonlocal written
-        written += len(data)
-        if written > 100_000:
+        before, written = written, written + len(data)
+        if before <= 100_000 < written:  # once: then there is room again, but a tile is lost
             raise OSError(28, "No space left on device")
         return real(fd, data[:1000], offset)  # and never all at once
 
@@ -445,8 +456,8 @@ def test_full_disk_in_one_of_many_threads(tmp_path: Path, monkeypatch: pytest.Mo
     failed: list[BaseException | None] = []
     with pytest.raises(ImageError, match="disk full"):
         swallowing()
-    assert len(failed) == 16
-    assert all(isinstance(error, ImageError) for error in failed)
+    assert all(isinstance(error, ImageError) for error in failed if error is not None)
+    assert any(failed)
     assert not names(tmp_path)
 
 

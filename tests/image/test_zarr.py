@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+
 from gigaxt.errors import ImageError
 from gigaxt.image import open_image
 
@@ -156,4 +157,4 @@ def test_broken_metadata(tmp_path: Path) -> None:
     assert "cannot be opened" in refused({"multiscales": [image | {"datasets": [{"path": "9"}]}]})
     assert "expected 1 to" in refused(good, {"shape": [2, 2**31, 2**31]})
     assert "expected chunks of at most" in refused(good, {"shape": [2, 40_000, 40_000], "chunks": [1, 40_000, 40_000]})
-    assert "expected integer or float pixels" in refused(good, {"dtype": "<c8"})
+    assert "expected integer or float pixels" in refused(good, {"dtype": "<c8", "fill_value": [0, 0]})

@@ -125,7 +125,7 @@ def test_class_names_or_indices(tmp_path: Path) -> None:
         task_of(tmp_path, ["b", "a"], classes=5)
     with pytest.raises(DataError, match="label 'd' is not a class of the model"):
         task_of(tmp_path, ["d", "a"], classes=3, class_names=["c", "b", "a"])
-    with pytest.raises(ConfigError, match="classes is 1, but .* has 2 numbers a row"):
+    with pytest.raises(ConfigError, match=r"classes is 1, but .* has 2 numbers a row"):
         task_of(tmp_path, ["1|2"], classes=1, target="regression")
 
 

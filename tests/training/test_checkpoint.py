@@ -105,7 +105,7 @@ def test_a_limit_on_file_sizes_is_met(tmp_path: Path) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        with pytest.raises(CheckpointError, match="cannot write: .*[Tt]oo large") as caught:
+        with pytest.raises(CheckpointError, match=r"cannot write: .*[Tt]oo large") as caught:
             save_checkpoint(tmp_path, 2, {"large": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

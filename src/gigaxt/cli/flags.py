@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -44,12 +43,18 @@ def parse(cls: type[T], args: Sequence[str], *, verb: str, description: str = ""
 
 
 def _first_sentence(box: str) -> str:
-    """What tyro says in its frame, up to the first rule and without the title; the nearest flag where it names one.
+    """What tyro says between the title and the first rule below it; the nearest flag where it names one.
 
-    The frame is drawn in ASCII where the terminal's encoding has no lines.
+    The frame is of box-drawing characters, or of hyphens and spaces where the terminal's encoding has none.
     """
-    lines = [re.sub(r"^[|│\s]+|[|│\s]+$", "", line) for line in box.splitlines()[1:]]
-    rule = next((i for i, line in enumerate(lines) if re.fullmatch(r"[-+─╰╯]{5,}", line)), len(lines))
-    text = " ".join(line for line in lines[:rule] if line).rstrip(".")
-    near = next((line.split()[0] for line in lines[rule:] if line.startswith("--") and line[2:3].isalpha()), "")
-    return f"{text}; did you mean `{near}`?" if near and text.startswith("Unrecognized") else text
+    lines = [line.strip(" │╭╮╰╯") for line in box.splitlines()[1:]]
+    parts: list[list[str]] = [[]]
+    for line in filter(None, lines):
+        if set(line) <= set("─-"):
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    text, *hints = [part for part in parts if part] or [["the flags do not fit"]]
+    sentence = " ".join(text).partition(" Got errors:")[0].rstrip(".")
+    near = next((line.split()[0] for part in hints for line in part if line.startswith("--")), "")
+    return f"{sentence}; did you mean `{near}`?" if near and sentence.startswith("Unrecognized") else sentence

@@ -144,7 +144,7 @@ def _text(value: str) -> str:
 def _number(value: float) -> str:
     text = f"{float(value):.6g}"
     # YAML 1.1 takes 1e-05 for text, and 1.0e-05 for a number.
-    return text.replace("e", "e") if "e" in text and "." not in text else text
+    return text.replace("e", ".0e") if "e" in text and "." not in text else text
 
 
 def _one_line(value: object) -> str:

@@ -19,7 +19,9 @@ from gigaxt.image.tiff_tags import representable
 DRIVERS = {"jp2": "JP2OpenJPEG", "nitf": "NITF", "hfa": "HFA", "pcidsk": "PCIDSK"}
 """GDAL's driver by kind of file. Pinned: GDAL must not guess from names or open what the magic bytes deny."""
 
-_GDAL = {"GDAL_CACHEMAX": 64, "GDAL_NUM_THREADS": 1, "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"}
+# TRUE: sidecars (.aux.xml, .ovr), which may hold the georeference, are asked for by name instead of listing the folder.
+_GDAL = {"GDAL_CACHEMAX": 64, "GDAL_NUM_THREADS": 1, "GDAL_DISABLE_READDIR_ON_OPEN": "TRUE"}
+_OPENING = PerProcess(threading.Lock)  # a warning is silenced while opening, which is not safe in several threads
 
 
 class RasterImage(Image):
@@ -95,7 +97,7 @@ class RasterImage(Image):
         if level not in handles:
             options = {} if level == 0 else {"overview_level": level - 1}
             try:
-                with rasterio.Env(**_GDAL), warnings.catch_warnings():
+                with _OPENING.get(), rasterio.Env(**_GDAL), warnings.catch_warnings():
                     warnings.simplefilter("ignore", NotGeoreferencedWarning)
                     handles[level] = rasterio.open(self.name, driver=DRIVERS[self._kind], sharing=False, **options)
             except Exception as error:

@@ -89,7 +89,7 @@ def _wkt_tags(image: Image) -> list[Tag]:
 
 
 # First and last code of each run of geographic CRSs among EPSG's geographic, projected and compound ones (PROJ 9.7).
-# GDAL refuses a file whose model type contradicts its code, and rasterio, which would know, is optional.
+# GeoTIFF wants the model type and the key to fit the code; rasterio, which would know, is optional.
 # fmt: off
 _GEOGRAPHIC_CODES = (
     3819, 3824, 3888, 3889, 3906, 3906, 4001, 4025, 4027, 4036, 4040, 4047, 4052, 4055, 4074, 4081, 4120, 4216,

@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import zarr
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import LocalStore
 
 from gigaxt.errors import ImageError
 from gigaxt.image.base import Image, Level, Pixels
@@ -19,6 +22,27 @@ MARKERS = (".zattrs", ".zgroup", "zarr.json")
 """A folder that holds one of these is an OME-Zarr image."""
 
 _METRIC = {"meter": 1e6, "centimeter": 1e4, "millimeter": 1e3, "micrometer": 1.0, "nanometer": 1e-3, "angstrom": 1e-4}
+
+
+class _Store(LocalStore):
+    """A folder whose Blosc chunks are checked: numcodecs reads beyond the end of one that was cut short."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, read_only=True)
+        self.blosc_arrays: set[str] = set()
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        value = await super().get(key, prototype, byte_range)
+        name = key.rpartition("/")[2]
+        if value is None or name in (".zarray", ".zattrs", "zarr.json") or byte_range is not None:
+            return value
+        if any(key.startswith(f"{array}/") for array in self.blosc_arrays):
+            promised = int.from_bytes(value.as_numpy_array()[12:16].tobytes(), "little")
+            if len(value) < 16 or promised != len(value):
+                raise ValueError(f"chunk {key} has {len(value)} bytes, expected {promised}: it is truncated or corrupt")
+        return value
 
 
 class ZarrImage(Image):
@@ -54,11 +78,14 @@ class ZarrImage(Image):
         return functools.partial(ZarrImage, **self._options), (self.name,)
 
     def _open(self) -> list[zarr.Array[Any]]:
-        group = zarr.open_group(self.name, mode="r", path=self._group, use_consolidated=False)
+        store = _Store(self.name)
+        group = zarr.open_group(store, mode="r", path=self._group, use_consolidated=False)
         arrays = [group[path] for path in self._paths]
         for path, array in zip(self._paths, arrays, strict=True):
             if not isinstance(array, zarr.Array):
                 raise ImageError(self.name, f"expected an array at {path!r}, got a group")
+            if any(type(codec).__name__.startswith("Blosc") for codec in array.compressors):
+                store.blosc_arrays.add(array.path)
         return arrays  # type: ignore[return-value]  # checked above
 
     def _read_metadata(self, metadata: Mapping[str, Any]) -> None:

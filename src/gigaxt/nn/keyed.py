@@ -168,9 +168,11 @@ def _drop(x: Tensor, key: _Key, layer: int, p: float, shape: tuple[int, ...], *,
         )
     per_region = torch.Size(shape).numel() // n
     dropped = _bernoulli(key.of_layer(layer, x.device), per_region, p).view(shape)  # (n, per_region) -> shape
-    # masked_fill saves a bool mask for the backward pass; a product would save one of x's type.
-    x = x.masked_fill(dropped, 0.0)
-    return x / (1.0 - p) if scale and p < 1.0 else x
+    factor = 1.0 / (1.0 - p) if scale and p < 1.0 else 1.0
+    if dropped.numel() < x.numel():  # broadcast over x: one product, whose backward pass saves next to nothing
+        return x * ((~dropped).to(x.dtype) * factor)
+    # A product would save a mask of x's type for the backward pass; masked_fill saves a bool one.
+    return x.masked_fill(dropped, 0.0) * factor
 
 
 # ------------------------------------------------------------------------------------------------ the hash

@@ -58,9 +58,9 @@ class Segmentation(Task):
             mask = open_image(self._mask(row))
             for y in range(0, mask.height, STRIP_ROWS):
                 values = mask.read(0, y, mask.width, min(STRIP_ROWS, mask.height - y))
-                values = values.astype(np.int64)
-                values = values[(values != self.ignore) & (values >= 0) & (values < self.classes)]
-                counts += np.bincount(values, minlength=self.classes)
+                classes = values.astype(np.int64)
+                scored = (classes != self.ignore) & (classes >= 0) & (classes < self.classes)
+                counts += np.bincount(classes[scored], minlength=self.classes)
         return [float(count) for count in counts]
 
     def _mask(self, row: Row) -> Path:

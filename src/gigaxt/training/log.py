@@ -166,6 +166,14 @@ class RunLog:
                 f"an epoch of {self.steps_per_epoch} steps takes about {duration(epoch_s)}, without its evaluation"
             )
 
+    def evaluating(self, done: int, total: int) -> None:
+        """Say how far an evaluation is; on a terminal, or where it takes long."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"evaluating {done}/{total}")
+        elif time.monotonic() - self._last_line > LINE_EVERY_S and done:
+            self._last_line = time.monotonic()
+            self.line(f"evaluated {done}/{total} images")
+
     def evaluation(self, step: int, epoch: int, loss: float, metrics: Mapping[str, float]) -> None:
         """Record an evaluation after `step`."""
         self._write({"step": step, "epoch": epoch, "split": "val", "loss": loss, **metrics})

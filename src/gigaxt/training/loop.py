@@ -283,12 +283,13 @@ class Run:
             self.task,
             batch=self.settings.batch,
             skipped=self.skipped,
-            on_image=self._stop_if_asked,
+            on_image=self._before_image,
         )
 
-    def _stop_if_asked(self, done: int) -> None:
+    def _before_image(self, done: int) -> None:
         if self.signals.caught is not None:
             raise Stopping
+        self.log.evaluating(done, len(self.val_samples))
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -368,9 +369,9 @@ class Run:
     def _sample_weights(self) -> list[float] | None:
         if self.settings.sampling == "shuffle":
             return None
-        counts = self.task.class_counts("train")
         if not isinstance(self.task, Classification):
             raise ConfigError("train.sampling balanced needs a label for each image, and these have masks")
+        counts = self.task.class_counts("train")
         classes = [self.task.manifest.class_indices(row)[0] for row in self.train_samples.rows]
         return balanced_weights(classes, counts)
 

@@ -154,7 +154,7 @@ def test_none_hears_of_nothing() -> None:
 
 def test_reach_without_summary() -> None:
     # The page of Mamba-2 promises scenes of 1e5 tokens; its state alone carries the change here.
-    for change, gradient in far_influence(fresh("mamba2", summary=0), regions=64, tokens_per_side=1):
+    for change, gradient in far_influence(fresh("mamba2", summary=0), regions=32, tokens_per_side=1):
         assert change > 1e-7
         assert gradient > 1e-7
     one_way = fresh("mamba2", summary=0, bidirectional=False, order="raster")
@@ -176,7 +176,7 @@ def test_starts_near_identity(kind: str) -> None:
 def test_memory_per_token(kind: str, most: float) -> None:
     """Token stores that forward and backward need above the tokens: slope between two lengths, outputs included."""
     peaks = []
-    lengths = (512, 1536)
+    lengths = (384, 768)
     for tokens in lengths:
         encoder = build(kind, keep_tokens=0, segment=128).float()
         x = draw(1, tokens).float().requires_grad_()
@@ -189,10 +189,11 @@ def test_memory_per_token(kind: str, most: float) -> None:
     assert 2 < stores < most + states
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("keep_tokens", [0, 1000])
+@pytest.mark.parametrize(("kind", "keep_tokens"), [("mamba2", 1000), ("mamba2", 0)])
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo looks at tensors between graphs
 def test_compiles(kind: str, keep_tokens: int) -> None:
-    encoder, tokens, coords = build(kind, keep_tokens=keep_tokens, segment=16), draw(1, 40), lattice(5, 8)
+    encoder = build(kind, depth=1, keep_tokens=keep_tokens, segment=16)
+    tokens, coords = draw(1, 40), lattice(5, 8)
     torch.compiler.reset()
     compiled = torch.compile(encoder, backend="eager")
     results = []
