@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from gigaxt.image import Image, open_image
 from gigaxt.image.writer import TiffWriter
 from gigaxt.nn.heads import ClassifyConfig
 from gigaxt.nn.xt import GigaXT
+from gigaxt.regions import Place, RegionGrid
 
 Progress = Callable[[int, int], None]
 """Called with (regions or images done, all)."""
@@ -133,13 +135,26 @@ def _write_mask(output: Path, model: GigaXT, image: Image, progress: Progress | 
         colormap=colors if dtype == "uint8" else None,
         categorical=True,
     ) as writer:
+        empty_cores = _left_out(batch.scenes[0].grid)
         for done, (x, y, logits, valid) in enumerate(model.predict_regions(batch), start=1):
+            # In turn with the others: the writer holds what waits for its neighbours.
+            while empty_cores and (empty_cores[0][1], empty_cores[0][0]) < (y, x):
+                writer.leave_out(*empty_cores.popleft())
             classes = logits.argmax(dim=0).cpu().numpy().astype(dtype)
             classes[~valid] = empty
             writer.write(x, y, classes)
             if progress:
                 progress(done, batch.full_size)
+        for window in empty_cores:
+            writer.leave_out(*window)
     return output
+
+
+def _left_out(grid: RegionGrid) -> deque[tuple[int, int, int, int]]:
+    """Windows (x, y, w, h) of the cores that are not encoded, row by row."""
+    kept = {(place.row, place.col) for place in grid.places if place.level == 0}
+    cells = ((row, col) for row in range(grid.rows) for col in range(grid.cols))
+    return deque(grid.core_xywh(Place(*cell)) for cell in cells if cell not in kept)
 
 
 def _name(source: str | Path | Image) -> str | Path:

@@ -14,7 +14,15 @@ from gigaxt.errors import ConfigError
 T = TypeVar("T")
 
 
-def parse(cls: type[T], args: Sequence[str], *, verb: str, description: str = "", default: T | None = None) -> T:
+def parse(
+    cls: type[T],
+    args: Sequence[str],
+    *,
+    verb: str,
+    description: str = "",
+    default: T | None = None,
+    switches: bool = False,
+) -> T:
     """Fill a dataclass from flags: `--field value`, `--nested.field value`.
 
     Args:
@@ -23,11 +31,13 @@ def parse(cls: type[T], args: Sequence[str], *, verb: str, description: str = ""
         verb: for messages and help.
         description: first lines of the help.
         default: values where no flag is given; None: the dataclass's own.
+        switches: booleans are `--flag` alone, and false without; else they take True or False.
 
     Raises:
         ConfigError: an unknown flag or a value that does not fit.
     """
-    config = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    booleans = tyro.conf.FlagCreatePairsOff if switches else tyro.conf.FlagConversionOff
+    config = (tyro.conf.AvoidSubcommands, booleans)
     errors = io.StringIO()
     given: Any = tyro.MISSING_NONPROP if default is None else default
     try:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import timm
@@ -140,12 +141,10 @@ def create(
         options.pop("out_indices", None)
         options["num_classes"] = 0
     if region is not None and _wants_img_size(spec.name):
-        options["img_size"] = region
+        options["img_size"] = (region, region)  # Hiera of timm 1.0.3 takes no single number
     try:
-        with torch.device("meta") if meta else contextlib.nullcontext():
-            module: nn.Module = timm.create_model(
-                spec.name, pretrained=pretrained, in_chans=spec.in_channels, **options
-            )
+        build = partial(timm.create_model, spec.name, pretrained=pretrained, in_chans=spec.in_channels, **options)
+        module: nn.Module = _on_meta(build) if meta else build()
     except TypeError as error:
         raise ConfigError(f"region_encoder.options: {spec.name} refuses them: {one_line(error)}") from error
     except Exception as error:  # timm raises AssertionError, RuntimeError, KeyError, OSError and its hub's own
@@ -156,6 +155,18 @@ def create(
             ) from error
         raise ConfigError(f"region_encoder: {spec.name} cannot be built: {one_line(error)}") from error
     return module
+
+
+def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build shapes only; older versions of timm (1.0.15 was seen) compute with values while they build."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (NotImplementedError, RuntimeError):
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # a probe must not shift the numbers that the real network is drawn from
+            return build().to("meta")
 
 
 def _wants_img_size(name: str) -> bool:

@@ -1,0 +1,91 @@
+"""`gigaxt check`: look through a CSV and its files before training; `--write` makes a config."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from gigaxt.cli.flags import parse
+
+if TYPE_CHECKING:
+    from gigaxt.datasets.check import CheckReport
+
+DESCRIPTION = (
+    "Look through a CSV of images (columns image,label or image,mask) before training: "
+    "gigaxt check data.csv --write run.yaml. Exit status 2 where files are missing or unreadable."
+)
+
+
+@dataclass(kw_only=True)
+class CheckArguments:
+    """What to check, and what to write."""
+
+    csv: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CSV")]
+    """The manifest; paths in it count from its folder."""
+    write: Path | None = None
+    """Write a config that fits the data to this YAML file."""
+    force: bool = False
+    """Overwrite the YAML file if it exists."""
+    foreground: str | None = None
+    """What of the images is worth encoding: tissue, or the path of a raster or of GeoJSON polygons."""
+    overlays: Path | None = None
+    """Write pictures of the first 32 images to this folder: masks in colours, foreground framed."""
+    task: Literal["classification", "segmentation"] | None = None
+    """Which column counts where the CSV has both label and mask."""
+    target: Literal["single", "multi", "regression"] = "single"
+    """What labels are: one class, several (a|b), or numbers."""
+    workers: int = 2
+    """Files looked at at once."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Print the report; exit status 0, or 2 where files are missing, unreadable or do not fit."""
+    arguments = parse(CheckArguments, args, verb="check", description=DESCRIPTION, switches=True)
+
+    from gigaxt.cli.progress import Steps
+    from gigaxt.datasets.check import check_manifest
+
+    with Steps(arguments.csv.name, "images") as steps:
+        report = check_manifest(
+            arguments.csv,
+            task=arguments.task,
+            target=arguments.target,
+            foreground=arguments.foreground,
+            overlay_folder=arguments.overlays,
+            workers=arguments.workers,
+            progress=steps,
+        )
+    print("\n".join(report.lines()))
+    if not report.ok:
+        wrong = len(report.missing) + len(report.unreadable) + len(report.mismatched)
+        print(f"error: {arguments.csv}: {wrong} files to put right, listed above", file=sys.stderr)
+    write_run(arguments, report)
+    return 0 if report.ok else 2
+
+
+def write_run(arguments: CheckArguments, report: CheckReport) -> None:
+    """Write the config where asked, and say what comes next.
+
+    Raises:
+        DataError: the file exists, or no image could be read.
+    """
+    if arguments.write is None:
+        if report.ok:
+            print(f"next: gigaxt check {_quoted(arguments.csv)} --write run.yaml")
+        return
+    from gigaxt.datasets.check import write_config
+
+    path = write_config(report, arguments.csv, arguments.write, force=arguments.force)
+    print(f"wrote {path}")
+    first = "" if report.ok else "put the files right, then "
+    print(f"next: {first}gigaxt train --config {_quoted(path)} --out {_quoted(Path('runs') / path.stem)}")
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
