@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gigaxt.nn.keyed import key_dropout
     from gigaxt.nn.xt import GigaXT, ModelConfig, build_model
     from gigaxt.pretrained import load
+    from gigaxt.recurrence import scan
     from gigaxt.regions import RegionGrid
     from gigaxt.streaming import Streaming, stream
 
@@ -34,6 +35,7 @@ _HOMES = {
     "gigaxt.nn.keyed": ("key_dropout",),
     "gigaxt.nn.xt": ("GigaXT", "ModelConfig", "build_model"),
     "gigaxt.pretrained": ("load",),
+    "gigaxt.recurrence": ("scan",),
     "gigaxt.regions": ("RegionGrid",),
     "gigaxt.streaming": ("Streaming", "stream"),
 }
@@ -59,6 +61,7 @@ __all__ = [
     "open_image",
     "predict",
     "register_context",
+    "scan",
     "stream",
     "stream_nested",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ def predict(
     source: str | Path | Image | Sequence[str | Path | Image],
     output: str | Path,
     *,
+    skipped: dict[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Answer for one scene, or class scores for several.
@@ -39,7 +40,10 @@ def predict(
         source: file or Image; for a classifier also a list of them.
         output: a classifier writes CSV (columns `image`, `prediction`, one a class; probabilities, or numbers of a
             regression). A segmentation model writes a tiled pyramidal TIFF of class numbers, with the scene's CRS and
-            transform or pixel size and the classes' colours; pixels without data hold the `ignore` value as nodata.
+            transform or pixel size and the classes' colours; pixels without data, and regions that the model's
+            `foreground` leaves out, hold 255 as nodata (65535 from 256 classes on).
+        skipped: images of a list that cannot be read are left out of the CSV and added here (name -> reason); None:
+            the first one ends it.
         progress: told how far it is.
 
     Returns:
@@ -56,8 +60,7 @@ def predict(
     model.eval()
     try:
         if not model.dense:
-            images = ((str(_name(s)), open_image(s)) for s in sources)
-            return _write_scores(output, model, images, len(sources), progress)
+            return _write_scores(output, model, sources, skipped, progress)
         if len(sources) > 1:
             raise ConfigError(
                 f"predict: a segmentation model writes one file a scene, got {len(sources)}: loop over them"
@@ -85,7 +88,11 @@ def class_names(model: GigaXT) -> list[str]:
 
 
 def _write_scores(
-    output: Path, model: GigaXT, images: Iterable[tuple[str, Image]], count: int, progress: Progress | None
+    output: Path,
+    model: GigaXT,
+    sources: Sequence[str | Path | Image],
+    skipped: dict[str, str] | None,
+    progress: Progress | None,
 ) -> Path:
     names = class_names(model)
     head = model.config.head
@@ -94,11 +101,18 @@ def _write_scores(
         with part.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(["image", "prediction", *names])
-            for done, (name, image) in enumerate(images, start=1):
-                values = scores(model, image)
-                table.writerow([name, _prediction(values, names, head), *(f"{value:.6g}" for value in values)])
+            for done, source in enumerate(sources, start=1):
+                name = str(_name(source))
+                try:
+                    values = scores(model, open_image(source))
+                except ImageError as error:
+                    if skipped is None:
+                        raise
+                    skipped[name] = str(error)
+                else:
+                    table.writerow([name, _prediction(values, names, head), *(f"{value:.6g}" for value in values)])
                 if progress:
-                    progress(done, count)
+                    progress(done, len(sources))
             file.flush()
             os.fsync(file.fileno())
         part.replace(output)

@@ -173,7 +173,7 @@ def refuse_foreign_leaves(outputs: Sequence[Tensor], known: Sequence[Tensor]) ->
         if leaf is not None and id(leaf) not in allowed:
             raise ConfigError(
                 f"the module uses a tensor of shape {tuple(leaf.shape)} that requires grad but is not among its own "
-                "parameters: pass it in `sliced` or `shared`, or register it as a parameter"
+                "parameters: pass it as an input, or register it as a parameter"
             )
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:

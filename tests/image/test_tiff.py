@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -447,6 +448,7 @@ def test_fork_while_another_thread_holds_the_locks(tiled: tuple[Path, np.ndarray
     with SEGMENTS._store.get().lock:  # as if a thread were inside `get` at the moment of the fork
         child = os.fork()
         if not child:
+            signal.alarm(30)  # a deadlock ends the child, and so the test
             os._exit(0 if some_reads(image, tiled[1], 1) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 

@@ -55,6 +55,12 @@ def test_no_seams_with_nan() -> None:
     assert np.isfinite(whole(view)[view.validity(0, 0, view.width, view.height)]).all()
 
 
+def test_nan_does_not_reach_pixels_beside_it() -> None:
+    data = np.array([[1, 1, np.nan, 1, 1, 1]], np.float32)
+    assert np.isnan(whole(resample(ArrayImage(data), 2, 1))[0, :, 0]).tolist() == [False, True, False]
+    assert np.isnan(whole(resample(ArrayImage(data), 0.5, 1))[0, :, 0]).sum() == 4  # its own two, and one on each side
+
+
 def test_no_seams_between_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     image = ArrayImage(RNG.integers(0, 255, (120, 150, 3), dtype=np.uint8))
     expected = whole(resample(image, 3.7))

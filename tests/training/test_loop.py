@@ -13,6 +13,7 @@ import torch
 from tiny_run import TinyModel, make_scenes, tiny_config
 
 from gigaxt.errors import ConfigError, DataError, ImageError, TrainingError
+from gigaxt.nn.heads import SegmentConfig
 from gigaxt.training import RunResult, loop, train
 from gigaxt.training.checkpoint import checkpoints, load_checkpoint
 from gigaxt.training.data import epoch_order
@@ -163,6 +164,7 @@ def test_an_evaluation_that_was_given_up_is_made_by_the_next_run(
 
     monkeypatch.setattr(TinyModel, "evaluate", evaluate)
     assert train(tiny_config(csv), tmp_path / "stopped").step == 4
+    assert final_state(tmp_path / "stopped")["state"]["evaluated"] == 0
     assert not [row for row in numbers(tmp_path / "stopped") if row["split"] == "val"]
     monkeypatch.setattr(TinyModel, "evaluate", original)
     train(tiny_config(csv), tmp_path / "stopped")
@@ -284,6 +286,8 @@ def test_bad_images_may_be_skipped_and_are_listed(csv: Path, models: list[TinyMo
     assert result.step == 12
     assert result.best is not None
     assert result.best.images == 2
+    log = (tmp_path / "run/log.txt").read_text()
+    assert [log.count(f"{name}.tif") for name in (2, 4, 8)] == [1, 1, 1]
     skipped = final_state(tmp_path / "run")["state"]["skipped"]
     assert [Path(path).name for path in sorted(skipped)] == ["2.tif", "4.tif", "8.tif"]
 
@@ -368,3 +372,12 @@ def test_epoch_orders_are_pure_and_balanced_sampling_is_balanced() -> None:
     weights = np.where(classes, 1 / 50, 1 / 950)
     drawn = classes[epoch_order(0, 0, 1000, list(weights))].mean()
     assert 0.45 < drawn < 0.55
+
+
+def test_balanced_sampling_needs_labels(csv: Path, models: list[TinyModel], tmp_path: Path) -> None:
+    config = tiny_config(csv, sampling="balanced")
+    (csv.parent / "masks.csv").write_text("image,mask,split\n0.tif,0.tif,train\n")
+    config.data.csv = str(csv.parent / "masks.csv")
+    config.model.head = SegmentConfig(classes=2)
+    with pytest.raises(ConfigError, match="sampling balanced needs a label for each image"):
+        train(config, tmp_path / "run")

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class EvalArguments:
     """Score a model on the images of a CSV: gigaxt eval runs/a data.csv --split test."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder of a model, or of a run (its best model)."""
-    csv: Annotated[Path, tyro.conf.Positional]
+    csv: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CSV")]
     """The manifest."""
     split: Literal["train", "val", "test", "all"] = "val"
     """Which rows."""

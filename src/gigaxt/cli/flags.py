@@ -40,11 +40,11 @@ def parse(
     config = (tyro.conf.AvoidSubcommands, booleans)
     errors = io.StringIO()
     given: Any = tyro.MISSING_NONPROP if default is None else default
+    if description and {"-h", "--help"} & set(args):
+        print(f"{description}\n")  # by ourselves: tyro would fill the lines up
     try:
         with contextlib.redirect_stderr(errors):
-            value: T = tyro.cli(
-                cls, args=args, prog=f"gigaxt {verb}", description=description, default=given, config=config
-            )
+            value: T = tyro.cli(cls, args=args, prog=f"gigaxt {verb}", default=given, config=config)
     except SystemExit as stop:
         if not stop.code:
             raise

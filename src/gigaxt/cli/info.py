@@ -131,13 +131,10 @@ def file_size(path: Path) -> str:
     """Of a file or of all files in a folder, such as "12.3 MB"."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     size = float(sum(file.stat().st_size for file in files))
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            break
-        size /= 1000
-    else:
-        unit = "TB"
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.3g} {units[0]}"
 
 
 def named(count: int, names: Sequence[str]) -> str:

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from gigaxt.augment import colour_augmented, dihedral, draw_augmentation
 from gigaxt.datasets.manifest import Row
-from gigaxt.errors import DataError, ImageError
+from gigaxt.errors import ConfigError, DataError, ImageError
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image
-from gigaxt.tasks.base import Task
+from gigaxt.tasks import Classification, Task
 from gigaxt.training.config import AugmentConfig
 
 OPEN_IMAGES = 32
@@ -44,9 +44,16 @@ def epoch_order(seed: int, epoch: int, count: int, weights: Sequence[float] | No
     return random.choice(count, size=count, p=chances / chances.sum())
 
 
-def balanced_weights(classes: Sequence[int], counts: Sequence[float]) -> list[float]:
-    """A weight for each sample so that every class that occurs is drawn equally often."""
-    return [1.0 / counts[index] for index in classes]
+def balanced_weights(task: Task) -> list[float]:
+    """The chance of each training image, such that every class that occurs is drawn equally often.
+
+    Raises:
+        ConfigError: the images do not have one class each.
+    """
+    if not isinstance(task, Classification):
+        raise ConfigError("train.sampling balanced needs a label for each image, and these have masks")
+    counts = task.class_counts("train")
+    return [1.0 / counts[task.manifest.class_indices(row)[0]] for row in task.manifest.split("train")]
 
 
 class Sample(NamedTuple):

@@ -22,10 +22,10 @@ from timm.utils import ModelEmaV3  # type: ignore[attr-defined]  # timm does not
 from torch import nn
 
 from gigaxt.config import from_dict, to_dict
-from gigaxt.errors import CheckpointError, ConfigError, DataError, GigaxtError, ImageError, TrainingError
+from gigaxt.errors import CheckpointError, DataError, GigaxtError, ImageError, TrainingError
 from gigaxt.nn.xt import ModelConfig, build_model
 from gigaxt.rows import Streaming
-from gigaxt.tasks import Classification, Evaluation, Task
+from gigaxt.tasks import Evaluation, Task
 from gigaxt.training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -77,10 +77,8 @@ def train(config: RunConfig, out: str | Path, *, console: Console | None = None)
     with answers(folder, task, device) as answer:
         # Who is asked to stop may be killed soon: then without new answers.
         write_report(folder, config, task, run.state, answer if signals.caught is None else None)
-    best = run.state.best.evaluation if run.state.best else None
-    return RunResult(
-        out=folder.path, step=run.state.step, total_steps=run.total_steps, signal=signals.caught, best=best
-    )
+    state, best = run.state, run.state.best.evaluation if run.state.best else None
+    return RunResult(out=folder.path, step=state.step, total_steps=run.total_steps, signal=signals.caught, best=best)
 
 
 class Run:
@@ -97,7 +95,7 @@ class Run:
         )
         if not len(self.train_samples):
             raise DataError(f"{manifest.path}: expected images in the split `train`, got none")
-        self.sample_weights = self._sample_weights()
+        self.sample_weights = balanced_weights(task) if settings.sampling == "balanced" else None
         self.images_per_step = settings.batch * settings.accumulate
         self.steps_per_epoch = math.ceil(len(self.train_samples) / self.images_per_step)
         self.total_steps = settings.epochs * self.steps_per_epoch
@@ -111,6 +109,7 @@ class Run:
         self.ema = ModelEmaV3(self.model, decay=settings.ema, use_warmup=True) if settings.ema is not None else None
         self.state = State()
         self._order: tuple[int, NDArray[np.int64]] | None = None
+        self._told_skipped = 0
 
     # The loop
 
@@ -129,7 +128,7 @@ class Run:
         with log:
             self.log = log
             log.line(self._headline())
-            saved_step, saved_at = state.step, time.monotonic()
+            saved, saved_at = (state.step, state.evaluated), time.monotonic()
             try:
                 self.evaluate_if_due()  # a run may have been stopped between a step and its evaluation
                 while state.step < self.total_steps and self.signals.caught is None:
@@ -138,16 +137,16 @@ class Run:
                     minutes = (time.monotonic() - saved_at) / 60
                     if minutes >= self.settings.checkpoint_minutes or state.step % self.steps_per_epoch == 0:
                         self.save()
-                        saved_step, saved_at = state.step, time.monotonic()
+                        saved, saved_at = (state.step, state.evaluated), time.monotonic()
                 if state.step >= self.total_steps and not len(self.val_samples):
                     self.save_model()
             except CheckpointError:
                 raise  # nothing can be written, the previous checkpoint stays
             except GigaxtError:
-                if state.step > saved_step:  # the steps before the failed one are good
+                if saved != (state.step, state.evaluated):  # the steps before the failed one are good
                     self.save()
                 raise
-            if state.step > saved_step:
+            if saved != (state.step, state.evaluated):
                 self.save()
             log.line(self._farewell())
 
@@ -157,6 +156,8 @@ class Run:
         started = time.monotonic()
         lr = set_lr(self.optimizer, settings, state.step, self.steps_per_epoch)
         loss, images = self.retried(self.gradients)
+        self._tell_skipped()
+        norm = math.nan
         if images:
             norm = float(nn.utils.clip_grad_norm_(self.parameters, settings.clip_grad or math.inf))  # sync
             if not math.isfinite(norm):
@@ -165,8 +166,6 @@ class Run:
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.update(self.model, step=state.step)
-        else:
-            norm = math.nan
         epoch = state.step // self.steps_per_epoch
         state.step += 1
         seconds = time.monotonic() - started
@@ -269,6 +268,7 @@ class Run:
                 evaluation = self.retried(self._evaluate)
         except Stopping:
             return  # done again by the run that continues
+        self._tell_skipped()
         state.evaluated, state.last = state.step, evaluation
         self.log.evaluation(state.step, epoch, evaluation.loss, evaluation.metrics)
         name = self.task.best
@@ -349,6 +349,7 @@ class Run:
         self.optimizer.load_state_dict(saved["optimizer"])
         restore_random_states(saved["random"])
         self.state = from_dict(State, saved["state"])
+        self._told_skipped = len(self.state.skipped)
         if saved["asked"] == to_dict(self.settings.streaming):  # smaller chunks, once found necessary, stay
             self._set_streaming(Streaming(**saved["streaming"]))
 
@@ -366,14 +367,10 @@ class Run:
             return model
         return dataclasses.replace(model, region_encoder=dataclasses.replace(model.region_encoder, pretrained=False))
 
-    def _sample_weights(self) -> list[float] | None:
-        if self.settings.sampling == "shuffle":
-            return None
-        if not isinstance(self.task, Classification):
-            raise ConfigError("train.sampling balanced needs a label for each image, and these have masks")
-        counts = self.task.class_counts("train")
-        classes = [self.task.manifest.class_indices(row)[0] for row in self.train_samples.rows]
-        return balanced_weights(classes, counts)
+    def _tell_skipped(self) -> None:
+        for reason in list(self.state.skipped.values())[self._told_skipped :]:
+            self.log.line(f"skipped: {reason}")
+        self._told_skipped = len(self.state.skipped)
 
     def _not_finite(self, what: str, samples: list[Sample]) -> TrainingError:
         names = ", ".join(sample.image.name for sample in samples)

@@ -50,7 +50,13 @@ def test_config_goes_through_plain_data() -> None:
 def test_input_is_checked(kind: str) -> None:
     encoder = small(kind)
     for tokens, coords, validity, error, message in (
-        (TOKENS[..., :5], COORDS, None, ConfigError, "expected floating-point tokens (batch, tokens, 8), got (2, 6, 5)"),
+        (
+            TOKENS[..., :5],
+            COORDS,
+            None,
+            ConfigError,
+            "expected floating-point tokens (batch, tokens, 8), got (2, 6, 5)",
+        ),
         (TOKENS.long(), COORDS, None, ConfigError, "floating-point"),
         (TOKENS[0], COORDS, None, ConfigError, "(6, 8)"),
         (TOKENS[:, :0], COORDS[:, :0], None, DataError, "at least one token, got (2, 0, 8)"),

@@ -138,7 +138,9 @@ def far_influence(encoder: ContextEncoder, regions: int, tokens_per_side: int) -
 def fresh(kind: str, **kwargs: object) -> ContextEncoder:
     """At its default initialisation."""
     torch.manual_seed(0)
-    return build_context(ContextConfig(kind=kind, dim=16, options={"state": 8} if kind == "mamba2" else {}, **kwargs)).double()
+    return build_context(
+        ContextConfig(kind=kind, dim=16, options={"state": 8} if kind == "mamba2" else {}, **kwargs)
+    ).double()
 
 
 @pytest.mark.parametrize("kind", MIXING)

@@ -106,7 +106,7 @@ def test_continued_by_state_equals_one_pass(keep_tokens: int) -> None:
     coords = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"), -1)
     coords = coords.reshape(1, -1, 2).double().expand(2, -1, -1)
     tokens = torch.randn(2, rows * cols, 8, dtype=torch.float64, requires_grad=True)
-    # Rows of a batch with different numbers of valid tokens in every strip, and a strip with fewer than the convolution.
+    # Different numbers of valid tokens in every strip and row; in one fewer than the convolution sees.
     validity = torch.rand(2, rows * cols) > 0.3
     validity[1, 15:20] = torch.tensor([True, False, False, False, False])
     weights = torch.randn(2, rows * cols, 8, dtype=torch.float64)

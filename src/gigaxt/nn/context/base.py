@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gigaxt.config import from_dict, nearest
 from gigaxt.errors import ConfigError, DataError
-from gigaxt.scan import State
+from gigaxt.recurrence import State
 
 ContextState = tuple[State, ...]
 """What a causal context hands on to the next part of a scene: the state of each layer."""
@@ -39,9 +39,10 @@ class ContextConfig:
     """Hidden width of the MLPs over `dim`."""
     segment: int = 4096
     """Tokens (of all batch rows together) that are computed at once where activations are not kept."""
-    keep_tokens: int = 8192
-    """Batches of up to this many tokens (batch x tokens) keep their activations; larger ones are computed twice, segment
-    by segment."""
+    keep_tokens: int = 2048
+    """Batches of up to this many tokens (batch x tokens) keep their activations; larger ones are computed twice,
+    segment by segment, at the price of a second forward pass. Mamba-2 of two layers keeps 170 KiB a token at
+    `dim=192`."""
     options: dict[str, Any] = field(default_factory=dict)
     """The kind's own settings, such as `state` of mamba2."""
 
@@ -159,8 +160,8 @@ def build_context(config: ContextConfig) -> ContextEncoder:
 def _check_shapes(tokens: Tensor, coords: Tensor, validity: Tensor | None, dim: int) -> None:
     if tokens.ndim != 3 or tokens.shape[-1] != dim or not tokens.is_floating_point():
         raise ConfigError(
-            f"context: expected floating-point tokens (batch, tokens, {dim}), got {tuple(tokens.shape)} {tokens.dtype}: "
-            "`context.dim` must be the width of the tokens"
+            f"context: expected floating-point tokens (batch, tokens, {dim}), got {tuple(tokens.shape)} of "
+            f"{tokens.dtype}: `context.dim` must be the width of the tokens"
         )
     if 0 in tokens.shape:
         raise DataError(f"context: expected at least one token, got {tuple(tokens.shape)}: leave empty images out")

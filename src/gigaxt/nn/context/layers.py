@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gigaxt.scan import State, scan
+from gigaxt.recurrence import State, scan
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Run:
         shared: Sequence[Tensor] = (),
         reverse: bool = False,
     ) -> tuple[Tensor | None, State]:
-        """See `gigaxt.scan.scan`."""
+        """See `gigaxt.recurrence.scan`."""
         if not self.recompute:
             return scan(module, inputs, state, shared=shared, segment=self.tokens, kept=1, reverse=reverse)
         segment = max(1, self.segment // self.batch)
@@ -89,11 +89,12 @@ class Finish(nn.Module):
         self.final_norm = Norm(dim) if final_norm else None
 
     def forward(self, x: Tensor, *memory: Tensor) -> tuple[Tensor]:
-        """(batch, tokens, dim) -> (batch, tokens, dim). `memory`: the latents' keys and values, if there are latents."""
+        """`x` (batch, tokens, dim) -> the same shape. `memory`: the latents' keys and values, if there are latents."""
         if self.heads:
             query = split_heads(self.read_query(self.read_norm(x)), self.heads)
+            keys, values = memory
             # (batch, heads, tokens, head_dim) -> (batch, tokens, dim)
-            found = F.scaled_dot_product_attention(query, *memory).transpose(1, 2).flatten(2)
+            found = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(2)
             x = x + self.read_out(found).to(x.dtype)
         x = x + self.mlp(self.norm(x)).to(x.dtype)
         return (x if self.final_norm is None else self.final_norm(x).to(x.dtype),)
@@ -101,7 +102,8 @@ class Finish(nn.Module):
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(batch, tokens, dim) -> (batch, heads, tokens, head_dim)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    split: Tensor = x.unflatten(-1, (heads, -1))
+    return split.transpose(1, 2)
 
 
 def linear(dim_in: int, dim_out: int, gain: float = 1.0, bias: bool = False) -> nn.Linear:

@@ -15,7 +15,7 @@ from gigaxt.nn.context.base import ContextConfig
 from gigaxt.nn.context.layered import LayeredContext, Mixer
 from gigaxt.nn.context.layers import Norm, Run, largest_divisor, linear
 from gigaxt.nn.context.ordering import Places
-from gigaxt.scan import State
+from gigaxt.recurrence import State
 
 SLOWEST_RATE = 1e-5
 """Decay per token of the slowest head at the start: it remembers a scene of 1e5 tokens."""
@@ -43,18 +43,20 @@ class Mamba2Options:
 class Mamba2(LayeredContext):
     """State-space model whose decay and input weights depend on the token. The default for large scenes.
 
-    Each head keeps a matrix of `head_dim x state` numbers that decays at its own, token-dependent rate. Within chunks of 64
-    tokens it is computed as masked matrix multiplications (the dual form), between chunks as a recurrence, in
+    Each head keeps a matrix of `head_dim x state` numbers that decays at its own, token-dependent rate. Within chunks
+    of 64 tokens it is computed as masked matrix multiplications (the dual form), between chunks as a recurrence, in
     float32 or better. With `bidirectional` a second set of weights runs over the reversed order and the results are
-    added; nothing is shared between the directions. Without, and with `summary=0`, a scene can be continued strip by strip:
-    pass the state that the last call returned (orders `raster`, with strips of whole rows).
+    added; nothing is shared between the directions. Without it, and with `summary=0`, a scene can be continued strip
+    by strip: pass the state that the last call returned (`order="raster"`, strips of whole rows).
 
-    At the start the heads' decay rates are spread from one token to 1e5 tokens, so that far content arrives without
-    the summary path too: through a fresh default initialisation with rates from 1e-3 on nothing does.
+    At the start the heads' decay rates are spread from one token to 1e5 tokens, and each head's input weight equals its
+    rate, so that every head holds a mean over its own reach. Far content thus arrives without the summary path, too;
+    with the paper's own initial rates, from 1e-3 a token, nothing of it would.
 
-    Cost per token and direction: about `8 * dim**2` multiplications in projections and `2 * dim * (chunk + 2 * state)`
-    in the recurrence, whatever the number of tokens. Memory: see `ContextEncoder`.
-    Choose it when the scene has more than some ten thousand tokens; below that `full` is more exact and as fast.
+    Cost per token and direction: about `6 * dim**2` multiplications in projections and `4 * dim * (chunk + state)` in
+    the recurrence, whatever the number of tokens. Memory: see `LayeredContext`; states add 3% for `dim=192`.
+    Choose it when the scene has more than some ten thousand tokens; below that `full` costs the same or less and is
+    not bound to an order.
     """
 
     options_class = Mamba2Options
@@ -127,7 +129,6 @@ class Mamba2Step(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor, hidden: Tensor, tail: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x` (batch, tokens, dim), `valid` (batch, tokens) -> output like `x`, new state."""
-        batch, tokens, _ = x.shape
         gate, mixed, step = self.in_proj(self.norm(x)).split([self.inner, self.mixed, self.heads], dim=-1)
         mixed, tail = self._convolve(mixed * valid.unsqueeze(-1), valid, tail)
         values, keys, queries = mixed.split([self.inner, self.state, self.state], dim=-1)
@@ -141,8 +142,8 @@ class Mamba2Step(nn.Module):
                 values * step.unsqueeze(-1), decay, keys.to(hidden.dtype), queries.to(hidden.dtype), hidden, self.chunk
             )
         y = (y + values * self.skip.unsqueeze(-1)).flatten(2)
-        y = self.out_proj(self.gated_norm(y * F.silu(gate)).to(x.dtype)).to(x.dtype)
-        return x + y if self.residual else y, hidden, tail
+        result: Tensor = self.out_proj(self.gated_norm(y * F.silu(gate)).to(x.dtype)).to(x.dtype)
+        return x + result if self.residual else result, hidden, tail
 
     def _convolve(self, mixed: Tensor, valid: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
         """Causal convolution and SiLU; the new tail ends at the last valid token."""

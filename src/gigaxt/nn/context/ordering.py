@@ -45,7 +45,7 @@ class Places:
         return _take(tokens, self._target, self.given_valid, self._source, self.valid)
 
 
-@torch.compiler.disable  # NumPy on the host
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # NumPy on the host; torch gives it no types
 def find_places(coords: Tensor, validity: Tensor | None, order: Order, device: torch.device) -> Places:
     """Compute the scan order of each row of a batch from its coordinates. Waits for the device once.
 
@@ -68,7 +68,7 @@ def find_places(coords: Tensor, validity: Tensor | None, order: Order, device: t
     target = np.zeros((batch, tokens), np.int64)
     for b, count in enumerate(counts):
         inside = np.flatnonzero(valid[b])
-        # Sorted by (row, col) first: places in one cell of the scan then have an order that the caller's does not affect.
+        # Sorted by (row, col) first, so that places in one cell of the scan do not depend on the order given.
         inside = inside[np.lexsort((host[b, inside, 1], host[b, inside, 0]))]
         sorted_places = inside[scan_order(host[b, inside], order)]
         source[b, :count] = sorted_places + b * tokens
@@ -118,12 +118,12 @@ class _Take(torch.autograd.Function):
 
 
 def _take(x: Tensor, source: Tensor, valid: Tensor, target: Tensor, valid_back: Tensor) -> Tensor:
-    result: Tensor = _Take.apply(x, source, valid, target, valid_back)  # type: ignore[no-untyped-call]
+    result: Tensor = _Take.apply(x, source, valid, target, valid_back)
     return result
 
 
 def _gather(x: Tensor, source: Tensor, valid: Tensor) -> Tensor:
     batch, count = valid.shape
     # (batch, tokens, ...) -> (batch * count, ...) -> (batch, count, ...)
-    y = x.flatten(0, 1).index_select(0, source).unflatten(0, (batch, count))
+    y: Tensor = x.flatten(0, 1).index_select(0, source).unflatten(0, (batch, count))
     return y.masked_fill_(~valid.view(batch, count, *[1] * (y.ndim - 2)), 0)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigaxt.nn.context.layers import Mlp, Norm, Run, linear, split_heads
-from gigaxt.scan import State
-
+from gigaxt.recurrence import State
 
 SHARPNESS = 2.0
 """Standard deviation of the reading scores at the start, so that each latent picks some tokens out. Near 0 all weights
@@ -79,11 +79,11 @@ class Read(nn.Module):
         key, value = (split_heads(t, self.heads) for t in self.key_value(self.norm(x)).chunk(2, dim=-1))
         # (batch, heads, latents, tokens)
         scores = (query / math.sqrt(query.shape[-1]) @ key.transpose(-1, -2)).to(total.dtype)
-        masked = ~valid[:, None, None, :]
-        scores = scores.masked_fill(masked, torch.finfo(scores.dtype).min)
+        # Where all tokens so far are masked they get weight 1 each, which the first valid one shrinks to 0.
+        scores = scores.masked_fill(~valid[:, None, None, :], torch.finfo(scores.dtype).min)
         # The result does not depend on the maximum, so it needs no gradient.
         new_maximum = torch.maximum(maximum, scores.detach().amax(-1, keepdim=True)).detach()
-        weights = (scores - new_maximum).exp().masked_fill(masked, 0.0)
+        weights = (scores - new_maximum).exp()
         shrink = (maximum - new_maximum).exp()
         total = total * shrink + weights.sum(-1, keepdim=True)
         weighted = weighted * shrink + (weights @ value.to(weights.dtype)).to(weighted.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gigaxt.errors import ConfigError
-from gigaxt.scan import scan
+from gigaxt.recurrence import scan
 
 
 class Recurrence(nn.Module):

@@ -1,8 +1,8 @@
 """`scan`: a module run over segments of a token sequence, as one differentiable operation.
 
-The second primitive beside `streaming.stream`: there the chunks are independent and are read from disk, here each segment
-hands a state to the next and the tokens are in memory. A recurrence (a state-space model) uses inputs, state and
-output; a reduction over all tokens only the state; a map only the output.
+The second primitive beside `streaming.stream`: there the chunks are independent and are read from disk, here each
+segment hands a state to the next and the tokens are in memory. A recurrence (a state-space model) uses inputs, state
+and output; a reduction over all tokens only the state; a map only the output.
 """
 
 from __future__ import annotations
@@ -35,26 +35,27 @@ def scan(
 ) -> tuple[Tensor | None, State]:
     """Run `module` over segments of the token axis, each with the state that the one before it returned.
 
-    `module(*segment_inputs, *shared, *state)` returns `(output, *state)`. The result and all gradients equal those of the
-    plain loop up to rounding, but what is kept between the passes is only `inputs` and the states at the segment borders:
-    the backward pass runs the segments again, last to first, with a graph of one segment at a time. Each parameter gets its
-    gradient once, so that DDP, accumulation and hooks see one ordinary operation; first derivatives only. With
-    `kept >= ` the number of segments it is the plain loop under ordinary autograd.
+    `module(*segment_inputs, *shared, *state)` returns `(output, *state)`. The result and all gradients equal those of
+    the plain loop up to rounding, but what is kept between the passes is only `inputs` and the states at the segment
+    borders: the backward pass runs the segments again, last to first, with a graph of one segment at a time. Each
+    parameter gets its gradient once, so that DDP, accumulation and hooks see one ordinary operation; first derivatives
+    only. Where `kept` covers all segments it is the plain loop under ordinary autograd.
 
     The module must be a pure function of its arguments, parameters and (constant) buffers: no dropout, no BatchNorm.
 
     Args:
-        module: what one segment does. Its submodules' forward hooks run once a segment.
+        module: what one segment does. Its forward hooks run once a segment.
         inputs: tensors (batch, tokens, ...), cut along `tokens`. At least one.
         state: the state before the first segment; `module` returns as many tensors, of any shape.
         shared: tensors that every segment is given whole; their gradients are added up in float32 or better.
         segment: tokens in a segment; the last one processed may be shorter.
         kept: the last `kept` segments keep their activations and are not run again.
-        reverse: process from the last token to the first. Each segment is handed over flipped, so that `module` need not
-            know, and the output is in the order of the inputs.
+        reverse: process from the last token to the first. Each segment is handed over flipped, so that `module` need
+            not know, and the output is in the order of the inputs.
 
     Returns:
-        The output (batch, tokens, ...), or None if the module returns None in its place; and the state after the last segment.
+        The output (batch, tokens, ...), or None if the module returns None in its place; and the state after the last
+        segment.
 
     Raises:
         ConfigError: no tokens, inputs of different length, or an output whose tokens are not the segment's.
@@ -63,10 +64,14 @@ def scan(
     bounds = _bounds(tokens, segment, reverse)
     if kept >= len(bounds):
         return _plain_loop(module, inputs, tuple(shared), tuple(state), bounds, reverse)
-    return _scan_recomputed(module, tuple(inputs), tuple(state), tuple(shared), bounds, kept, reverse)
+    result: tuple[Tensor | None, State] = _scan_recomputed(
+        module, tuple(inputs), tuple(state), tuple(shared), bounds, kept, reverse
+    )
+    return result
 
 
-@torch.compiler.disable  # Dynamo cannot trace autograd.grad inside a backward; the plain loop above compiles.
+# Dynamo cannot trace autograd.grad inside a backward; the plain loop above compiles.
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
 def _scan_recomputed(
     module: nn.Module,
     inputs: State,
@@ -84,7 +89,7 @@ def _scan_recomputed(
         counts=(len(inputs), len(shared), len(state)),
         autocast=Autocast.now(inputs[0].device),
     )
-    output, *final = _Scan.apply(plan, *inputs, *shared, *state, *module.parameters())  # type: ignore[no-untyped-call]
+    output, *final = _Scan.apply(plan, *inputs, *shared, *state, *module.parameters())
     return output, tuple(final)
 
 
@@ -157,7 +162,7 @@ class _Scan(torch.autograd.Function):
         return whole, *state
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch gives it no types
+    @once_differentiable
     def backward(ctx: Any, grad_whole: Tensor | None, *grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
         needs: tuple[bool, ...] = ctx.needs_input_grad[1:]
