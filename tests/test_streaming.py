@@ -114,9 +114,8 @@ def test_passes_over_the_module() -> None:
     """Rows forwarded per training step: once with everything kept, twice with nothing."""
     for streaming, expected in ((Streaming(budget_gib=1.0), REGIONS), (Streaming(), 2 * REGIONS)):
         module, pixels, own, shared = problem()
-        out, _ = stream(
-            module, lambda c: pixels[c], CHUNKS["three"], sliced=(own,), shared=(shared,), streaming=streaming
-        )
+        inputs = {"sliced": (own,), "shared": (shared,)}
+        out, _ = stream(module, pixels.__getitem__, CHUNKS["three"], **inputs, streaming=streaming)
         out.sum().backward()
         assert sum(module.rows) == expected
 

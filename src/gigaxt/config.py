@@ -87,7 +87,7 @@ def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in args:
         return None
     by_kind = {
-        getattr(arg, "kind", None): arg for arg in args if isinstance(arg, type) and dataclasses.is_dataclass(arg)
+        str(getattr(arg, "kind", None)): arg for arg in args if isinstance(arg, type) and dataclasses.is_dataclass(arg)
     }
     if len(by_kind) == len(args) and isinstance(value, Mapping):  # dataclasses told apart by the default of `kind`
         if value.get("kind") not in by_kind:

@@ -42,8 +42,8 @@ def predict(
             regression). A segmentation model writes a tiled pyramidal TIFF of class numbers, with the scene's CRS and
             transform or pixel size and the classes' colours; pixels without data, and regions that the model's
             `foreground` leaves out, hold 255 as nodata (65535 from 256 classes on).
-        skipped: images of a list that cannot be read are left out of the CSV and added here (name -> reason); None:
-            the first one ends it.
+        skipped: images of a list that cannot be read or do not fit the model are left out of the CSV and added here
+            (name -> reason); None: the first one ends it.
         progress: told how far it is.
 
     Returns:
@@ -105,7 +105,7 @@ def _write_scores(
                 name = str(_name(source))
                 try:
                     values = scores(model, open_image(source))
-                except ImageError as error:
+                except (ImageError, DataError) as error:
                     if skipped is None:
                         raise
                     skipped[name] = str(error)

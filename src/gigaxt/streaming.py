@@ -2,8 +2,9 @@
 
 Forward: each chunk is loaded, run without a graph, and only its result is kept. Backward: each chunk is loaded and run
 again with a graph, `torch.autograd.grad` takes its slice of the incoming gradient, and the sums over chunks are
-returned once, as gradients of the inputs. DDP, accumulation, clipping, AMP and hooks see one ordinary operation. Chunks whose
-activations fit a budget keep their graph and are not run again. `nested.py` builds on this what dense heads need.
+returned once, as gradients of the inputs. DDP, accumulation, clipping, AMP and hooks see one ordinary operation.
+Chunks whose activations fit a budget keep their graph and are not run again. `nested.py` builds on this what dense
+heads need.
 """
 
 from __future__ import annotations

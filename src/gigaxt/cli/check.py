@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from gigaxt.cli.flags import parse
+from gigaxt.errors import ConfigError
 
 if TYPE_CHECKING:
     from gigaxt.datasets.check import CheckReport
 
-DESCRIPTION = (
-    "Look through a CSV of images (columns image,label or image,mask) before training: "
-    "gigaxt check data.csv --write run.yaml. Exit status 2 where files are missing or unreadable."
-)
+DESCRIPTION = """Look through a CSV of images (columns image,label or image,mask) before training.
+
+gigaxt check data.csv --write run.yaml
+
+Exit status 2 where files are missing, unreadable or do not fit."""
 
 
 @dataclass(kw_only=True)
@@ -51,6 +53,8 @@ def main(args: Sequence[str]) -> int:
     from gigaxt.cli.progress import Steps
     from gigaxt.datasets.check import check_manifest
 
+    if arguments.write is not None and arguments.write.exists() and not arguments.force:  # before hours of reading
+        raise ConfigError(f"{arguments.write} exists; choose another name, or use --force to overwrite it")
     with Steps(arguments.csv.name, "images") as steps:
         report = check_manifest(
             arguments.csv,

@@ -11,7 +11,9 @@ import tyro
 
 from gigaxt.cli.flags import parse
 
-DESCRIPTION = "Make a tiled TIFF pyramid of an image, in bounded memory: gigaxt convert scene.png scene.tif"
+DESCRIPTION = """Make a tiled TIFF pyramid of an image, in bounded memory.
+
+gigaxt convert scene.png scene.tif"""
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from gigaxt.image import Image
     from gigaxt.nn.xt import GigaXT
 
-DESCRIPTION = "What images or model folders hold: gigaxt info scene.tif, gigaxt info runs/a"
+DESCRIPTION = """What images or model folders hold.
+
+gigaxt info scene.tif        gigaxt info runs/a"""
 TOKEN_PX = 32
 """Side of what a token covers in the usual backbones, px."""
 MANY = 12
@@ -28,7 +30,7 @@ MANY = 12
 class InfoArguments:
     """What to look at."""
 
-    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH [PATH ...]")]
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATHS", help_behavior_hint="(one or more)")]
     """Images, or folders of models or runs."""
     region: int = 256
     """Side of the regions that are counted, px; a multiple of 32."""

@@ -17,10 +17,9 @@ from gigaxt.errors import ConfigError, DataError, ImageError
 if TYPE_CHECKING:
     from gigaxt.nn.xt import GigaXT
 
-DESCRIPTION = (
-    "A model's answers for images of any size: class scores as CSV, masks as tiled TIFF. "
-    "gigaxt predict runs/a scene.tif --out mask.tif"
-)
+DESCRIPTION = """A model's answers for images of any size: class scores as CSV, masks as tiled TIFF.
+
+gigaxt predict runs/a scene.tif --out mask.tif"""
 TIFF_SUFFIXES = (".tif", ".tiff")
 
 
@@ -30,14 +29,14 @@ class PredictArguments:
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder of a model, or of a run (its best model)."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE [IMAGE ...]")]
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES", help_behavior_hint="(one or more)")]
     """Images, folders of images, or CSVs with a column `image`."""
     out: Path
     """A .csv for scores, a .tif for one mask, or a folder for the masks of several images."""
     png: bool = False
     """Also draw each mask over a small picture of its image, beside the TIFF."""
     on_bad_image: Literal["stop", "skip"] = "stop"
-    """What an image that cannot be read does; skipped ones are listed, and the exit status is 1."""
+    """What an image that cannot be read or does not fit the model does; skipped ones are listed, exit status 1."""
     device: str = "auto"
     """cpu, cuda, cuda:1; auto: CUDA where there is one."""
     amp: Literal["auto", "off", "bf16"] = "auto"
@@ -125,14 +124,14 @@ def predict_masks(
         try:
             with Steps(image.name, "regions") as steps:
                 predict(model, image, target, progress=steps)
-        except ImageError as error:
-            if skipped is None or error.path == str(target):  # what cannot be written is no bad image
+        except (ImageError, DataError) as error:
+            if skipped is None or getattr(error, "path", "") == str(target):  # what cannot be written is no bad image
                 raise
             skipped[str(image)] = str(error)
             continue
         print(f"{target}: {_what_mask(target)}, {steps.summary}")
         if arguments.png:
-            print(f"{draw(model, image, target)}: picture")
+            print(f"{draw(model, image, target)}: the mask over the image")
 
 
 def mask_paths(out: Path, images: Sequence[Path], *, as_file: bool) -> list[Path]:

@@ -40,7 +40,7 @@ def load_local_weights(module: nn.Module, spec: BackboneSpec, region: int, path:
     weights = read_weights(path)
     whole = create(spec, region, features=False)
     report: list[Any] = []
-    whole.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+    whole.register_load_state_dict_post_hook(
         lambda _, keys: report.append((list(keys.missing_keys), list(keys.unexpected_keys)))
     )
     try:
