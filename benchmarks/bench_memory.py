@@ -72,10 +72,10 @@ def child(path: str, head: str) -> dict[str, Any]:
         "region_encoder": {
             "name": "convnextv2_atto",
             "region": REGION,
-            "options": {"depths": [1, 1, 1, 1], "dims": [16, 32, 64, 128]},
+            "options": {"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]},
         },
         "context": {"kind": "mamba2", "dim": DIM, "depth": DEPTH, "segment": 1024, "keep_tokens": 0},
-        "head": {"kind": head, "classes": 4, **({"dim": 32} if head == "segment" else {})},
+        "head": {"kind": head, "classes": 4, **({"dim": 16} if head == "segment" else {})},
     }
     model = gigaxt.build_model(gigaxt.ModelConfig.from_dict(config)).train()
     model.streaming = gigaxt.Streaming(budget_gib=0.0, chunk_regions=4)

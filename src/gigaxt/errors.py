@@ -30,7 +30,8 @@ class ImageError(GigaxtError):
     """
 
     def __init__(self, path: object, cause: str, place: str = "") -> None:
-        self.path, self.cause, self.place = str(path), cause, place
+        # One line, whatever a library put into its message.
+        self.path, self.cause, self.place = str(path), " ".join(cause.split()), place
         super().__init__(path, cause, place)
 
     def __str__(self) -> str:

@@ -17,16 +17,14 @@ from gigaxt.errors import ConfigError
 if TYPE_CHECKING:
     from gigaxt.datasets.check import CheckReport
 
-DESCRIPTION = """Look through a CSV of images (columns image,label or image,mask) before training.
-
-gigaxt check data.csv --write run.yaml
-
-Exit status 2 where files are missing, unreadable or do not fit."""
 
 
 @dataclass(kw_only=True)
 class CheckArguments:
-    """What to check, and what to write."""
+    """Look through a CSV of images before training: gigaxt check data.csv --write run.yaml
+
+    The CSV has columns image,label or image,mask. Exit status 2 where files are missing, unreadable or do not fit.
+    """
 
     csv: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CSV")]
     """The manifest; paths in it count from its folder."""
@@ -48,7 +46,7 @@ class CheckArguments:
 
 def main(args: Sequence[str]) -> int:
     """Print the report; exit status 0, or 2 where files are missing, unreadable or do not fit."""
-    arguments = parse(CheckArguments, args, verb="check", description=DESCRIPTION, switches=True)
+    arguments = parse(CheckArguments, args, verb="check", switches=True)
 
     from gigaxt.cli.progress import Steps
     from gigaxt.datasets.check import check_manifest

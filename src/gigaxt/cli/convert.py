@@ -11,14 +11,11 @@ import tyro
 
 from gigaxt.cli.flags import parse
 
-DESCRIPTION = """Make a tiled TIFF pyramid of an image, in bounded memory.
-
-gigaxt convert scene.png scene.tif"""
 
 
 @dataclass(kw_only=True)
 class ConvertArguments:
-    """What to convert, and how."""
+    """Make a tiled TIFF pyramid of an image, in bounded memory: gigaxt convert scene.png scene.tif"""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
     """Any image that can be read, and PNG or JPEG of any size."""
@@ -37,7 +34,7 @@ class ConvertArguments:
 
 def main(args: Sequence[str]) -> int:
     """Convert one image; exit status 0."""
-    arguments = parse(ConvertArguments, args, verb="convert", description=DESCRIPTION)
+    arguments = parse(ConvertArguments, args, verb="convert")
 
     from gigaxt.cli.info import describe_size, file_size
     from gigaxt.cli.progress import Steps, clock_text

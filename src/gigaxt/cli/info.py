@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from gigaxt.image import Image
     from gigaxt.nn.xt import GigaXT
 
-DESCRIPTION = """What images or model folders hold.
-
-gigaxt info scene.tif        gigaxt info runs/a"""
 TOKEN_PX = 32
 """Side of what a token covers in the usual backbones, px."""
 MANY = 12
@@ -28,7 +25,7 @@ MANY = 12
 
 @dataclass(kw_only=True)
 class InfoArguments:
-    """What to look at."""
+    """What images or model folders hold: gigaxt info scene.tif, or gigaxt info runs/a"""
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATHS", help_behavior_hint="(one or more)")]
     """Images, or folders of models or runs."""
@@ -38,7 +35,7 @@ class InfoArguments:
 
 def main(args: Sequence[str]) -> int:
     """Describe each path; exit status 0, or 2 where one of them cannot be read."""
-    arguments = parse(InfoArguments, args, verb="info", description=DESCRIPTION)
+    arguments = parse(InfoArguments, args, verb="info")
     if not arguments.paths:
         raise ConfigError("expected an image or a model folder: gigaxt info scene.tif")
     if arguments.region < TOKEN_PX or arguments.region % TOKEN_PX:

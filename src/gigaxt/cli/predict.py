@@ -17,15 +17,12 @@ from gigaxt.errors import ConfigError, DataError, ImageError
 if TYPE_CHECKING:
     from gigaxt.nn.xt import GigaXT
 
-DESCRIPTION = """A model's answers for images of any size: class scores as CSV, masks as tiled TIFF.
-
-gigaxt predict runs/a scene.tif --out mask.tif"""
 TIFF_SUFFIXES = (".tif", ".tiff")
 
 
 @dataclass(kw_only=True)
 class PredictArguments:
-    """Which model, which images, where to."""
+    """Answers for images of any size, class scores or masks: gigaxt predict runs/a scene.tif --out mask.tif"""
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder of a model, or of a run (its best model)."""
@@ -47,7 +44,7 @@ class PredictArguments:
 
 def main(args: Sequence[str]) -> int:
     """Predict; exit status 0, or 1 where images were skipped."""
-    arguments = parse(PredictArguments, args, verb="predict", description=DESCRIPTION, switches=True)
+    arguments = parse(PredictArguments, args, verb="predict", switches=True)
     images = list(expand(arguments.images))
 
     from gigaxt.cli.eval import find_model

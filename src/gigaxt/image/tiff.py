@@ -15,7 +15,7 @@ from gigaxt.errors import ImageError
 from gigaxt.image.base import Image, Level, Mask, Pixels
 from gigaxt.image.cache import SEGMENTS
 from gigaxt.image.process import File
-from gigaxt.image.tiff_index import NONE, Plane, build_index
+from gigaxt.image.tiff_index import NONE, Plane, build_index, compression_name
 
 _WASTE = 16 << 10  # bytes of a row read for nothing before a read call for each row is cheaper
 _numbers = itertools.count()
@@ -66,6 +66,16 @@ class TiffImage(Image):
     def all_valid(self) -> bool:
         """See `Image.all_valid`."""
         return self.nodata is None and self._masks[0] is None
+
+    @property
+    def storage(self) -> str:
+        """How level 0 lies in the file, such as "tiles of 512 x 512 px, deflate"."""
+        plane = self._planes[0][0]
+        codec = compression_name(plane.compression)
+        if plane.segment_width == plane.width and plane.across == 1:
+            rows = min(plane.segment_height, plane.height)
+            return f"strips of {rows} {'row' if rows == 1 else 'rows'}, {codec}"
+        return f"tiles of {plane.segment_width} x {plane.segment_height} px, {codec}"
 
     def _read_inside(self, x: int, y: int, w: int, h: int, level: int) -> Pixels:
         return self._read_bands(tuple(range(self.channels)), x, y, w, h, level)

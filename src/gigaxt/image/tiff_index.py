@@ -131,6 +131,17 @@ class TiffIndex:
     """A slide that only openslide reads right."""
 
 
+def compression_name(code: int) -> str:
+    """What a TIFF's compression number is called, in lower case: "deflate", "jpeg", "uncompressed"."""
+    if code == NONE:
+        return "uncompressed"
+    try:
+        name = tifffile.COMPRESSION(code).name.lower()
+    except ValueError:
+        return f"compression {code}"
+    return {"adobe_deflate": "deflate"}.get(name, name)
+
+
 def build_index(file: File, max_pixels: int, max_tile_bytes: int) -> TiffIndex:
     """Parse a TIFF's directories.
 

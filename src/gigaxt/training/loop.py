@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -46,15 +46,19 @@ from gigaxt.training.signals import Signals
 from gigaxt.training.state import Best, RunResult, State
 
 T = TypeVar("T")
+OnStep = Callable[[int, int], None]
 
 
-def train(config: RunConfig, out: str | Path, *, console: Console | None = None) -> RunResult:
+def train(
+    config: RunConfig, out: str | Path, *, console: Console | None = None, on_step: OnStep | None = None
+) -> RunResult:
     """Train a model, or continue the run in `out`.
 
     Args:
         config: what to train, on what, how.
         out: the run folder; made where it does not exist.
         console: where lines and the progress bar go; None: standard error.
+        on_step: called after each step with the steps done and the steps of the whole run.
 
     Returns:
         How it ended. `model/` in the run folder is the best model (the last, without a `val` split).
@@ -73,7 +77,7 @@ def train(config: RunConfig, out: str | Path, *, console: Console | None = None)
         torch.manual_seed(derive_seed(config.train.seed, "weights"))
         run = Run(config, folder, task, device, signals)
         run.restore()
-        run.fit(console)
+        run.fit(console, on_step)
     with answers(folder, task, device) as answer:
         # Who is asked to stop may be killed soon: then without new answers.
         write_report(folder, config, task, run.state, answer if signals.caught is None else None)
@@ -113,7 +117,7 @@ class Run:
 
     # The loop
 
-    def fit(self, console: Console | None) -> None:
+    def fit(self, console: Console | None, on_step: OnStep | None = None) -> None:
         """Step, evaluate and save until all epochs are done or a signal asks to stop."""
         state = self.state
         log = RunLog(
@@ -133,6 +137,8 @@ class Run:
                 self.evaluate_if_due()  # a run may have been stopped between a step and its evaluation
                 while state.step < self.total_steps and self.signals.caught is None:
                     self.step()
+                    if on_step is not None:
+                        on_step(state.step, self.total_steps)
                     self.evaluate_if_due()
                     minutes = (time.monotonic() - saved_at) / 60
                     if minutes >= self.settings.checkpoint_minutes or state.step % self.steps_per_epoch == 0:
@@ -294,10 +300,7 @@ class Run:
     @property
     def evaluated_model(self) -> nn.Module:
         """The model that is evaluated and kept: the moving average where there is one."""
-        if self.ema is None:
-            return self.model
-        module: nn.Module = self.ema.module
-        return module
+        return self.model if self.ema is None else cast(nn.Module, self.ema.module)
 
     # What stays on disk
 
@@ -392,8 +395,6 @@ class Run:
         if self.signals.caught is not None:
             where = f"stopped by {self.signals.caught.name} after step {state.step} of {self.total_steps}"
             return f"{where}; all is saved, the same command continues"
-        best = state.best
-        score = (
-            f"; best {self.task.best} {best.evaluation.metrics[self.task.best]:.4f} (step {best.step})" if best else ""
-        )
+        best, name = state.best, self.task.best
+        score = f"; best {name} {best.evaluation.metrics[name]:.4f} (step {best.step})" if best else ""
         return f"{self.total_steps} steps done in {duration(state.seconds)}{score}; the model is {self.folder.model}"
