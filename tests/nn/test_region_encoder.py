@@ -395,3 +395,12 @@ def test_frozen_batchnorm_of_every_kind() -> None:
     plain.load_state_dict(fused.state_dict())
     pixels = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(fused.eval()(pixels)[0], plain(pixels)[0])
+
+
+def test_black_regions_do_not_blow_up_the_gradient() -> None:
+    """A chain of LayerNorms over exact zeros multiplies the gradient by 1,000 each; see `_unlike_zero`."""
+    torch.manual_seed(0)
+    encoder = build("convnextv2_atto", CONVNEXT, 64)
+    encoder(torch.zeros(1, 3, 64, 64))[0].sum().backward()
+    norms = [p.grad.norm() for p in encoder.parameters() if p.grad is not None]
+    assert max(norms) < 1e5

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from gigaxt.datasets.check import CheckReport
 
 
-
 @dataclass(kw_only=True)
 class CheckArguments:
     """Look through a CSV of images before training: gigaxt check data.csv --write run.yaml

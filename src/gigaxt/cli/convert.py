@@ -12,7 +12,6 @@ import tyro
 from gigaxt.cli.flags import parse
 
 
-
 @dataclass(kw_only=True)
 class ConvertArguments:
     """Make a tiled TIFF pyramid of an image, in bounded memory: gigaxt convert scene.png scene.tif"""

@@ -27,7 +27,9 @@ MANY = 12
 class InfoArguments:
     """What images or model folders hold: gigaxt info scene.tif, or gigaxt info runs/a"""
 
-    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATHS", help_behavior_hint="(one or more)")]
+    paths: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATHS", help_behavior_hint="(one or more)")
+    ]
     """Images, or folders of models or runs."""
     region: int = 256
     """Side of the regions that are counted, px; a multiple of 32."""

@@ -26,7 +26,9 @@ class PredictArguments:
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder of a model, or of a run (its best model)."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES", help_behavior_hint="(one or more)")]
+    images: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES", help_behavior_hint="(one or more)")
+    ]
     """Images, folders of images, or CSVs with a column `image`."""
     out: Path
     """A .csv for scores, a .tif for one mask, or a folder for the masks of several images."""

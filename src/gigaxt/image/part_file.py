@@ -29,7 +29,7 @@ class PartFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size = 0
-        self._part = path.with_name(path.name + ".part")
+        self._part = path.parent / f"{path.name}.part"  # `.` has no name, and is refused below
         self._lock = threading.Lock()
         self._failure: ImageError | None = None
         if not path.parent.is_dir():

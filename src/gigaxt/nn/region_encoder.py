@@ -85,6 +85,8 @@ class RegionEncoder(nn.Module):
         spec = BackboneSpec(name=config.name, in_channels=config.in_channels, options=config.options)
         self.trunk, self.layout = build_backbone(spec, config.region, pretrained=config.pretrained is True)
         self.unused_weights: list[str] = []
+        if not config.pretrained:
+            _unlike_zero(self.trunk)
         if isinstance(config.pretrained, str):
             self.unused_weights = load_local_weights(self.trunk, spec, config.region, config.pretrained)
             logger.info(
@@ -167,6 +169,19 @@ class _ChannelNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _unlike_zero(trunk: nn.Module) -> None:
+    """Give the first convolution the bias of PyTorch's own initialisation where timm has set it to zero.
+
+    ConvNeXt starts without biases. Where the image is black, padded or nodata every LayerNorm then divides zeros by the
+    root of its epsilon, and each multiplies the gradient by 1,000: a fresh segmentation model with convnextv2_atto had
+    a gradient norm of 7e8 on a GeoTIFF with nodata, and has 3 with this bias.
+    """
+    first = next((m for m in trunk.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None and first.bias is not None and not first.bias.any():
+        bound = first.weight[0].numel() ** -0.5
+        nn.init.uniform_(first.bias, -bound, bound)
 
 
 def resample_mean(x: Tensor, side: int) -> Tensor:

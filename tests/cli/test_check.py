@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+from gigaxt.cli import main
+from gigaxt.training.config import read_yaml, run_config
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Four images, a truncated one, and CSVs; the working directory."""
+    random = np.random.default_rng(0)
+    for i in range(4):
+        pixels = random.integers(0, 256, (80, 100, 3)).astype(np.uint8)
+        tifffile.imwrite(tmp_path / f"{i}.tif", pixels, tile=(32, 32), photometric="rgb")
+    (tmp_path / "cut.tif").write_bytes((tmp_path / "0.tif").read_bytes()[:3000])
+    head, rows = "image,label,split\n", ["0.tif,a,train\n", "1.tif,b,train\n", "2.tif,a,val\n", "3.tif,b,val\n"]
+    (tmp_path / "data.csv").write_text(head + "".join(rows))
+    (tmp_path / "bad.csv").write_text(head + "".join(rows) + "gone.tif,a,train\ncut.tif,b,train\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_report_and_next_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "data.csv"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("data.csv: 4 rows, classification\n")
+    assert out.endswith("next: gigaxt check data.csv --write run.yaml\n")
+
+
+def test_written_config_is_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "data.csv", "--write", "sub/run a.yaml"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["wrote sub/run a.yaml", "next: gigaxt train --config 'sub/run a.yaml' --out 'runs/run a'"]
+    config = run_config(read_yaml(Path("sub/run a.yaml")))
+    assert config.data.csv == str(folder / "data.csv")
+    assert config.model.head.class_names == ["a", "b"]
+
+
+def test_an_older_config_is_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.yaml").write_text("mine")
+    assert main(["check", "data.csv", "--write", "run.yaml"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "error: run.yaml exists; choose another name, or use --force to overwrite it\n"
+    assert captured.out == ""  # told before the images are looked through
+    assert Path("run.yaml").read_text() == "mine"
+    assert main(["check", "data.csv", "--write", "run.yaml", "--force"]) == 0
+    assert Path("run.yaml").read_text() != "mine"
+
+
+def test_files_that_are_missing_or_unreadable(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "bad.csv", "--write", "run.yaml"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "error: bad.csv: 2 files to put right, listed above\n"
+    assert "line 6: gone.tif: does not exist" in captured.out
+    assert "line 7: cut.tif: " in captured.out
+    assert "put the files right, then gigaxt train --config run.yaml" in captured.out
+    assert Path("run.yaml").exists()
+
+
+def test_foreground_and_overlays(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "data.csv", "--foreground", "tissue", "--overlays", "pictures"]) == 0
+    out = capsys.readouterr().out
+    assert "foreground keeps" in out
+    assert "pictures: 4 in pictures" in out
+    assert len(list(Path("pictures").glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "CSV"),
+        (["none.csv"], "none.csv"),
+        (["0.tif"], "0.tif"),
+        (["data.csv", "--foreground", "tisue"], "tisue"),
+        (["data.csv", "--task", "segment"], "segment"),
+        (["data.csv", "--writ", "run.yaml"], "--write"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    folder: Path, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", *args]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
