@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from report import publish
 
-K = 12
+K = 10.5
 """Token stores: tokens, their gradient, each layer's input (2), position features and the context (2), what a layer's
 backward pass holds at work (summary and both scan directions: output, gradient, permuted copies)."""
 REGION, DIM, DEPTH, TOKENS = 256, 192, 2, 64

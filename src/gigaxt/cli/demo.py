@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import io
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from gigaxt.cli.flags import parse
+from gigaxt.cli.progress import Steps, clock_text
+from gigaxt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from gigaxt.datasets.legend import LegendConfig
+    from gigaxt.image import Image
+    from gigaxt.training import RunResult
+
+T = TypeVar("T")
+REGION = 64
+"""Side of a region, px."""
+
+RUNS = {"with context": "with_context", "without context": "without_context"}
+"""What the two trainings are called -> their folders."""
+LARGE = 1_000_000
+"""Number of the large scene, far from those of the others."""
 
 
 @dataclass(kw_only=True)
@@ -23,10 +48,269 @@ class DemoArguments:
     """Another seed, other scenes and other first weights."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """How much is made and trained; the folder remembers it."""
+
+    seed: int = 0
+    kinds: int = 4
+    """What the mark and the glyphs can be."""
+    sizes_px: tuple[int, ...] = (128, 256)
+    """Sides of the scenes to train on."""
+    scenes: tuple[int, ...] = (384, 64)
+    """How many of each size."""
+    val_px: int = 256
+    val_scenes: int = 24
+    large_px: int = 2048
+    epochs: int = 10
+    batch: int = 16
+    lr: float = 3e-3
+    dims: tuple[int, ...] = (24, 48, 96, 128)
+    """Widths of the region encoder's four stages."""
+
+
 def main(args: Sequence[str]) -> int:
-    """Run the demo; exit status 0, or 128 + n where signal n stopped it (the same command goes on)."""
+    """Run the demo; exit status 0, or 128 + n where signal n stopped it."""
     arguments = parse(DemoArguments, args, verb="demo")
-
-    from gigaxt.demo import DemoConfig, run_demo
-
     return run_demo(arguments.out, DemoConfig(seed=arguments.seed))
+
+
+def run_demo(out: Path, config: DemoConfig) -> int:
+    """Make everything in `out`, or what is still missing there.
+
+    Returns:
+        0, or 128 + n where signal n stopped a training.
+
+    Raises:
+        ConfigError: the folder holds something else.
+    """
+    began = time.monotonic()
+    claim(out, config)
+    print("In a corner of each scene a large mark says what all the small glyphs far from it are:", flush=True)
+    print("who sees one region of 64 px at a time cannot know. Two models learn to name the glyphs.\n", flush=True)
+
+    sizes = " and ".join(f"{size} px" for size in config.sizes_px)
+    title = f"{sum(config.scenes)} scenes of {sizes}, {config.val_scenes} to test, 1 of {config.large_px:,} px"
+    csv = timed(title, lambda steps: make_scenes(out / "data", config, steps), unit="scenes")
+    results: dict[str, RunResult] = {}
+    for name, folder in RUNS.items():
+        results[name] = timed(f"training {name}", partial(train_run, csv, config, name, out / folder), unit="steps")
+        signal = results[name].signal
+        if signal is not None:
+            print(f"\nstopped by {signal.name}; the same command goes on from there")
+            return 128 + int(signal)
+    title = f"masks of the large scene, {(-(-config.large_px // REGION)) ** 2:,} regions, twice"
+    large = timed(title, lambda steps: map_large(out, steps), unit="regions")
+
+    from gigaxt.cli.demo_report import draw_pictures, write_page
+
+    scores = {name: (kinds_iou(tested(results[name])), kinds_iou(large[name])) for name in RUNS}
+    table = score_table(config, scores)
+    pictures = timed("pictures and report", lambda steps: draw_pictures(out, RUNS, config.val_scenes), unit="pictures")
+    page = write_page(out, table, pictures, RUNS)
+    print(f"\n{aligned(table)}\n")
+    print(farewell(out, page, time.monotonic() - began))
+    return 0
+
+
+def claim(out: Path, config: DemoConfig) -> None:
+    """Make the folder, or see that it holds this very demo.
+
+    Raises:
+        ConfigError: it holds something else. CheckpointError: it cannot be written.
+    """
+    marker, settings = out / "demo.json", json.loads(json.dumps(asdict(config)))
+    try:
+        if marker.exists():
+            if json.loads(marker.read_text(encoding="utf-8")) != settings:
+                raise ConfigError(f"{out}: holds a demo with other settings; use another --out, or remove the folder")
+            print(f"{out} holds this demo already: what is done is not done again.\n")
+            return
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"{out}: expected a new folder, or one of an earlier demo; use another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        marker.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{out}: cannot be used: {getattr(error, 'strerror', None) or error}") from error
+
+
+def timed(title: str, work: Callable[[Steps], T], *, unit: str) -> T:
+    """Do a part of the demo, and print its line with the time that it took."""
+    with Steps(title, unit) as steps:
+        result = work(steps)
+        seconds = steps.seconds
+    print(f"  {title + ' ':.<68} {clock_text(seconds):>8}", flush=True)
+    return result
+
+
+def make_scenes(folder: Path, config: DemoConfig, progress: Steps) -> Path:
+    """Write the scenes and their CSV, which comes last: where it is, all is there."""
+    from gigaxt.datasets.legend import write_scene
+
+    csv = folder / "scenes.csv"
+    if csv.exists():
+        return csv
+    wanted = [
+        (size, "train", count) for size, count in zip(config.sizes_px, config.scenes, strict=True)
+    ] + [(config.val_px, "val", config.val_scenes)]
+    lines, count = ["image,mask,split"], sum(number for _, _, number in wanted) + 1
+    for size, split, number in wanted:
+        for _ in range(number):
+            index = len(lines) - 1
+            files = write_scene(scene_config(config, size), index, folder)
+            lines.append(f"{files.image.relative_to(folder)},{files.mask.relative_to(folder)},{split}")
+            progress(index + 1, count)
+    write_scene(scene_config(config, config.large_px), LARGE, folder)
+    progress(count, count)
+    part = csv.with_suffix(".part")
+    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    part.replace(csv)
+    return csv
+
+
+def scene_config(config: DemoConfig, size_px: int) -> LegendConfig:
+    """Scenes of one size: easier to tell apart than the data set's own settings, so that minutes are enough."""
+    from gigaxt.datasets.legend import LegendConfig
+
+    return LegendConfig(
+        rule="beacon",
+        size_px=(size_px, size_px),
+        kinds=config.kinds,
+        mark_px=48,
+        density=120.0,
+        distance=0.2,
+        contrast=0.6,
+        noise=0.04,
+        seed=config.seed,
+    )
+
+
+def train_run(csv: Path, config: DemoConfig, name: str, out: Path, progress: Steps) -> RunResult:
+    """Train one of the two models with the real loop, or what is missing of it."""
+    from rich.console import Console
+
+    from gigaxt.training import run_config, train
+
+    settings = run_config(run_settings(csv, config, "mamba2" if name == "with context" else "none"))
+    # The loop's own lines are in the run's log.txt.
+    return train(settings, out, console=Console(file=io.StringIO()), on_step=progress)
+
+
+def run_settings(csv: Path, config: DemoConfig, context: str) -> dict[str, Any]:
+    """What would stand in the run's YAML file."""
+    from gigaxt.datasets.glyphs import KINDS
+
+    return {
+        "data": {"csv": str(csv)},
+        "model": {
+            "region_encoder": {
+                "name": "convnext_atto",
+                "region": REGION,
+                "options": {"depths": [1, 1, 2, 1], "dims": list(config.dims)},
+            },
+            "context": {"kind": context, "dim": config.dims[-1], "depth": 1, "summary": 16},
+            "head": {
+                "kind": "segment",
+                "classes": config.kinds + 1,
+                "dim": 24,
+                # Glyphs are a fiftieth of the pixels: the background's edge would drown their kind.
+                "class_weights": [0.05] + [1.0] * config.kinds,
+                "class_names": ["background", *KINDS[: config.kinds]],
+            },
+            "input": {"mean": [115.0] * 3, "std": [30.0] * 3},
+        },
+        "train": {
+            "epochs": config.epochs,
+            "batch": config.batch,
+            "lr": config.lr,
+            "augment": {"dihedral": True},
+            "seed": config.seed,
+            "streaming": {"budget_gib": 2.0, "chunk_regions": 64},
+            "eval_every": 5,
+        },
+    }
+
+
+def map_large(out: Path, progress: Steps) -> dict[str, NDArray[np.float64]]:
+    """Write both models' masks of the large scene; their confusion with the true one."""
+    from gigaxt.image import open_image
+    from gigaxt.inference import predict
+    from gigaxt.pretrained import load
+
+    confusions = {}
+    for number, (name, folder) in enumerate(RUNS.items()):
+        model = load(out / folder / "model")
+        model.streaming = replace(model.streaming, chunk_regions=64)
+        predict(
+            model,
+            out / f"data/images/{LARGE:06d}.tif",
+            mask_path(out, folder),
+            progress=lambda done, count, number=number: progress(number * count + done, len(RUNS) * count),
+        )
+        target, answer = open_image(out / f"data/masks/{LARGE:06d}.tif"), open_image(mask_path(out, folder))
+        confusions[name] = confusion(target, answer, model.config.head.classes)
+    return confusions
+
+
+def mask_path(out: Path, folder: str) -> Path:
+    """Where the mask of the large scene by the model in `folder` is."""
+    return out / f"large_{folder}.tif"
+
+
+def confusion(target: Image, answer: Image, classes: int) -> NDArray[np.float64]:
+    """Pixel counts (classes, classes) with the true class as row."""
+    true, given = (image.read(0, 0, image.width, image.height)[..., 0].astype(np.int64) for image in (target, answer))
+    counts = np.bincount((true * classes + given).ravel(), minlength=classes**2)
+    return counts.reshape(classes, classes).astype(np.float64)
+
+
+def tested(result: RunResult) -> NDArray[np.float64]:
+    """The confusion of a run's best model on the test scenes."""
+    assert result.best is not None
+    assert result.best.confusion is not None
+    return np.asarray(result.best.confusion)
+
+
+def kinds_iou(confusion: NDArray[np.float64]) -> float:
+    """Mean IoU over the kinds that occur, on the pixels of glyphs: what is asked is which kind, not where its edge is.
+
+    Args:
+        confusion: (1 + kinds, 1 + kinds) pixel counts, true class as row, 0 the background.
+    """
+    glyphs = confusion[1:]  # (kinds, 1 + kinds): true glyph pixels
+    right, true, answered = glyphs[:, 1:].diagonal(), glyphs.sum(axis=1), glyphs[:, 1:].sum(axis=0)
+    occurs = true > 0
+    return float((right[occurs] / (true + answered - right)[occurs]).mean())
+
+
+def score_table(config: DemoConfig, scores: Mapping[str, tuple[float, float]]) -> list[list[str]]:
+    """Header and rows of what the terminal and the report show."""
+    header = ["mean IoU of the kinds", f"{config.val_scenes} test scenes", "the large scene"]
+    # Guessing evenly among k kinds: of all kinds alike 1 / (2 k - 1), of the one kind of a scene 1 / k.
+    guess = ("guessing", (1 / (2 * config.kinds - 1), 1 / config.kinds))
+    return [header, *([name, *(f"{value:.2f}" for value in values)] for name, values in [*scores.items(), guess])]
+
+
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    """Rows as lines: the first column left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join(
+        "  " + "    ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in table
+    )
+
+
+def farewell(out: Path, page: Path, seconds: float) -> str:
+    """What was made, and what comes next."""
+    map_path = mask_path(out, RUNS["with context"])
+    width = max(len(str(path)) for path in (page, map_path, out / "with_context")) + 2
+    return f"""  {str(page):<{width}} all of this on one page, with pictures
+  {str(map_path):<{width}} the map of the large scene: a pyramid for QGIS and QuPath
+  {str(out / "with_context"):<{width}} a run: model, metrics, its own report
+
+next, with your own images (a CSV with columns image,mask or image,label):
+  gigaxt check data.csv --write run.yaml
+  gigaxt train --config run.yaml --out runs/first
+  gigaxt predict runs/first scene.tif --out answer.tif
+
+done in {clock_text(seconds)}"""

@@ -65,6 +65,9 @@ class LegendConfig:
     """Amplitude of the smooth texture, as a fraction of the full range."""
     rotation_deg: float = 20.0
     """Marks and glyphs are turned by up to this angle, either way."""
+    coloured: float = 0.0
+    """How far a kind has a colour of its own: 0 colours say nothing and the shape alone counts, 1 a look at the colour
+    is enough. `legend`: marks and glyphs; `beacon`: the mark only, like a lamp, and glyphs stay without colour."""
     channels: int = 3
     """Bands of the image; uint8 each."""
     seed: int = 0
@@ -84,6 +87,8 @@ class LegendConfig:
             raise ConfigError(
                 f"`size_px` is {height} x {width}; a mark of {self.mark_px} px needs {self.mark_px + 2 * MARGIN} px"
             )
+        if not 0 <= self.coloured <= 1:
+            raise ConfigError(f"`coloured` is {self.coloured}; expected 0 to 1")
         if not 0 <= self.distance < 1:
             raise ConfigError(f"`distance` is {self.distance}; expected a fraction of the diagonal, 0 to below 1")
         if self.density <= 0 or self.channels < 1:
@@ -135,7 +140,8 @@ def draw_scene(config: LegendConfig, index: int) -> Scene:
     mark = _draw_mark(config, key, rng)
     kinds = _draw_kinds(config, key, rank, rng)
     rows, cols = _draw_places(config, mark, len(kinds), rng)
-    glyphs = Glyphs(rows, cols, kinds, *_draw_looks(config, len(kinds), rng))
+    coloured = config.coloured if config.rule == "legend" else 0.0
+    glyphs = Glyphs(rows, cols, kinds, *_draw_looks(config, kinds, coloured, rng))
     if config.rule == "beacon":
         label, classes = KINDS[key], np.full(len(kinds), 1 + key, dtype=np.uint8)
     else:
@@ -252,7 +258,8 @@ def _draw_mark(config: LegendConfig, key: int, rng: np.random.Generator) -> Glyp
     col = min(offset[1], width - half)
     flip_row, flip_col = rng.integers(0, 2, size=2)
     rows, cols = np.array([height - row if flip_row else row]), np.array([width - col if flip_col else col])
-    return Glyphs(rows, cols, np.array([key]), *_draw_looks(config, 1, rng))
+    kinds = np.array([key])
+    return Glyphs(rows, cols, kinds, *_draw_looks(config, kinds, config.coloured, rng))
 
 
 def _draw_kinds(config: LegendConfig, key: int, rank: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -303,12 +310,15 @@ def _free_cells(config: LegendConfig, mark: Glyphs, least: float, pitch: int) ->
 
 
 def _draw_looks(
-    config: LegendConfig, count: int, rng: np.random.Generator
+    config: LegendConfig, kinds: NDArray[np.int64], coloured: float, rng: np.random.Generator
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    """Angles in radians (count,) and tones (count, channels): colours say nothing about the kind."""
+    """Angles in radians (glyphs,) and tones (glyphs, channels), which tell the kind as far as `coloured` says."""
     limit = np.deg2rad(config.rotation_deg)
-    tones = rng.uniform(0.75, 1.0, size=(count, config.channels)).astype(np.float32)
-    return rng.uniform(-limit, limit, size=count), tones
+    tones = rng.uniform(0.75, 1.0, size=(len(kinds), config.channels))
+    phase = kinds[:, None] / config.kinds - np.arange(config.channels) / config.channels
+    hues = 0.55 + 0.45 * np.cos(2 * np.pi * phase)  # (glyphs, channels), around the colour circle
+    tones = (1 - coloured) * tones + coloured * hues
+    return rng.uniform(-limit, limit, size=len(kinds)), tones.astype(np.float32)
 
 
 def _stamp(

@@ -1,0 +1,161 @@
+"""The pictures and the page that `gigaxt demo` leaves behind."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image as Pillow
+from PIL import ImageDraw, ImageFont
+
+from gigaxt.datasets.manifest import Manifest, Row
+from gigaxt.draw import Colour, Picture, class_palette, mask_thumbnail, overlay_mask, save_png, thumbnail, with_legend
+from gigaxt.errors import CheckpointError
+from gigaxt.image import Image, open_image
+from gigaxt.inference import class_names
+from gigaxt.nn.xt import GigaXT
+from gigaxt.pretrained import load
+from gigaxt.training.report import STYLE, table
+
+SMALL_SCENES = 3
+"""Test scenes that are drawn."""
+PANEL_PX = 256
+"""Least side of a small scene's panel; smaller ones are enlarged."""
+LARGE_PX = 1024
+"""Longer side of the large scene's pictures."""
+OPACITY = 0.85
+
+
+def draw_pictures(
+    out: Path, runs: Mapping[str, str], large: Path, maps: Mapping[str, Path], progress: Callable[[int, int], None]
+) -> dict[str, Path]:
+    """Write PNGs of test scenes and of the large one: input, target, and both models' answers.
+
+    Args:
+        out: the demo's folder.
+        runs: what the models are called -> their run folders' names.
+        large: image of the large scene; its mask lies in `masks/` beside `images/`.
+        maps: what the models are called -> their masks of it.
+        progress: told how far it is.
+
+    Returns:
+        Captions -> pictures.
+    """
+    models = {name: load(out / folder / "model") for name, folder in runs.items()}
+    names = class_names(next(iter(models.values())))
+    colours = class_palette(len(names))
+    rows = Manifest.read(out / "data/scenes.csv").split("val")[:SMALL_SCENES]
+    count = len(rows) + 2 + len(maps)
+    pictures: dict[str, Path] = {}
+    for number, row in enumerate(rows, start=1):
+        panels = dict(_small_panels(row, models, colours))
+        picture = with_legend(strip(panels), names[1:], colours[1:])
+        pictures[f"Test scene {number}: {', '.join(panels)}"] = save_png(picture, out / f"pictures/scene_{number}.png")
+        progress(number, count)
+    image = thumbnail(open_image(large), LARGE_PX)
+    masks = {"target": large.parent.parent / "masks" / large.name, **maps}
+    drawn: dict[str, Picture] = {"input": image}
+    for name, path in masks.items():
+        drawn[name] = overlay_mask(image, mask_thumbnail(open_image(path), LARGE_PX), colours, opacity=OPACITY)
+    for done, (name, picture) in enumerate(drawn.items(), start=len(rows) + 1):
+        path = out / f"pictures/large_{name.replace(' ', '_')}.png"
+        pictures[f"The large scene: {name}"] = save_png(with_legend(picture, names[1:], colours[1:]), path)
+        progress(done, count)
+    return pictures
+
+
+def strip(panels: Mapping[str, Picture]) -> Picture:
+    """Pictures of one height side by side, each with its name above."""
+    font, gap, head = ImageFont.load_default(size=14), 8, 22
+    height = max(len(picture) for picture in panels.values())
+    width = sum(picture.shape[1] + gap for picture in panels.values()) - gap
+    canvas = Pillow.new("RGB", (width, height + head), (255, 255, 255))
+    draw, x = ImageDraw.Draw(canvas), 0
+    for name, picture in panels.items():
+        draw.text((x, 2), name, fill=(0, 0, 0), font=font)
+        canvas.paste(Pillow.fromarray(picture), (x, head))
+        x += picture.shape[1] + gap
+    return np.asarray(canvas)
+
+
+def write_page(
+    out: Path, scores: Sequence[Sequence[str]], pictures: Mapping[str, Path], runs: Mapping[str, str], next_lines: str
+) -> Path:
+    """Write `report.html`: scores, pictures, and links to the runs' own reports.
+
+    Args:
+        out: the demo's folder.
+        scores: header and rows.
+        pictures: captions -> files below `out`.
+        runs: what the models are called -> their run folders' names.
+        next_lines: commands that come next.
+
+    Raises:
+        CheckpointError: the page cannot be written.
+    """
+    links = "".join(
+        f'<li><a href="{folder}/report.html">{_text(name)}</a>: curves, scores by class, worst scenes, settings</li>'
+        for name, folder in runs.items()
+    )
+    figures = "".join(
+        f'<figure><img src="{_text(path.relative_to(out).as_posix())}" alt="{_text(caption)}">'
+        f"<figcaption>{_text(caption)}</figcaption></figure>\n"
+        for caption, path in pictures.items()
+    )
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>gigaxt demo</title><style>{STYLE}
+figure {{ max-width: 100%; margin: 1.2em 0 }}</style></head><body>
+<h1>gigaxt demo: what context is worth</h1>
+<p>In a corner of each scene a large mark says what all the small glyphs far from it are. A model that sees one region
+of 64 px at a time cannot know: it guesses. A model whose regions tell each other what they hold can.</p>
+<h2>Result</h2>
+{table(scores[0], scores[1:])}
+<h2>Pictures</h2>
+{figures}
+<h2>The two runs</h2>
+<ul>{links}</ul>
+<h2>Next</h2>
+<pre>{_text(next_lines)}</pre>
+</body></html>
+"""
+    path = out / "report.html"
+    part = path.with_suffix(".part")
+    try:
+        part.write_text(page, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot write: {error.strerror or error}") from error
+    return path
+
+
+def _small_panels(
+    row: Row, models: Mapping[str, GigaXT], colours: Sequence[Colour]
+) -> Iterator[tuple[str, Picture]]:
+    assert row.mask is not None
+    image, target = open_image(row.image), open_image(row.mask)
+    picture = thumbnail(image, max(image.height, image.width))
+    yield "input", _enlarged(picture)
+    yield "target", _enlarged(overlay_mask(picture, mask_thumbnail(target, len(picture)), colours, opacity=OPACITY))
+    for name, model in models.items():
+        yield name, _enlarged(overlay_mask(picture, _answer(model, image), colours, opacity=OPACITY))
+
+
+def _answer(model: GigaXT, image: Image) -> NDArray[np.int64]:
+    """The classes (h, w) of a scene that fits into memory."""
+    with torch.no_grad():
+        (logits,) = model([image])
+    return logits.argmax(dim=0).numpy()  # type: ignore[no-any-return]  # torch does not say what numpy() gives
+
+
+def _enlarged(picture: Picture) -> Picture:
+    factor = -(-PANEL_PX // max(picture.shape[:2]))
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _text(text: str) -> str:
+    return html.escape(text)
