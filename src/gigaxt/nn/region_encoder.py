@@ -179,7 +179,9 @@ def _unlike_zero(trunk: nn.Module) -> None:
     a gradient norm of 7e8 on a GeoTIFF with nodata, and has 3 with this bias.
     """
     first = next((m for m in trunk.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is not None and first.bias is not None and not first.bias.any():
+    if first is None or first.bias is None or first.bias.is_meta:  # nothing to set
+        return
+    if not first.bias.any():
         bound = first.weight[0].numel() ** -0.5
         nn.init.uniform_(first.bias, -bound, bound)
 
