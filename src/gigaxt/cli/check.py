@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class CheckArguments:
-    """Look through a CSV of images before training: gigaxt check data.csv --write run.yaml
+    """Look through a CSV of images before training.
+
+    gigaxt check data.csv --write run.yaml
 
     The CSV has columns image,label or image,mask. Exit status 2 where files are missing, unreadable or do not fit.
     """

@@ -14,7 +14,10 @@ from gigaxt.cli.flags import parse
 
 @dataclass(kw_only=True)
 class ConvertArguments:
-    """Make a tiled TIFF pyramid of an image, in bounded memory: gigaxt convert scene.png scene.tif"""
+    """Make a tiled TIFF pyramid of an image, in bounded memory.
+
+    gigaxt convert scene.png scene.tif
+    """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
     """Any image that can be read, and PNG or JPEG of any size."""

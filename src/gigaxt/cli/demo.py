@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -106,10 +107,19 @@ def run_demo(out: Path, config: DemoConfig) -> int:
 
     scores = {name: (kinds_iou(tested(results[name])), kinds_iou(large[name])) for name in RUNS}
     table = score_table(config, scores)
-    pictures = timed("pictures and report", lambda steps: draw_pictures(out, RUNS, config.val_scenes), unit="pictures")
-    page = write_page(out, table, pictures, RUNS)
+    maps = {name: map_path(out, name) for name in RUNS}
+    pictures = timed(
+        "pictures and report", lambda steps: draw_pictures(out, RUNS, large_scene(out), maps, steps), unit="pictures"
+    )
+    page = write_page(out, table, pictures, RUNS, next_commands(out))
     print(f"\n{aligned(table)}\n")
-    print(farewell(out, page, time.monotonic() - began))
+    for path, what in {
+        page: "all of this on one page, with the pictures",
+        maps["with context"]: "the mask of the large scene: a pyramid for QGIS and QuPath",
+        out / RUNS["with context"]: "the run: model, metrics, its own report",
+    }.items():
+        print(f"  {path!s:<{len(str(out)) + 28}} {what}")
+    print(f"\nnext:\n{next_commands(out)}\n\ndone in {clock_text(time.monotonic() - began)}")
     return 0
 
 
@@ -150,9 +160,9 @@ def make_scenes(folder: Path, config: DemoConfig, progress: Steps) -> Path:
     csv = folder / "scenes.csv"
     if csv.exists():
         return csv
-    wanted = [
-        (size, "train", count) for size, count in zip(config.sizes_px, config.scenes, strict=True)
-    ] + [(config.val_px, "val", config.val_scenes)]
+    wanted = [(size, "train", count) for size, count in zip(config.sizes_px, config.scenes, strict=True)] + [
+        (config.val_px, "val", config.val_scenes)
+    ]
     lines, count = ["image,mask,split"], sum(number for _, _, number in wanted) + 1
     for size, split, number in wanted:
         for _ in range(number):
@@ -243,18 +253,23 @@ def map_large(out: Path, progress: Steps) -> dict[str, NDArray[np.float64]]:
         model.streaming = replace(model.streaming, chunk_regions=64)
         predict(
             model,
-            out / f"data/images/{LARGE:06d}.tif",
-            mask_path(out, folder),
+            large_scene(out),
+            map_path(out, name),
             progress=lambda done, count, number=number: progress(number * count + done, len(RUNS) * count),
         )
-        target, answer = open_image(out / f"data/masks/{LARGE:06d}.tif"), open_image(mask_path(out, folder))
+        target, answer = open_image(large_scene(out, "masks")), open_image(map_path(out, name))
         confusions[name] = confusion(target, answer, model.config.head.classes)
     return confusions
 
 
-def mask_path(out: Path, folder: str) -> Path:
-    """Where the mask of the large scene by the model in `folder` is."""
-    return out / f"large_{folder}.tif"
+def large_scene(out: Path, kind: str = "images") -> Path:
+    """The large scene's file."""
+    return out / "data" / kind / f"{LARGE:06d}.tif"
+
+
+def map_path(out: Path, name: str) -> Path:
+    """Where the mask of the large scene by a model is."""
+    return out / f"large_{RUNS[name]}.tif"
 
 
 def confusion(target: Image, answer: Image, classes: int) -> NDArray[np.float64]:
@@ -295,22 +310,16 @@ def aligned(table: Sequence[Sequence[str]]) -> str:
     """Rows as lines: the first column left, the others right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
-        "  " + "    ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        "  "
+        + "    ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in table
     )
 
 
-def farewell(out: Path, page: Path, seconds: float) -> str:
-    """What was made, and what comes next."""
-    map_path = mask_path(out, RUNS["with context"])
-    width = max(len(str(path)) for path in (page, map_path, out / "with_context")) + 2
-    return f"""  {str(page):<{width}} all of this on one page, with pictures
-  {str(map_path):<{width}} the map of the large scene: a pyramid for QGIS and QuPath
-  {str(out / "with_context"):<{width}} a run: model, metrics, its own report
-
-next, with your own images (a CSV with columns image,mask or image,label):
-  gigaxt check data.csv --write run.yaml
+def next_commands(out: Path) -> str:
+    """What to try next."""
+    scene, run = shlex.quote(str(large_scene(out))), shlex.quote(str(out / RUNS["with context"]))
+    return f"""  gigaxt predict {run} {scene} --out mask.tif
+  gigaxt check your.csv --write run.yaml      # your images: columns image,mask or image,label
   gigaxt train --config run.yaml --out runs/first
-  gigaxt predict runs/first scene.tif --out answer.tif
-
-done in {clock_text(seconds)}"""
+  gigaxt predict runs/first scene.tif --out answer.tif"""

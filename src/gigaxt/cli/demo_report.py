@@ -133,9 +133,7 @@ of 64 px at a time cannot know: it guesses. A model whose regions tell each othe
     return path
 
 
-def _small_panels(
-    row: Row, models: Mapping[str, GigaXT], colours: Sequence[Colour]
-) -> Iterator[tuple[str, Picture]]:
+def _small_panels(row: Row, models: Mapping[str, GigaXT], colours: Sequence[Colour]) -> Iterator[tuple[str, Picture]]:
     assert row.mask is not None
     image, target = open_image(row.image), open_image(row.mask)
     picture = thumbnail(image, max(image.height, image.width))

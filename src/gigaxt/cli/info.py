@@ -25,7 +25,10 @@ MANY = 12
 
 @dataclass(kw_only=True)
 class InfoArguments:
-    """What images or model folders hold: gigaxt info scene.tif, or gigaxt info runs/a"""
+    """What images or model folders hold.
+
+    gigaxt info scene.tif
+    """
 
     paths: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATHS", help_behavior_hint="(one or more)")

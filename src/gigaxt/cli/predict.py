@@ -22,7 +22,10 @@ TIFF_SUFFIXES = (".tif", ".tiff")
 
 @dataclass(kw_only=True)
 class PredictArguments:
-    """Answers for images of any size, class scores or masks: gigaxt predict runs/a scene.tif --out mask.tif"""
+    """Answers for images of any size, class scores or masks.
+
+    gigaxt predict runs/a scene.tif --out mask.tif
+    """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder of a model, or of a run (its best model)."""
