@@ -187,9 +187,10 @@ class _Job:
         streaming: Streaming,
     ) -> None:
         self.chunks, self.linear, self.streaming = chunks, linear, streaming
-        self.load, self.load_targets = load, load_targets
         self.device = next(encode.parameters()).device
-        self.reader = Reader(self._load, self.device, seed)
+        # Not a method of this object: in a cycle it would keep tokens, gradients and open files until the next
+        # garbage collection.
+        self.reader = Reader(partial(_load_turn, load, load_targets), self.device, seed)
         self.autocast = Autocast.now(self.device)
         self.encode, self.decode = Aliases(encode), Aliases(decode)
         self.tokens, self.outputs = Joined("cat"), Joined(reduce)
@@ -382,8 +383,9 @@ class _Job:
         turns = [_Turn(chunk, n, *wanted(i)) for i, (chunk, n) in enumerate(zip(self.chunks, counts, strict=True))]
         return self.reader.rows(turns)
 
-    def _load(self, turn: _Turn) -> Any:
-        pixels = self.load(turn.chunk) if turn.pixels else None
-        targets = self.load_targets(turn.chunk) if turn.targets and self.load_targets else None
-        # The empty tensor tells the number of regions where nothing else is loaded.
-        return pixels, targets, torch.empty(turn.regions, 0) if turn.regions else None
+
+def _load_turn(load: Callable[[Any], Any], load_targets: Callable[[Any], Any] | None, turn: _Turn) -> Any:
+    pixels = load(turn.chunk) if turn.pixels else None
+    targets = load_targets(turn.chunk) if turn.targets and load_targets else None
+    # The empty tensor tells the number of regions where nothing else is loaded.
+    return pixels, targets, torch.empty(turn.regions, 0) if turn.regions else None

@@ -170,10 +170,14 @@ class Joined:
             self.tensors[i][rows.start * k : rows.stop * k] = t.detach()
 
     def results(self, rows: int) -> tuple[Tensor, ...]:
-        """The whole; `rows` is the number of all regions."""
+        """The whole, handed over; `rows` is the number of all regions.
+
+        Kept here as well, a result would reach itself through its own graph, and never be freed.
+        """
+        tensors, self.tensors = self.tensors, []
         if self.reduce == "sum":
-            return tuple(self.tensors)
-        return tuple(t[: rows * k] for t, k in zip(self.tensors, self.per_row, strict=True))
+            return tuple(tensors)
+        return tuple(t[: rows * k] for t, k in zip(tensors, self.per_row, strict=True))
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from tiny_models import segmenter, tiny_model
 
 from gigaxt import open_image
 from gigaxt.cli import main
 from gigaxt.cli.info import file_size, image_facts, named
+from tiny_models import segmenter, tiny_model
 
 
 def facts(text: str) -> dict[str, str]:

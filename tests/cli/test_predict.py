@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image as Pillow
-from tiny_models import classifier, segmenter
 
 from gigaxt import ConfigError, DataError, ImageError, open_image
 from gigaxt.cli import main
 from gigaxt.cli.predict import expand, mask_paths
+from tiny_models import classifier, segmenter
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_folder_of_images_to_folder_of_masks(folder: Path, capsys: pytest.Captur
 
 
 def test_csv_of_images_to_csv_of_scores(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "scenes/list.csv").write_text("\ufeffname, image\none, a.tif\ntwo, c.tif\n\n")
+    (folder / "scenes/list.csv").write_text("\ufeffimage, name\n a.tif, one\nc.tif, two\n\n")
     assert main(["predict", "cls", "scenes/list.csv", "--out", "new/scores.csv"]) == 0
     assert "new/scores.csv: scores of 2 images" in capsys.readouterr().out
     with Path("new/scores.csv").open(newline="") as file:

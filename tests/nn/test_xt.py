@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -273,3 +275,24 @@ def test_bad_config() -> None:
         ModelConfig.from_dict({**good, "input": {"mean": [1.0]}})
     with pytest.raises(ConfigError, match="missing `region_encoder`"):
         ModelConfig.from_dict({"head": HEADS["classify"]})
+
+
+@pytest.mark.parametrize("streaming", [Streaming(budget_gib=None), *BUDGETS[1:]])
+@pytest.mark.parametrize("head", HEADS)
+def test_nothing_outlives_the_step(head: str, streaming: Streaming) -> None:
+    """No cycle keeps images (open files), tokens or gradients until the next garbage collection."""
+    model = make("convnext", head).train()
+    model.streaming = streaming
+    gc.collect()
+    gc.disable()
+    try:
+        for backward in (True, False):
+            images, masks = scenes()
+            alive = [weakref.ref(image) for image in images]
+            loss = model.loss(images, masks if head == "segment" else [1, 3])
+            if backward:
+                loss.backward()
+            del images, masks, loss
+            assert not [ref for ref in alive if ref() is not None]
+    finally:
+        gc.enable()

@@ -37,7 +37,7 @@ LARGE = 1_000_000
 
 @dataclass(kw_only=True)
 class DemoArguments:
-    """See it work, offline, on two CPU cores, in about three minutes: gigaxt demo
+    """See it work, offline, on two CPU cores, in about three minutes.
 
     Made-up scenes on disk, a training with context and one without, a map of a larger scene, pictures and a report.
     The same command goes on where it was stopped, and shows the results again once it is done.
@@ -56,16 +56,15 @@ class DemoConfig:
     seed: int = 0
     kinds: int = 4
     """What the mark and the glyphs can be."""
-    sizes_px: tuple[int, ...] = (128, 256)
-    """Sides of the scenes to train on."""
-    scenes: tuple[int, ...] = (384, 64)
-    """How many of each size."""
-    val_px: int = 256
-    val_scenes: int = 24
+    train_px: int = 128
+    """Side of the scenes to train on. Small ones, for what counts is how many marks are seen."""
+    train_scenes: int = 640
+    test_px: int = 256
+    test_scenes: int = 24
     large_px: int = 2048
-    epochs: int = 10
+    epochs: int = 8
     batch: int = 16
-    lr: float = 3e-3
+    lr: float = 2e-3
     dims: tuple[int, ...] = (24, 48, 96, 128)
     """Widths of the region encoder's four stages."""
 
@@ -90,27 +89,28 @@ def run_demo(out: Path, config: DemoConfig) -> int:
     print("In a corner of each scene a large mark says what all the small glyphs far from it are:", flush=True)
     print("who sees one region of 64 px at a time cannot know. Two models learn to name the glyphs.\n", flush=True)
 
-    sizes = " and ".join(f"{size} px" for size in config.sizes_px)
-    title = f"{sum(config.scenes)} scenes of {sizes}, {config.val_scenes} to test, 1 of {config.large_px:,} px"
-    csv = timed(title, lambda steps: make_scenes(out / "data", config, steps), unit="scenes")
+    sizes = f"{config.train_px} px, {config.test_scenes} of {config.test_px} px, 1 of {config.large_px:,} px"
+    title = f"{config.train_scenes} scenes of {sizes}"
+    csv = timed(title, partial(make_scenes, out, config), "scenes")
     results: dict[str, RunResult] = {}
     for name, folder in RUNS.items():
-        results[name] = timed(f"training {name}", partial(train_run, csv, config, name, out / folder), unit="steps")
+        results[name] = timed(f"training {name}", partial(train_run, csv, config, name, out / folder), "steps")
         signal = results[name].signal
         if signal is not None:
             print(f"\nstopped by {signal.name}; the same command goes on from there")
             return 128 + int(signal)
-    title = f"masks of the large scene, {(-(-config.large_px // REGION)) ** 2:,} regions, twice"
-    large = timed(title, lambda steps: map_large(out, steps), unit="regions")
+    regions = (-(-config.large_px // REGION)) ** 2
+    large = {
+        name: timed(f"mask of the large scene, {regions:,} regions, {name}", partial(map_large, out, name), "regions")
+        for name in RUNS
+    }
 
     from gigaxt.cli.demo_report import draw_pictures, write_page
 
     scores = {name: (kinds_iou(tested(results[name])), kinds_iou(large[name])) for name in RUNS}
     table = score_table(config, scores)
-    maps = {name: map_path(out, name) for name in RUNS}
-    pictures = timed(
-        "pictures and report", lambda steps: draw_pictures(out, RUNS, large_scene(out), maps, steps), unit="pictures"
-    )
+    maps = {name: large_path(out, name) for name in ("scene", "target", *RUNS)}
+    pictures = timed("pictures and report", lambda steps: draw_pictures(out, RUNS, maps, steps), "pictures")
     page = write_page(out, table, pictures, RUNS, next_commands(out))
     print(f"\n{aligned(table)}\n")
     for path, what in {
@@ -144,7 +144,7 @@ def claim(out: Path, config: DemoConfig) -> None:
         raise ConfigError(f"{out}: cannot be used: {getattr(error, 'strerror', None) or error}") from error
 
 
-def timed(title: str, work: Callable[[Steps], T], *, unit: str) -> T:
+def timed(title: str, work: Callable[[Steps], T], unit: str) -> T:
     """Do a part of the demo, and print its line with the time that it took."""
     with Steps(title, unit) as steps:
         result = work(steps)
@@ -153,25 +153,24 @@ def timed(title: str, work: Callable[[Steps], T], *, unit: str) -> T:
     return result
 
 
-def make_scenes(folder: Path, config: DemoConfig, progress: Steps) -> Path:
+def make_scenes(out: Path, config: DemoConfig, progress: Steps) -> Path:
     """Write the scenes and their CSV, which comes last: where it is, all is there."""
     from gigaxt.datasets.legend import write_scene
 
-    csv = folder / "scenes.csv"
+    folder, csv = out / "data", out / "data/scenes.csv"
     if csv.exists():
         return csv
-    wanted = [(size, "train", count) for size, count in zip(config.sizes_px, config.scenes, strict=True)] + [
-        (config.val_px, "val", config.val_scenes)
-    ]
-    lines, count = ["image,mask,split"], sum(number for _, _, number in wanted) + 1
-    for size, split, number in wanted:
-        for _ in range(number):
-            index = len(lines) - 1
-            files = write_scene(scene_config(config, size), index, folder)
-            lines.append(f"{files.image.relative_to(folder)},{files.mask.relative_to(folder)},{split}")
-            progress(index + 1, count)
-    write_scene(scene_config(config, config.large_px), LARGE, folder)
-    progress(count, count)
+    large = write_scene(scene_config(config, config.large_px), LARGE, folder)
+    large_path(out, "scene").parent.mkdir(exist_ok=True)
+    large.image.replace(large_path(out, "scene"))
+    large.mask.replace(large_path(out, "target"))
+    splits = ["train"] * config.train_scenes + ["val"] * config.test_scenes
+    lines = ["image,mask,split"]
+    for index, split in enumerate(splits):
+        size = config.train_px if split == "train" else config.test_px
+        files = write_scene(scene_config(config, size), index, folder)
+        lines.append(f"{files.image.relative_to(folder)},{files.mask.relative_to(folder)},{split}")
+        progress(index + 1, len(splits))
     part = csv.with_suffix(".part")
     part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     part.replace(csv)
@@ -189,8 +188,10 @@ def scene_config(config: DemoConfig, size_px: int) -> LegendConfig:
         mark_px=48,
         density=120.0,
         distance=0.2,
-        contrast=0.6,
-        noise=0.04,
+        contrast=0.8,
+        texture=0.1,
+        noise=0.03,
+        rotation_deg=10.0,
         seed=config.seed,
     )
 
@@ -241,35 +242,22 @@ def run_settings(csv: Path, config: DemoConfig, context: str) -> dict[str, Any]:
     }
 
 
-def map_large(out: Path, progress: Steps) -> dict[str, NDArray[np.float64]]:
-    """Write both models' masks of the large scene; their confusion with the true one."""
+def map_large(out: Path, name: str, progress: Steps) -> NDArray[np.float64]:
+    """Write one model's mask of the large scene; its confusion with the true one."""
     from gigaxt.image import open_image
     from gigaxt.inference import predict
     from gigaxt.pretrained import load
 
-    confusions = {}
-    for number, (name, folder) in enumerate(RUNS.items()):
-        model = load(out / folder / "model")
-        model.streaming = replace(model.streaming, chunk_regions=64)
-        predict(
-            model,
-            large_scene(out),
-            map_path(out, name),
-            progress=lambda done, count, number=number: progress(number * count + done, len(RUNS) * count),
-        )
-        target, answer = open_image(large_scene(out, "masks")), open_image(map_path(out, name))
-        confusions[name] = confusion(target, answer, model.config.head.classes)
-    return confusions
+    model = load(out / RUNS[name] / "model")
+    model.streaming = replace(model.streaming, chunk_regions=64)
+    predict(model, large_path(out, "scene"), large_path(out, name), progress=progress)
+    target, answer = open_image(large_path(out, "target")), open_image(large_path(out, name))
+    return confusion(target, answer, model.config.head.classes)
 
 
-def large_scene(out: Path, kind: str = "images") -> Path:
-    """The large scene's file."""
-    return out / "data" / kind / f"{LARGE:06d}.tif"
-
-
-def map_path(out: Path, name: str) -> Path:
-    """Where the mask of the large scene by a model is."""
-    return out / f"large_{RUNS[name]}.tif"
+def large_path(out: Path, what: str) -> Path:
+    """The large scene, its target, or one of the two masks of it."""
+    return out / "large" / f"{RUNS.get(what, what)}.tif"
 
 
 def confusion(target: Image, answer: Image, classes: int) -> NDArray[np.float64]:
@@ -300,7 +288,7 @@ def kinds_iou(confusion: NDArray[np.float64]) -> float:
 
 def score_table(config: DemoConfig, scores: Mapping[str, tuple[float, float]]) -> list[list[str]]:
     """Header and rows of what the terminal and the report show."""
-    header = ["mean IoU of the kinds", f"{config.val_scenes} test scenes", "the large scene"]
+    header = ["mean IoU of the kinds", f"{config.test_scenes} test scenes", "the large scene"]
     # Guessing evenly among k kinds: of all kinds alike 1 / (2 k - 1), of the one kind of a scene 1 / k.
     guess = ("guessing", (1 / (2 * config.kinds - 1), 1 / config.kinds))
     return [header, *([name, *(f"{value:.2f}" for value in values)] for name, values in [*scores.items(), guess])]
@@ -309,16 +297,16 @@ def score_table(config: DemoConfig, scores: Mapping[str, tuple[float, float]]) -
 def aligned(table: Sequence[Sequence[str]]) -> str:
     """Rows as lines: the first column left, the others right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(
-        "  "
-        + "    ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in table
-    )
+    lines = []
+    for first, *rest in table:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+        lines.append("  " + "    ".join(cells))
+    return "\n".join(lines)
 
 
 def next_commands(out: Path) -> str:
     """What to try next."""
-    scene, run = shlex.quote(str(large_scene(out))), shlex.quote(str(out / RUNS["with context"]))
+    scene, run = shlex.quote(str(large_path(out, "scene"))), shlex.quote(str(out / RUNS["with context"]))
     return f"""  gigaxt predict {run} {scene} --out mask.tif
   gigaxt check your.csv --write run.yaml      # your images: columns image,mask or image,label
   gigaxt train --config run.yaml --out runs/first

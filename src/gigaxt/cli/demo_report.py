@@ -31,15 +31,14 @@ OPACITY = 0.85
 
 
 def draw_pictures(
-    out: Path, runs: Mapping[str, str], large: Path, maps: Mapping[str, Path], progress: Callable[[int, int], None]
+    out: Path, runs: Mapping[str, str], large: Mapping[str, Path], progress: Callable[[int, int], None]
 ) -> dict[str, Path]:
     """Write PNGs of test scenes and of the large one: input, target, and both models' answers.
 
     Args:
         out: the demo's folder.
         runs: what the models are called -> their run folders' names.
-        large: image of the large scene; its mask lies in `masks/` beside `images/`.
-        maps: what the models are called -> their masks of it.
+        large: the large scene's files: `scene`, then masks by what they are called.
         progress: told how far it is.
 
     Returns:
@@ -49,21 +48,20 @@ def draw_pictures(
     names = class_names(next(iter(models.values())))
     colours = class_palette(len(names))
     rows = Manifest.read(out / "data/scenes.csv").split("val")[:SMALL_SCENES]
-    count = len(rows) + 2 + len(maps)
+    count = len(rows) + len(large)
     pictures: dict[str, Path] = {}
     for number, row in enumerate(rows, start=1):
         panels = dict(_small_panels(row, models, colours))
         picture = with_legend(strip(panels), names[1:], colours[1:])
         pictures[f"Test scene {number}: {', '.join(panels)}"] = save_png(picture, out / f"pictures/scene_{number}.png")
         progress(number, count)
-    image = thumbnail(open_image(large), LARGE_PX)
-    masks = {"target": large.parent.parent / "masks" / large.name, **maps}
-    drawn: dict[str, Picture] = {"input": image}
-    for name, path in masks.items():
-        drawn[name] = overlay_mask(image, mask_thumbnail(open_image(path), LARGE_PX), colours, opacity=OPACITY)
-    for done, (name, picture) in enumerate(drawn.items(), start=len(rows) + 1):
-        path = out / f"pictures/large_{name.replace(' ', '_')}.png"
-        pictures[f"The large scene: {name}"] = save_png(with_legend(picture, names[1:], colours[1:]), path)
+    image = thumbnail(open_image(large["scene"]), LARGE_PX)
+    for done, (name, path) in enumerate(large.items(), start=len(rows) + 1):
+        drawn = image
+        if name != "scene":
+            drawn = overlay_mask(image, mask_thumbnail(open_image(path), LARGE_PX), colours, opacity=OPACITY)
+        target = out / f"pictures/large_{path.stem}.png"
+        pictures[f"The large scene: {name}"] = save_png(with_legend(drawn, names[1:], colours[1:]), target)
         progress(done, count)
     return pictures
 
