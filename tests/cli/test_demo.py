@@ -40,7 +40,7 @@ def test_output_is_short_and_aligned(made: Path) -> None:
     stages = [line for line in lines if line.endswith(" s") and ".." in line]
     assert len(stages) == 6
     assert len({len(line) for line in stages}) == 1
-    head = next(i for i, line in enumerate(lines) if "mean IoU of the kinds" in line)
+    head = next(i for i, line in enumerate(lines) if "mean IoU of the kinds, on glyphs" in line)
     assert [line.split("  ")[1] for line in lines[head + 1 : head + 4]] == [
         "with context",
         "without context",

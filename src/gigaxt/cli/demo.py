@@ -288,7 +288,7 @@ def kinds_iou(confusion: NDArray[np.float64]) -> float:
 
 def score_table(config: DemoConfig, scores: Mapping[str, tuple[float, float]]) -> list[list[str]]:
     """Header and rows of what the terminal and the report show."""
-    header = ["mean IoU of the kinds", f"{config.test_scenes} test scenes", "the large scene"]
+    header = ["mean IoU of the kinds, on glyphs", f"{config.test_scenes} test scenes", "the large scene"]
     # Guessing evenly among k kinds: of all kinds alike 1 / (2 k - 1), of the one kind of a scene 1 / k.
     guess = ("guessing", (1 / (2 * config.kinds - 1), 1 / config.kinds))
     return [header, *([name, *(f"{value:.2f}" for value in values)] for name, values in [*scores.items(), guess])]

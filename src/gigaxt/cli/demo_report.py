@@ -25,6 +25,7 @@ SMALL_SCENES = 3
 """Test scenes that are drawn."""
 PANEL_PX = 256
 """Least side of a small scene's panel; smaller ones are enlarged."""
+LARGE_CAPTION = "The large scene"
 LARGE_PX = 1024
 """Longer side of the large scene's pictures."""
 OPACITY = 0.85
@@ -61,7 +62,7 @@ def draw_pictures(
         if name != "scene":
             drawn = overlay_mask(image, mask_thumbnail(open_image(path), LARGE_PX), colours, opacity=OPACITY)
         target = out / f"pictures/large_{path.stem}.png"
-        pictures[f"The large scene: {name}"] = save_png(with_legend(drawn, names[1:], colours[1:]), target)
+        pictures[f"{LARGE_CAPTION}: {name}"] = save_png(with_legend(drawn, names[1:], colours[1:]), target)
         progress(done, count)
     return pictures
 
@@ -99,21 +100,21 @@ def write_page(
         f'<li><a href="{folder}/report.html">{_text(name)}</a>: curves, scores by class, worst scenes, settings</li>'
         for name, folder in runs.items()
     )
-    figures = "".join(
-        f'<figure><img src="{_text(path.relative_to(out).as_posix())}" alt="{_text(caption)}">'
-        f"<figcaption>{_text(caption)}</figcaption></figure>\n"
-        for caption, path in pictures.items()
-    )
+    small = "".join(_figure(out, caption, path) for caption, path in pictures.items() if LARGE_CAPTION not in caption)
+    large = "".join(_figure(out, caption, path) for caption, path in pictures.items() if LARGE_CAPTION in caption)
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>gigaxt demo</title><style>{STYLE}
-figure {{ max-width: 100%; margin: 1.2em 0 }}</style></head><body>
+figure {{ max-width: 100%; margin: 1em 0 }} .large {{ display: grid; grid-template-columns: 1fr 1fr; gap: 0 1em }}
+</style></head><body>
 <h1>gigaxt demo: what context is worth</h1>
 <p>In a corner of each scene a large mark says what all the small glyphs far from it are. A model that sees one region
 of 64 px at a time cannot know: it guesses. A model whose regions tell each other what they hold can.</p>
 <h2>Result</h2>
 {table(scores[0], scores[1:])}
+<p>Counted on the pixels of glyphs: which kind, not where its edge is. The runs' own reports count every pixel.</p>
 <h2>Pictures</h2>
-{figures}
+{small}<div class="large">
+{large}</div>
 <h2>The two runs</h2>
 <ul>{links}</ul>
 <h2>Next</h2>
@@ -139,6 +140,11 @@ def _small_panels(row: Row, models: Mapping[str, GigaXT], colours: Sequence[Colo
     yield "target", _enlarged(overlay_mask(picture, mask_thumbnail(target, len(picture)), colours, opacity=OPACITY))
     for name, model in models.items():
         yield name, _enlarged(overlay_mask(picture, _answer(model, image), colours, opacity=OPACITY))
+
+
+def _figure(out: Path, caption: str, path: Path) -> str:
+    source, text = _text(path.relative_to(out).as_posix()), _text(caption)
+    return f'<figure><img src="{source}" alt="{text}"><figcaption>{text}</figcaption></figure>\n'
 
 
 def _answer(model: GigaXT, image: Image) -> NDArray[np.int64]:
