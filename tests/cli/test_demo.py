@@ -56,8 +56,8 @@ def test_what_is_left_behind(made: Path) -> None:
     assert sorted(path.name for path in made.iterdir()) == [
         "data", "demo.json", "large", "pictures", "report.html", "with_context", "without_context"
     ]  # fmt: skip
-    scene = open_image(made / "large/scene.tif")
-    for name in ("target", "with_context", "without_context"):
+    scene = open_image(made / "large/scene_4.tif")
+    for name in ("target_4", "with_context_4", "without_context_4"):
         mask = open_image(made / f"large/{name}.tif")
         assert (mask.height, mask.width) == (scene.height, scene.width) == (300, 300)
     for run in ("with_context", "without_context"):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,8 +32,8 @@ REGION = 64
 
 RUNS = {"with context": "with_context", "without context": "without_context"}
 """What the two trainings are called -> their folders."""
-LARGE = 1_000_000
-"""Number of the large scene, far from those of the others."""
+LARGE = 840_000
+"""Number of the first large scene: far from the others', and where a block begins that holds every kind once."""
 
 
 @dataclass(kw_only=True)
@@ -89,8 +90,8 @@ def run_demo(out: Path, config: DemoConfig) -> int:
     print("In a corner of each scene a large mark says what all the small glyphs far from it are:", flush=True)
     print("who sees one region of 64 px at a time cannot know. Two models learn to name the glyphs.\n", flush=True)
 
-    sizes = f"{config.train_px} px, {config.test_scenes} of {config.test_px} px, 1 of {config.large_px:,} px"
-    title = f"{config.train_scenes} scenes of {sizes}"
+    others = f"{config.test_scenes} of {config.test_px} px, {config.kinds} of {config.large_px:,} px"
+    title = f"{config.train_scenes} scenes of {config.train_px} px, {others}"
     csv = timed(title, partial(make_scenes, out, config), "scenes")
     results: dict[str, RunResult] = {}
     for name, folder in RUNS.items():
@@ -99,23 +100,20 @@ def run_demo(out: Path, config: DemoConfig) -> int:
         if signal is not None:
             print(f"\nstopped by {signal.name}; the same command goes on from there")
             return 128 + int(signal)
-    regions = (-(-config.large_px // REGION)) ** 2
-    large = {
-        name: timed(f"mask of the large scene, {regions:,} regions, {name}", partial(map_large, out, name), "regions")
-        for name in RUNS
-    }
+    title = f"masks of the {config.kinds} large scenes"
+    large = {name: timed(f"{title}, {name}", partial(map_large, out, config, name), "regions") for name in RUNS}
 
     from gigaxt.cli.demo_report import draw_pictures, write_page
 
     scores = {name: (kinds_iou(tested(results[name])), kinds_iou(large[name])) for name in RUNS}
     table = score_table(config, scores)
-    maps = {name: large_path(out, name) for name in ("scene", "target", *RUNS)}
-    pictures = timed("pictures and report", lambda steps: draw_pictures(out, RUNS, maps, steps), "pictures")
+    first = {what: large_path(out, what, 0) for what in ("scene", "target", *RUNS)}
+    pictures = timed("pictures and report", lambda steps: draw_pictures(out, RUNS, first, steps), "pictures")
     page = write_page(out, table, pictures, RUNS, next_commands(out))
     print(f"\n{aligned(table)}\n")
     for path, what in {
         page: "all of this on one page, with the pictures",
-        maps["with context"]: "the mask of the large scene: a pyramid for QGIS and QuPath",
+        first["with context"]: "a mask of a large scene: a pyramid for QGIS and QuPath",
         out / RUNS["with context"]: "the run: model, metrics, its own report",
     }.items():
         print(f"  {path!s:<{len(str(out)) + 28}} {what}")
@@ -129,11 +127,14 @@ def claim(out: Path, config: DemoConfig) -> None:
     Raises:
         ConfigError: it holds something else. CheckpointError: it cannot be written.
     """
-    marker, settings = out / "demo.json", json.loads(json.dumps(asdict(config)))
+    marker = out / "demo.json"
+    settings = json.loads(json.dumps({"gigaxt": version("gigaxt"), **asdict(config)}))
     try:
         if marker.exists():
             if json.loads(marker.read_text(encoding="utf-8")) != settings:
-                raise ConfigError(f"{out}: holds a demo with other settings; use another --out, or remove the folder")
+                raise ConfigError(
+                    f"{out}: holds a demo of other settings or another version; use another --out, or remove the folder"
+                )
             print(f"{out} holds this demo already: what is done is not done again.\n")
             return
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -160,10 +161,11 @@ def make_scenes(out: Path, config: DemoConfig, progress: Steps) -> Path:
     folder, csv = out / "data", out / "data/scenes.csv"
     if csv.exists():
         return csv
-    large = write_scene(scene_config(config, config.large_px), LARGE, folder)
-    large_path(out, "scene").parent.mkdir(exist_ok=True)
-    large.image.replace(large_path(out, "scene"))
-    large.mask.replace(large_path(out, "target"))
+    large_path(out, "scene", 0).parent.mkdir(exist_ok=True)
+    for number in range(config.kinds):
+        files = write_scene(scene_config(config, config.large_px), LARGE + number, folder)
+        files.image.replace(large_path(out, "scene", number))
+        files.mask.replace(large_path(out, "target", number))
     splits = ["train"] * config.train_scenes + ["val"] * config.test_scenes
     lines = ["image,mask,split"]
     for index, split in enumerate(splits):
@@ -242,22 +244,28 @@ def run_settings(csv: Path, config: DemoConfig, context: str) -> dict[str, Any]:
     }
 
 
-def map_large(out: Path, name: str, progress: Steps) -> NDArray[np.float64]:
-    """Write one model's mask of the large scene; its confusion with the true one."""
+def map_large(out: Path, config: DemoConfig, name: str, progress: Steps) -> NDArray[np.float64]:
+    """Write one model's masks of the large scenes; their confusion with the true ones."""
     from gigaxt.image import open_image
     from gigaxt.inference import predict
     from gigaxt.pretrained import load
 
     model = load(out / RUNS[name] / "model")
     model.streaming = replace(model.streaming, chunk_regions=64)
-    predict(model, large_path(out, "scene"), large_path(out, name), progress=progress)
-    target, answer = open_image(large_path(out, "target")), open_image(large_path(out, name))
-    return confusion(target, answer, model.config.head.classes)
+    counts = np.zeros((config.kinds + 1, config.kinds + 1))
+    for number in range(config.kinds):
+
+        def told(done: int, count: int, before: int = number) -> None:
+            progress(before * count + done, config.kinds * count)
+
+        answer = predict(model, large_path(out, "scene", number), large_path(out, name, number), progress=told)
+        counts += confusion(open_image(large_path(out, "target", number)), open_image(answer), len(counts))
+    return counts
 
 
-def large_path(out: Path, what: str) -> Path:
-    """The large scene, its target, or one of the two masks of it."""
-    return out / "large" / f"{RUNS.get(what, what)}.tif"
+def large_path(out: Path, what: str, number: int) -> Path:
+    """A large scene (`scene`), its `target`, or one of the models' masks of it."""
+    return out / "large" / f"{RUNS.get(what, what)}_{number + 1}.tif"
 
 
 def confusion(target: Image, answer: Image, classes: int) -> NDArray[np.float64]:
@@ -288,9 +296,9 @@ def kinds_iou(confusion: NDArray[np.float64]) -> float:
 
 def score_table(config: DemoConfig, scores: Mapping[str, tuple[float, float]]) -> list[list[str]]:
     """Header and rows of what the terminal and the report show."""
-    header = ["mean IoU of the kinds, on glyphs", f"{config.test_scenes} test scenes", "the large scene"]
-    # Guessing evenly among k kinds: of all kinds alike 1 / (2 k - 1), of the one kind of a scene 1 / k.
-    guess = ("guessing", (1 / (2 * config.kinds - 1), 1 / config.kinds))
+    header = ["mean IoU of the kinds, on glyphs", f"{config.test_scenes} test scenes", f"{config.kinds} large scenes"]
+    chance = 1 / (2 * config.kinds - 1)  # of who names k kinds that are alike in number at random
+    guess = ("guessing", (chance, chance))
     return [header, *([name, *(f"{value:.2f}" for value in values)] for name, values in [*scores.items(), guess])]
 
 
@@ -306,7 +314,7 @@ def aligned(table: Sequence[Sequence[str]]) -> str:
 
 def next_commands(out: Path) -> str:
     """What to try next."""
-    scene, run = shlex.quote(str(large_path(out, "scene"))), shlex.quote(str(out / RUNS["with context"]))
+    scene, run = shlex.quote(str(large_path(out, "scene", 0))), shlex.quote(str(out / RUNS["with context"]))
     return f"""  gigaxt predict {run} {scene} --out mask.tif
   gigaxt check your.csv --write run.yaml      # your images: columns image,mask or image,label
   gigaxt train --config run.yaml --out runs/first

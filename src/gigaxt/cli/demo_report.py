@@ -25,7 +25,7 @@ SMALL_SCENES = 3
 """Test scenes that are drawn."""
 PANEL_PX = 256
 """Least side of a small scene's panel; smaller ones are enlarged."""
-LARGE_CAPTION = "The large scene"
+LARGE_CAPTION = "A large scene"
 LARGE_PX = 1024
 """Longer side of the large scene's pictures."""
 OPACITY = 0.85
@@ -39,7 +39,7 @@ def draw_pictures(
     Args:
         out: the demo's folder.
         runs: what the models are called -> their run folders' names.
-        large: the large scene's files: `scene`, then masks by what they are called.
+        large: a large scene's files: `scene`, then masks by what they are called.
         progress: told how far it is.
 
     Returns:
