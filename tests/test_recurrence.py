@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigaxt.errors import ConfigError
@@ -274,3 +275,40 @@ def test_wrong_use_is_refused() -> None:
     for kept in (0, 9):
         with pytest.raises(ConfigError, match="for a segment of 4 tokens"):
             scan(Pools(), (case.x,), segment=4, kept=kept)
+
+
+class Window(nn.Module):
+    """A weighted sum of the tokens around each one, in the order of processing; the state adds up all outputs."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(1.0, before + after + 2, dtype=torch.float64))
+
+    def forward(self, x: Tensor, valid: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        around = (x * valid.unsqueeze(-1)).unfold(1, len(self.weight), 1)  # (batch, tokens, dim, window)
+        y = around @ self.weight
+        return y, total + y.sum(1)
+
+
+def in_order(x: Tensor, reverse: bool) -> Tensor:
+    return x.flip(1) if reverse else x
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("halo", [(2, 1), (0, 3), (5, 0), (13, 12)])
+@pytest.mark.parametrize(("segment", "kept"), [(11, 0), (11, 1), (4, 0), (4, 1), (4, 3), (1, 0)])
+def test_halo(reverse: bool, halo: tuple[int, int], segment: int, kept: int) -> None:
+    case = Case()
+    results = []
+    for streamed in (False, True):
+        module, x, state = Window(*halo), *(t.detach().clone().requires_grad_() for t in (case.x, case.state))
+        if streamed:
+            inputs = (x, case.valid)
+            y, (total,) = scan(module, inputs, (state,), segment=segment, kept=kept, reverse=reverse, halo=halo)
+        else:  # the whole sequence with zeros around it, under ordinary autograd
+            padded = F.pad(in_order(x, reverse), (0, 0, *halo))
+            y, total = module(padded, F.pad(in_order(case.valid, reverse), halo), state)
+            y = in_order(y, reverse)
+        case.loss(y, total).backward()
+        results.append([y, total, x.grad, state.grad, module.weight.grad])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)

@@ -8,6 +8,7 @@ and output; a reduction over all tokens only the state; a map only the output.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ def scan(
     segment: int,
     kept: int = 0,
     reverse: bool = False,
+    halo: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor | None, State]:
     """Run `module` over segments of the token axis, each with the state that the one before it returned.
 
@@ -52,6 +54,9 @@ def scan(
         kept: the last `kept` segments keep their activations and are not run again.
         reverse: process from the last token to the first. Each segment is handed over flipped, so that `module` need
             not know, and the output is in the order of the inputs.
+        halo: tokens before and after (in the order of processing) that every segment is given of the inputs beside its
+            own, zeros beyond the ends of the sequence; the output has the segment's own tokens only. So sliding windows
+            and memories of earlier segments need no more kept than `inputs`.
 
     Returns:
         The output (batch, tokens, ...), or None if the module returns None in its place; and the state after the last
@@ -61,35 +66,26 @@ def scan(
         ConfigError: no tokens, inputs of different length, or an output whose tokens are not the segment's.
     """
     tokens = _count_tokens(inputs, segment)
-    bounds = _bounds(tokens, segment, reverse)
-    if kept >= len(bounds):
-        return _plain_loop(module, inputs, tuple(shared), tuple(state), bounds, reverse)
-    result: tuple[Tensor | None, State] = _scan_recomputed(
-        module, tuple(inputs), tuple(state), tuple(shared), bounds, kept, reverse
+    plan = _Plan(
+        module=module,
+        bounds=_bounds(tokens, segment, reverse),
+        reverse=reverse,
+        halo=halo,
+        kept=kept,
+        counts=(len(inputs), len(shared), len(state)),
     )
+    if kept >= len(plan.bounds):
+        return _plain_loop(plan, tuple(inputs), tuple(shared), tuple(state))
+    result: tuple[Tensor | None, State] = _scan_recomputed(plan, tuple(inputs), tuple(shared), tuple(state))
     return result
 
 
 # Dynamo cannot trace autograd.grad inside a backward; the plain loop above compiles.
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
-def _scan_recomputed(
-    module: nn.Module,
-    inputs: State,
-    state: State,
-    shared: State,
-    bounds: tuple[tuple[int, int], ...],
-    kept: int,
-    reverse: bool,
-) -> tuple[Tensor | None, State]:
-    plan = _Plan(
-        module=module,
-        bounds=bounds,
-        reverse=reverse,
-        kept=kept if torch.is_grad_enabled() else 0,
-        counts=(len(inputs), len(shared), len(state)),
-        autocast=Autocast.now(inputs[0].device),
-    )
-    output, *final = _Scan.apply(plan, *inputs, *shared, *state, *module.parameters())
+def _scan_recomputed(plan: _Plan, inputs: State, shared: State, state: State) -> tuple[Tensor | None, State]:
+    plan.kept = plan.kept if torch.is_grad_enabled() else 0
+    plan.autocast = Autocast.now(inputs[0].device)
+    output, *final = _Scan.apply(plan, *inputs, *shared, *state, *plan.module.parameters())
     return output, tuple(final)
 
 
@@ -101,24 +97,40 @@ class _Plan:
     bounds: tuple[tuple[int, int], ...]
     """Of the segments, in the order of processing."""
     reverse: bool
+    halo: tuple[int, int]
     kept: int
     counts: tuple[int, int, int]
     """Of inputs, shared, state."""
-    autocast: Autocast
+    autocast: Autocast | None = None
 
-    def cut(self, tensors: Iterable[Tensor | None], i: int) -> list[Tensor | None]:
-        """Segment `i` of whole-sequence tensors, in the order in which the module sees it."""
+    def window(self, i: int) -> tuple[int, int]:
+        """Segment `i` with its halo; may reach beyond the ends of the sequence."""
         start, stop = self.bounds[i]
-        pieces = (None if t is None else t[:, start:stop] for t in tensors)
-        return [p.flip(1) if self.reverse and p is not None else p for p in pieces]
+        before, after = reversed(self.halo) if self.reverse else self.halo
+        return start - before, stop + after
 
-    def put(self, whole: Tensor, i: int, piece: Tensor | None) -> None:
-        """The inverse of `cut`; None is zeros."""
-        start, stop = self.bounds[i]
-        if piece is None:
-            whole[:, start:stop].zero_()
+    def turned(self, piece: Tensor) -> Tensor:
+        """From the order of the sequence to that in which the module sees a segment, and back."""
+        return piece.flip(1) if self.reverse else piece
+
+    def cut(self, inputs: Iterable[Tensor], i: int) -> list[Tensor]:
+        """Segment `i` of the inputs, halo included."""
+        start, stop = self.window(i)
+        return [self.turned(_padded(t, start, stop)) for t in inputs]
+
+    def add(self, whole: Tensor, i: int, grad: Tensor) -> None:
+        """The gradient of what `cut` gives, into that of the whole input."""
+        start, stop = self.window(i)
+        first, last = max(start, 0), min(stop, whole.shape[1])
+        piece = self.turned(grad)[:, first - start : last - start]
+        if any(self.halo):
+            whole[:, first:last] += piece
         else:
-            whole[:, start:stop] = piece.flip(1) if self.reverse else piece
+            whole[:, first:last] = piece
+
+    def restored(self) -> AbstractContextManager[object]:
+        """The autocast state of the forward pass."""
+        return nullcontext() if self.autocast is None else self.autocast.restored()
 
 
 @dataclass
@@ -142,7 +154,7 @@ class _Scan(torch.autograd.Function):
         for i in range(len(plan.bounds)):
             borders.append(state)
             if i < len(plan.bounds) - plan.kept:
-                with plan.autocast.restored():
+                with plan.restored():
                     call = aliases if i else aliases.call_checked
                     outputs = call(*plan.cut(inputs, i), *shared, *state)
             else:
@@ -153,7 +165,8 @@ class _Scan(torch.autograd.Function):
                 if whole is None:
                     tokens = inputs[0].shape[1]
                     whole = outputs[0].new_empty((outputs[0].shape[0], tokens, *outputs[0].shape[2:]))
-                plan.put(whole, i, outputs[0])
+                start, stop = plan.bounds[i]
+                whole[:, start:stop] = plan.turned(outputs[0])
             state = tuple(_owned(t) for t in outputs[1:])
         ctx.plan, ctx.graphs = plan, graphs
         ctx.save_for_backward(*tensors, *(t for border in borders[1:] for t in border))
@@ -172,17 +185,19 @@ class _Scan(torch.autograd.Function):
         count = len(state)
         states = [state, *(borders[i * count : (i + 1) * count] for i in range(len(plan.bounds) - 1))]
 
-        grad_inputs = [torch.empty_like(t) if need else None for t, need in zip(inputs, needs, strict=False)]
+        grad_inputs = [torch.zeros_like(t) if need else None for t, need in zip(inputs, needs, strict=False)]
         sums = Sums([*shared, *parameters])
         for i in reversed(range(len(plan.bounds))):
             graph = ctx.graphs.pop(i, None) or _record(plan, aliases, i, (inputs, shared, states[i]), needs)
             if i == len(plan.bounds) - 1:
                 refuse_foreign_leaves([t for t in graph.outputs if t is not None], graph.leaves)
-            grads = _segment_grads(graph, [*plan.cut([grad_whole], i), *grad_state])
+            start, stop = plan.bounds[i]
+            incoming = None if grad_whole is None else plan.turned(grad_whole[:, start:stop])
+            grads = _segment_grads(graph, [incoming, *grad_state])
             of_inputs, of_shared, grad_state, of_parameters = _split(plan, grads)
             for whole, grad in zip(grad_inputs, of_inputs, strict=True):
-                if whole is not None:
-                    plan.put(whole, i, grad)
+                if whole is not None and grad is not None:
+                    plan.add(whole, i, grad)
             sums.add([*of_shared, *of_parameters])
         totals = sums.results()
         return None, *grad_inputs, *totals[: len(shared)], *grad_state, *totals[len(shared) :]
@@ -199,12 +214,12 @@ def _record(
 ) -> _Graph:
     """Run segment `i` with a graph of its own."""
     inputs, shared, state = tensors
-    pieces = [t for t in [*plan.cut(inputs, i), *shared, *state] if t is not None]
+    pieces = [*plan.cut(inputs, i), *shared, *state]
     wanted = list(needs[: len(pieces)])
     if i > 0:  # earlier segments may hold parameters and inputs that want the state's gradient
         wanted[len(inputs) + len(shared) :] = [t.is_floating_point() for t in state]
     leaves = [t.detach().requires_grad_(want) for t, want in zip(pieces, wanted, strict=True)]
-    with torch.enable_grad(), plan.autocast.restored():
+    with torch.enable_grad(), plan.restored():
         outputs = aliases(*leaves)
     return _Graph([*leaves, *aliases], tuple(outputs))
 
@@ -221,25 +236,29 @@ def _segment_grads(graph: _Graph, grads: Sequence[Tensor | None]) -> list[Tensor
     return [next(found) if t.requires_grad else None for t in graph.leaves]
 
 
-def _plain_loop(
-    module: nn.Module,
-    inputs: Sequence[Tensor],
-    shared: State,
-    state: State,
-    bounds: tuple[tuple[int, int], ...],
-    reverse: bool,
-) -> tuple[Tensor | None, State]:
+def _plain_loop(plan: _Plan, inputs: State, shared: State, state: State) -> tuple[Tensor | None, State]:
     pieces: list[Tensor] = []
-    for start, stop in bounds:
-        cut = (t[:, start:stop] if stop - start < t.shape[1] else t for t in inputs)
-        output, *rest = module(*(t.flip(1) if reverse else t for t in cut), *shared, *state)
+    for i in range(len(plan.bounds)):
+        output, *rest = plan.module(*plan.cut(inputs, i), *shared, *state)
         state = tuple(rest)
         if output is not None:
-            _check_length(output, (start, stop))
-            pieces.append(output.flip(1) if reverse else output)
-    if reverse:
+            _check_length(output, plan.bounds[i])
+            pieces.append(plan.turned(output))
+    if plan.reverse:
         pieces.reverse()
     return (torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0] if pieces else None), state
+
+
+def _padded(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Tokens start..stop of (batch, tokens, ...), zeros beyond its ends."""
+    tokens = tensor.shape[1]
+    if start <= 0 and stop >= tokens and stop - start == tokens:
+        return tensor
+    parts = [tensor[:, max(start, 0) : min(stop, tokens)]]
+    for place, missing in ((0, -start), (1, stop - tokens)):
+        if missing > 0:
+            parts.insert(place * len(parts), tensor.new_zeros((tensor.shape[0], missing, *tensor.shape[2:])))
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 def _count_tokens(inputs: Sequence[Tensor], segment: int) -> int:

@@ -78,6 +78,10 @@ def test_places_are_checked(kind: str) -> None:
     coords[1, 2, 0] = torch.nan
     with pytest.raises(DataError, match="coordinates of token 2 in batch row 1 are"):
         encoder(TOKENS, coords)
+    for outside in (-1.0, 2.0**25, torch.inf):
+        coords[1, 2, 0] = outside
+        with pytest.raises(DataError, match="on the token lattice, finite numbers from 0 to 16777216"):
+            encoder(TOKENS, coords)
     validity = torch.ones(2, 6, dtype=torch.bool)
     validity[1, 2] = False
     assert encoder(TOKENS, coords, validity)[0].isfinite().all()  # a masked token may be anywhere
@@ -87,7 +91,7 @@ def test_state_is_refused_where_nothing_is_causal() -> None:
     state = ((torch.zeros(1),),)
     for encoder in (small("full"), small("none"), small("mamba2"), small("mamba2", bidirectional=False)):
         assert not encoder.causal
-        with pytest.raises(ConfigError, match="bidirectional=False and summary=0"):
+        with pytest.raises(ConfigError, match="bidirectional=False, summary=0 and alternate=False"):
             encoder(TOKENS, COORDS, None, state)
 
 
@@ -114,3 +118,22 @@ def test_other_kinds_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(small("twice")(TOKENS, COORDS)[0], 2 * TOKENS)
     with pytest.raises(ConfigError, match="'full' is already Full"):
         register_context("full", Twice)
+
+
+def test_alternate_scans_the_other_way_in_every_other_layer() -> None:
+    torch.manual_seed(0)
+    encoder = build_context(
+        ContextConfig(dim=8, depth=3, summary=0, order="raster", alternate=True, options={"state": 4})
+    )
+    assert not encoder.causal
+    tokens, coords = torch.randn(1, 12, 8), torch.cartesian_prod(torch.arange(3), torch.arange(4))[None]
+    seen: list[Tensor] = []
+    for layer in encoder.layers:
+        layer.mixer.register_forward_pre_hook(lambda module, args: seen.append(args[2].coords[0]))
+    encoder(tokens, coords)
+    across = coords[0].view(3, 4, 2).transpose(0, 1).flatten(0, 1).float()
+    assert [torch.equal(a, b) for a, b in zip(seen, (coords[0].float(), across, coords[0].float()), strict=True)] == [
+        True
+    ] * 3
+    # Transposed scenes: what the second layer of one sees first, the first layer of the other does.
+    assert not encoder(tokens, coords)[0].allclose(encoder(tokens, coords.flip(-1))[0], atol=1e-3)

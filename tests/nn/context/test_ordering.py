@@ -46,3 +46,14 @@ def test_gradient_is_the_inverse_gather() -> None:
     y = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(places.sort, (x,))
     assert torch.autograd.gradcheck(places.unsort, (y,))
+
+
+def test_turned_scans_along_columns() -> None:
+    rows, cols = 2, 3  # numbered lattice: 0 1 2 / 3 4 5
+    coords = torch.tensor([[[row, col] for row in range(rows) for col in range(cols)]])
+    numbers = torch.arange(rows * cols)[None]
+    for order, expected in (("raster", [0, 3, 1, 4, 2, 5]), ("snake", [0, 3, 4, 1, 2, 5])):
+        places = find_places(coords, None, order, CPU, turned=True)
+        assert places.sort(numbers).flatten().tolist() == expected
+        assert torch.equal(places.unsort(places.sort(numbers)), numbers)
+        assert torch.equal(places.coords, coords[:, expected])

@@ -31,6 +31,9 @@ class ContextConfig:
     """Latents that read all tokens and that all tokens read, in every layer; 0 for the bare family member."""
     order: Literal["hilbert", "raster", "snake"] = "hilbert"
     """The scan order of recurrent kinds, computed from the coordinates."""
+    alternate: bool = False
+    """Whether every other layer scans with rows and columns swapped, so that what is far in one order is near in the
+    next."""
     bidirectional: bool = True
     """Whether a token is told of those after it in the scan order, too."""
     heads: int | None = None
@@ -116,9 +119,9 @@ class ContextEncoder(nn.Module, ABC):
         _check_shapes(tokens, coords, validity, self.config.dim)
         if state is not None and not self.causal:
             raise ConfigError(
-                f"context: kind {self.config.kind!r} with bidirectional={self.config.bidirectional} and "
-                f"summary={self.config.summary} cannot continue from a state: it needs a recurrent kind, "
-                "bidirectional=False and summary=0"
+                f"context: kind {self.config.kind!r} with bidirectional={self.config.bidirectional}, "
+                f"summary={self.config.summary} and alternate={self.config.alternate} cannot continue from a state: it "
+                "needs a recurrent kind, bidirectional=False, summary=0 and alternate=False"
             )
         return self.encode(tokens, coords, validity, state)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from gigaxt.errors import ConfigError
+from gigaxt.nn.context.attention import HeadByHead, attention_heads
 from gigaxt.nn.context.base import ContextConfig
 from gigaxt.nn.context.layered import LayeredContext, Mixer
-from gigaxt.nn.context.layers import Norm, Run, largest_divisor, linear, split_heads
+from gigaxt.nn.context.layers import Run
 from gigaxt.nn.context.ordering import Places
 from gigaxt.nn.context.positions import rotary_angles, rotate
 from gigaxt.recurrence import State
@@ -31,16 +30,11 @@ class Full(LayeredContext):
     def check_config(cls, config: ContextConfig) -> None:
         """See `ContextEncoder.check_config`."""
         super().check_config(config)
-        heads = _heads(config)
-        if config.dim % (4 * heads):
-            raise ConfigError(
-                f"context.heads: full attention needs `dim` divisible by 4 x heads (2-D rotary positions), got dim "
-                f"{config.dim} and {heads} heads"
-            )
+        attention_heads(config)
 
     def build_mixer(self, config: ContextConfig, gain: float) -> Mixer:
         """See `LayeredContext.build_mixer`."""
-        return FullMixer(config.dim, _heads(config), gain)
+        return FullMixer(config.dim, attention_heads(config), gain)
 
 
 class FullMixer(Mixer):
@@ -48,27 +42,16 @@ class FullMixer(Mixer):
 
     def __init__(self, dim: int, heads: int, gain: float) -> None:
         super().__init__()
-        self.heads = heads
-        self.norm, self.qkv = Norm(dim), linear(dim, 3 * dim)
-        self.out = linear(dim, dim, gain, bias=True)
+        self.attention = HeadByHead(dim, heads, gain)
 
-    def forward(self, x: Tensor, places: Places, run: Run, state: State | None) -> tuple[Tensor, State | None]:
+    def forward(
+        self, x: Tensor, global_tokens: Tensor | None, places: Places, run: Run, state: State | None
+    ) -> tuple[Tensor, Tensor | None, State | None]:
         """See `Mixer`."""
+        turn = rotary_angles(places.coords, x.shape[-1] // self.attention.heads)
         mask = places.valid[:, None, None, :] if places.ragged else None
-        if run.recompute:
-            y: Tensor = checkpoint(self.attend, x, places.coords, mask, use_reentrant=False, preserve_rng_state=False)
-            return y, None
-        return self.attend(x, places.coords, mask), None
 
-    def attend(self, x: Tensor, coords: Tensor, mask: Tensor | None) -> Tensor:
-        """`x` (batch, n, dim) plus attention; `mask` (batch, 1, 1, n) is True where a token may be looked at."""
-        q, k, v = (split_heads(t, self.heads) for t in self.qkv(self.norm(x)).chunk(3, dim=-1))
-        cos, sin = rotary_angles(coords, q.shape[-1])
-        found = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=mask)
-        # (batch, heads, n, head_dim) -> (batch, n, dim)
-        y: Tensor = x + self.out(found.transpose(1, 2).flatten(2)).to(x.dtype)
-        return y
+        def attend(q: Tensor, k: Tensor, v: Tensor, heads: slice) -> Tensor:
+            return F.scaled_dot_product_attention(rotate(q, *turn), rotate(k, *turn), v, attn_mask=mask)
 
-
-def _heads(config: ContextConfig) -> int:
-    return config.heads or largest_divisor(config.dim, max(1, config.dim // 32))
+        return self.attention(x, attend, run), global_tokens, None

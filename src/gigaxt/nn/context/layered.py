@@ -21,17 +21,21 @@ class Mixer(nn.Module, ABC):
     """What mixes the tokens of a layer along the scan order: the part in which the kinds differ."""
 
     @abstractmethod
-    def forward(self, x: Tensor, places: Places, run: Run, state: State | None) -> tuple[Tensor, State | None]:
+    def forward(
+        self, x: Tensor, global_tokens: Tensor | None, places: Places, run: Run, state: State | None
+    ) -> tuple[Tensor, Tensor | None, State | None]:
         """Mix sorted tokens, and keep no more than `x` for the backward pass (`run` does that, or a checkpoint).
 
         Args:
             x: (batch, n, dim) in scan order, masked tokens last.
+            global_tokens: (batch, g, dim) as the last layer left them, of kinds that have them; else None.
             places: coordinates and validity of the sorted tokens.
             run: runs a module over segments; see `gigaxt.recurrence.scan`.
             state: of a causal mixer, after the tokens ahead of these.
 
         Returns:
-            `x` plus what the mixer found, normalised inside; and the state after the last token, None where not causal.
+            `x` and the global tokens, each plus what the mixer found, normalised inside; and the state after the last
+            token, None where not causal.
         """
 
 
@@ -59,6 +63,8 @@ class LayeredContext(ContextEncoder):
         gain = 0.3 * config.depth**-0.5  # so that all branches together change the tokens by about a half
         self.entry = Entry(config.dim, self.fourier_positions)
         self.latents = nn.Parameter(torch.randn(config.summary, config.dim)) if config.summary else None
+        count = self.count_global_tokens(config)
+        self.global_tokens = nn.Parameter(torch.randn(count, config.dim)) if count else None
         self.layers = nn.ModuleList(
             Layer(
                 self.build_mixer(config, gain),
@@ -75,6 +81,11 @@ class LayeredContext(ContextEncoder):
         if not config.bidirectional and not cls.recurrent:
             raise ConfigError(f"context.bidirectional: `{config.kind}` looks both ways; for False use `mamba2`")
 
+    @classmethod
+    def count_global_tokens(cls, config: ContextConfig) -> int:
+        """Learned tokens without a place that the mixers keep beside the scene's, such as Longformer's."""
+        return 0
+
     @abstractmethod
     def build_mixer(self, config: ContextConfig, gain: float) -> Mixer:
         """One layer's mixer; `gain` is for its last projection at the start."""
@@ -82,23 +93,30 @@ class LayeredContext(ContextEncoder):
     @property
     def causal(self) -> bool:
         """See `ContextEncoder.causal`."""
-        return self.recurrent and not self.config.bidirectional and not self.config.summary
+        config = self.config
+        return self.recurrent and not (config.bidirectional or config.summary or config.alternate)
 
     def encode(
         self, tokens: Tensor, coords: Tensor, validity: Tensor | None, state: ContextState | None
     ) -> tuple[Tensor, ContextState | None]:
         """See `ContextEncoder.forward`."""
-        places = find_places(coords, validity, self.config.order, tokens.device)
-        run = Run(tokens.shape[0], tokens.shape[1], self.config.segment, self.config.keep_tokens)
+        config, batch = self.config, tokens.shape[0]
+        places = find_places(coords, validity, config.order, tokens.device)
+        across = find_places(coords, validity, config.order, tokens.device, turned=True) if config.alternate else places
+        run = Run(batch, tokens.shape[1], config.segment, config.keep_tokens)
         # Ahead of the sorting: so the pass keeps the tokens themselves and not a sorted copy.
         entered, _ = run(self.entry, (tokens, places.given_coords, places.given_valid))
         assert entered is not None
         x = places.sort(entered)
         del entered
-        latents = None if self.latents is None else self.latents.expand(tokens.shape[0], -1, -1)
+        latents, global_tokens = (
+            None if learned is None else learned.expand(batch, -1, -1) for learned in (self.latents, self.global_tokens)
+        )
         states: list[State | None] = [None] * len(self.layers) if state is None else list(state)
         for i, layer in enumerate(self.layers):
-            x, latents, states[i] = layer(x, latents, places, run, states[i])
+            if i and config.alternate:
+                places, across, x = across, places, across.sort(places.unsort(x))
+            x, latents, global_tokens, states[i] = layer(x, latents, global_tokens, places, run, states[i])
         return places.unsort(x), tuple(s for s in states if s is not None) if self.causal else None
 
 
@@ -124,13 +142,21 @@ class Layer(nn.Module):
         self.mixer, self.summary, self.finish = mixer, summary, finish
 
     def forward(
-        self, x: Tensor, latents: Tensor | None, places: Places, run: Run, state: State | None
-    ) -> tuple[Tensor, Tensor | None, State | None]:
-        """Sorted tokens (batch, n, dim) and latents (batch, latents, dim) in and out; and the mixer's state."""
-        x, state = self.mixer(x, places, run, state)
+        self,
+        x: Tensor,
+        latents: Tensor | None,
+        global_tokens: Tensor | None,
+        places: Places,
+        run: Run,
+        state: State | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, State | None]:
+        """Sorted tokens (batch, n, dim), latents and global tokens (batch, ..., dim), and the mixer's state."""
+        x, global_tokens, state = self.mixer(x, global_tokens, places, run, state)
         memory: State = ()
         if self.summary is not None and latents is not None:
             latents, memory = self.summary(x, places.valid, latents, run)
         y, _ = run(self.finish, (x,), shared=memory)
         assert y is not None
-        return y, latents, state
+        if global_tokens is not None:
+            (global_tokens,) = self.finish(global_tokens, *memory)
+        return y, latents, global_tokens, state

@@ -37,14 +37,14 @@ class Run:
         *,
         shared: Sequence[Tensor] = (),
         reverse: bool = False,
+        halo: tuple[int, int] = (0, 0),
+        multiple: int = 1,
     ) -> tuple[Tensor | None, State]:
-        """See `gigaxt.recurrence.scan`."""
+        """See `gigaxt.recurrence.scan`. Segments begin at multiples of `multiple` tokens in the order of processing."""
         if not self.recompute:
-            return scan(module, inputs, state, shared=shared, segment=self.tokens, kept=1, reverse=reverse)
-        segment = max(1, self.segment // self.batch)
-        if segment > 64:
-            segment -= segment % 64  # whole chunks of Mamba-2
-        return scan(module, inputs, state, shared=shared, segment=segment, reverse=reverse)
+            return scan(module, inputs, state, shared=shared, segment=self.tokens, kept=1, reverse=reverse, halo=halo)
+        segment = max(multiple, self.segment // self.batch // multiple * multiple)
+        return scan(module, inputs, state, shared=shared, segment=segment, reverse=reverse, halo=halo)
 
 
 class Norm(nn.RMSNorm):

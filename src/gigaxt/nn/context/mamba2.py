@@ -83,15 +83,17 @@ class Mamba2Mixer(Mixer):
         self.forth = Mamba2Step(config.dim, heads, options, gain, residual=True)
         self.back = Mamba2Step(config.dim, heads, options, gain, residual=False) if config.bidirectional else None
 
-    def forward(self, x: Tensor, places: Places, run: Run, state: State | None) -> tuple[Tensor, State | None]:
+    def forward(
+        self, x: Tensor, global_tokens: Tensor | None, places: Places, run: Run, state: State | None
+    ) -> tuple[Tensor, Tensor | None, State | None]:
         """See `Mixer`."""
         y, final = run(self.forth, (x, places.valid), state or self.forth.start(x))
         assert y is not None
         if self.back is None:
-            return y, final
+            return y, global_tokens, final
         z, _ = run(self.back, (x, places.valid), self.back.start(x), reverse=True)
         assert z is not None
-        return y + z, None
+        return y + z, global_tokens, None
 
 
 class Mamba2Step(nn.Module):

@@ -12,6 +12,9 @@ from torch import Tensor
 from gigaxt.errors import DataError
 from gigaxt.regions import Order, scan_order
 
+FARTHEST = 2**24
+"""Largest row or column on the token lattice: float32 tells all places up to it apart."""
+
 
 @dataclass
 class Places:
@@ -46,7 +49,9 @@ class Places:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # NumPy on the host; torch gives it no types
-def find_places(coords: Tensor, validity: Tensor | None, order: Order, device: torch.device) -> Places:
+def find_places(
+    coords: Tensor, validity: Tensor | None, order: Order, device: torch.device, *, turned: bool = False
+) -> Places:
     """Compute the scan order of each row of a batch from its coordinates. Waits for the device once.
 
     Args:
@@ -54,9 +59,10 @@ def find_places(coords: Tensor, validity: Tensor | None, order: Order, device: t
         validity: (batch, tokens) bool, or None for all valid.
         order: of the scan.
         device: of the tokens; the coordinates may lie elsewhere.
+        turned: scan with rows and columns swapped.
 
     Raises:
-        DataError: a row without valid tokens, or coordinates that are not finite.
+        DataError: a row without valid tokens, or coordinates that are not finite, negative or beyond `FARTHEST`.
     """
     batch, tokens = coords.shape[:2]
     host = coords.detach().cpu().numpy()
@@ -70,7 +76,7 @@ def find_places(coords: Tensor, validity: Tensor | None, order: Order, device: t
         inside = np.flatnonzero(valid[b])
         # Sorted by (row, col) first, so that places in one cell of the scan do not depend on the order given.
         inside = inside[np.lexsort((host[b, inside, 1], host[b, inside, 0]))]
-        sorted_places = inside[scan_order(host[b, inside], order)]
+        sorted_places = inside[scan_order(host[b, inside][:, :: -1 if turned else 1], order)]
         source[b, :count] = sorted_places + b * tokens
         target[b, sorted_places] = np.arange(count) + b * n
     given = torch.from_numpy(valid).to(device)
@@ -96,11 +102,13 @@ def _check_places(coords: np.ndarray[Any, Any], valid: np.ndarray[Any, Any], cou
             f"context: every token of batch row {empty[0]} is masked: expected at least one valid token; "
             "leave images without valid pixels out"
         )
-    wrong = ~np.isfinite(coords).all(axis=-1) & valid
+    inside = ((coords >= 0) & (coords <= FARTHEST)).all(axis=-1)  # NaN is not
+    wrong = ~inside & valid
     if wrong.any():
         b, i = np.argwhere(wrong)[0]
         raise DataError(
-            f"context: coordinates of token {i} in batch row {b} are {coords[b, i]}: expected finite numbers"
+            f"context: coordinates of token {i} in batch row {b} are {coords[b, i]}: expected (row, col) on the token "
+            f"lattice, finite numbers from 0 to {FARTHEST}"
         )
 
 

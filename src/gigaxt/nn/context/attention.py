@@ -1,0 +1,74 @@
+"""Multi-head attention for kinds that need the whole sequence at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gigaxt.errors import ConfigError
+from gigaxt.nn.context.base import ContextConfig
+from gigaxt.nn.context.layers import Norm, Run, largest_divisor, linear
+
+Attend = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
+"""q, k, v (batch, h, n, head_dim) of the heads in a slice -> what they find, likewise. A pure function."""
+
+
+class HeadByHead(nn.Module):
+    """Projections around an attention, computed one head at a time where activations are not kept.
+
+    A head's queries, keys and values are `3 / heads` token stores, and so is what its attention makes of them; the
+    backward pass computes them again, head by head. Beside the tokens and their gradient a layer at work then takes
+    about two token stores (the normalised tokens and a sum) plus one head's share.
+
+    Args:
+        dim: width of the tokens.
+        heads: of the attention.
+        gain: of the last projection at the start.
+    """
+
+    def __init__(self, dim: int, heads: int, gain: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.qkv = Norm(dim), linear(dim, 3 * dim)
+        self.out = linear(dim, dim, gain, bias=True)
+
+    def forward(self, x: Tensor, attend: Attend, run: Run) -> Tensor:
+        """`x` (batch, n, dim) plus what `attend` finds."""
+        assert self.out.bias is not None
+        y = x + self.out.bias.to(x.dtype)
+        if not run.recompute:
+            return y + self._find(x, attend, slice(0, self.heads))
+        for head in range(self.heads):
+            heads = slice(head, head + 1)
+            y = y + checkpoint(self._find, x, attend, heads, use_reentrant=False, preserve_rng_state=False)
+        return y
+
+    def _find(self, x: Tensor, attend: Attend, heads: slice) -> Tensor:
+        """What some heads find in `x`, projected: (batch, n, dim)."""
+        size = x.shape[-1] // self.heads
+        rows = slice(heads.start * size, heads.stop * size)
+        # (3 * dim, dim) -> (3, h * head_dim, dim) -> (3 * h * head_dim, dim)
+        weight = self.qkv.weight.unflatten(0, (3, -1))[:, rows].flatten(0, 1)
+        projected = F.linear(self.norm(x), weight)
+        # (batch, n, 3 * h * head_dim) -> three of (batch, h, n, head_dim)
+        q, k, v = projected.unflatten(-1, (3, -1, size)).permute(2, 0, 3, 1, 4).unbind(0)
+        found = attend(q, k, v, heads).transpose(1, 2).flatten(2)  # -> (batch, n, h * head_dim)
+        return F.linear(found, self.out.weight[:, rows]).to(x.dtype)
+
+
+def attention_heads(config: ContextConfig) -> int:
+    """Heads as configured, or of 32 channels.
+
+    Raises:
+        ConfigError: 2-D rotary positions need a head width that is a multiple of 4.
+    """
+    heads = config.heads or largest_divisor(config.dim, max(1, config.dim // 32))
+    if config.dim % (4 * heads):
+        raise ConfigError(
+            f"context.heads: `{config.kind}` needs `dim` divisible by 4 x heads (2-D rotary positions), got dim "
+            f"{config.dim} and {heads} heads"
+        )
+    return heads
