@@ -10,6 +10,14 @@ from torch import Tensor, nn
 
 from gigaxt.errors import ConfigError
 from gigaxt.recurrence import scan
+from gigaxt.rows import Purse
+
+KEPT = [0, 2000, 10**6, None]
+"""Bytes that segments may keep: none, some, all; None for ordinary autograd."""
+
+
+def purse(size: int | None) -> Purse | None:
+    return None if size is None else Purse(size / 2**30)
 
 
 class Recurrence(nn.Module):
@@ -87,11 +95,11 @@ def close(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> None:
 
 
 @pytest.mark.parametrize("segment", [1, 4, 11, 20])
-@pytest.mark.parametrize("kept", [0, 1, 100])
+@pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("reverse", [False, True])
-def test_equals_the_plain_loop(segment: int, kept: int, reverse: bool) -> None:
+def test_equals_the_plain_loop(segment: int, kept: int | None, reverse: bool) -> None:
     case = Case()
-    y, h = case.run(segment, kept=kept, reverse=reverse)
+    y, h = case.run(segment, purse=purse(kept), reverse=reverse)
     case.loss(y, h).backward()
     expected_y, expected_h, expected_grads = plain(reverse)
     close([y, h], [expected_y, expected_h])
@@ -122,7 +130,7 @@ def test_map_has_no_state() -> None:
 def test_only_the_state_is_used() -> None:
     case, expected = Case(), Case()
     case.run()[1].sum().backward()
-    expected.run(kept=100)[1].sum().backward()
+    expected.run(purse=None)[1].sum().backward()
     close(case.grads(), expected.grads())
 
 
@@ -148,8 +156,8 @@ def test_hooks_fire_once_a_backward_pass() -> None:
 
 def test_accumulates_and_repeats() -> None:
     case, once = Case(), plain()[2]
-    for kept in (0, 1):
-        loss = case.loss(*case.run(kept=kept))
+    for kept in (0, 2000):
+        loss = case.loss(*case.run(purse=purse(kept)))
         loss.backward(retain_graph=True)
         loss.backward()
     close(case.grads(), [None if g is None else 4 * g for g in once])
@@ -242,7 +250,7 @@ def test_borders_do_not_keep_whole_segments() -> None:
 def test_no_graph_without_gradients() -> None:
     case = Case()
     with torch.no_grad():
-        y, h = case.run(kept=1)
+        y, h = case.run(purse=purse(2000))
     assert not y.requires_grad
     close([y, h], plain()[:2])
 
@@ -272,9 +280,9 @@ def test_wrong_use_is_refused() -> None:
         def forward(self, x: Tensor) -> tuple[Tensor]:
             return (x.mean(1),)
 
-    for kept in (0, 9):
+    for kept in KEPT:
         with pytest.raises(ConfigError, match="for a segment of 4 tokens"):
-            scan(Pools(), (case.x,), segment=4, kept=kept)
+            scan(Pools(), (case.x,), segment=4, purse=purse(kept))
 
 
 class Window(nn.Module):
@@ -296,15 +304,16 @@ def in_order(x: Tensor, reverse: bool) -> Tensor:
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("halo", [(2, 1), (0, 3), (5, 0), (13, 12)])
-@pytest.mark.parametrize(("segment", "kept"), [(11, 0), (11, 1), (4, 0), (4, 1), (4, 3), (1, 0)])
-def test_halo(reverse: bool, halo: tuple[int, int], segment: int, kept: int) -> None:
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("segment", [1, 4, 11])
+def test_halo(reverse: bool, halo: tuple[int, int], segment: int, kept: int | None) -> None:
     case = Case()
     results = []
     for streamed in (False, True):
         module, x, state = Window(*halo), *(t.detach().clone().requires_grad_() for t in (case.x, case.state))
         if streamed:
             inputs = (x, case.valid)
-            y, (total,) = scan(module, inputs, (state,), segment=segment, kept=kept, reverse=reverse, halo=halo)
+            y, (total,) = scan(module, inputs, (state,), segment=segment, purse=purse(kept), reverse=reverse, halo=halo)
         else:  # the whole sequence with zeros around it, under ordinary autograd
             padded = F.pad(in_order(x, reverse), (0, 0, *halo))
             y, total = module(padded, F.pad(in_order(case.valid, reverse), halo), state)
@@ -312,3 +321,26 @@ def test_halo(reverse: bool, halo: tuple[int, int], segment: int, kept: int) -> 
         case.loss(y, total).backward()
         results.append([y, total, x.grad, state.grad, module.weight.grad])
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+
+
+def test_segments_keep_what_the_purse_pays() -> None:
+    runs: list[int] = []
+
+    class Counting(Recurrence):
+        def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+            runs.append(x.shape[1])
+            return super().forward(x, *rest)
+
+    held = Purse(1)
+    left = held.left
+    case = Case()
+    case.module.__class__ = Counting
+    y, h = case.run(4, purse=held)
+    case.loss(y, h).backward()
+    assert runs == [4, 4, 3]  # nothing twice
+    size = (left - held.left) // 3
+    for affordable, expected in ((0, [4, 4, 3, 3, 4, 4]), (1, [4, 4, 3, 3, 4]), (2, [4, 4, 3, 3]), (3, [4, 4, 3])):
+        runs.clear()
+        y, h = case.run(4, purse=purse(affordable * size))
+        case.loss(y, h).backward()
+        assert runs == expected

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gigaxt.errors import ConfigError
-from gigaxt.replay import Aliases, Autocast, Sums, refuse_foreign_leaves
+from gigaxt.replay import Aliases, Autocast, Sums, counted_saves, refuse_foreign_leaves
+from gigaxt.rows import Purse
 
 State = tuple[Tensor, ...]
+NOTHING = Purse(0)
 T = TypeVar("T")
 
 
@@ -31,7 +33,7 @@ def scan(
     *,
     shared: Sequence[Tensor] = (),
     segment: int,
-    kept: int = 0,
+    purse: Purse | None = NOTHING,
     reverse: bool = False,
     halo: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor | None, State]:
@@ -41,7 +43,7 @@ def scan(
     the plain loop up to rounding, but what is kept between the passes is only `inputs` and the states at the segment
     borders: the backward pass runs the segments again, last to first, with a graph of one segment at a time. Each
     parameter gets its gradient once, so that DDP, accumulation and hooks see one ordinary operation; first derivatives
-    only. Where `kept` covers all segments it is the plain loop under ordinary autograd.
+    only.
 
     The module must be a pure function of its arguments, parameters and (constant) buffers: no dropout, no BatchNorm.
 
@@ -51,7 +53,8 @@ def scan(
         state: the state before the first segment; `module` returns as many tensors, of any shape.
         shared: tensors that every segment is given whole; their gradients are added up in float32 or better.
         segment: tokens in a segment; the last one processed may be shorter.
-        kept: the last `kept` segments keep their activations and are not run again.
+        purse: memory that segments pay from to keep their activations, first come, first served; these are not run
+            again. May be shared by several scans. `Purse(0)` keeps nothing; None keeps all, under ordinary autograd.
         reverse: process from the last token to the first. Each segment is handed over flipped, so that `module` need
             not know, and the output is in the order of the inputs.
         halo: tokens before and after (in the order of processing) that every segment is given of the inputs beside its
@@ -71,10 +74,10 @@ def scan(
         bounds=_bounds(tokens, segment, reverse),
         reverse=reverse,
         halo=halo,
-        kept=kept,
+        purse=purse or NOTHING,
         counts=(len(inputs), len(shared), len(state)),
     )
-    if kept >= len(plan.bounds):
+    if purse is None:
         return _plain_loop(plan, tuple(inputs), tuple(shared), tuple(state))
     result: tuple[Tensor | None, State] = _scan_recomputed(plan, tuple(inputs), tuple(shared), tuple(state))
     return result
@@ -83,7 +86,8 @@ def scan(
 # Dynamo cannot trace autograd.grad inside a backward; the plain loop above compiles.
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
 def _scan_recomputed(plan: _Plan, inputs: State, shared: State, state: State) -> tuple[Tensor | None, State]:
-    plan.kept = plan.kept if torch.is_grad_enabled() else 0
+    if not torch.is_grad_enabled():
+        plan.purse = NOTHING
     plan.autocast = Autocast.now(inputs[0].device)
     output, *final = _Scan.apply(plan, *inputs, *shared, *state, *plan.module.parameters())
     return output, tuple(final)
@@ -98,7 +102,7 @@ class _Plan:
     """Of the segments, in the order of processing."""
     reverse: bool
     halo: tuple[int, int]
-    kept: int
+    purse: Purse
     counts: tuple[int, int, int]
     """Of inputs, shared, state."""
     autocast: Autocast | None = None
@@ -151,15 +155,22 @@ class _Scan(torch.autograd.Function):
         borders: list[State] = []
         graphs: dict[int, _Graph] = {}
         whole: Tensor | None = None
+        outputs: tuple[Any, ...]
+        size = 0  # bytes that a segment's graph holds; the first one shows it
         for i in range(len(plan.bounds)):
             borders.append(state)
-            if i < len(plan.bounds) - plan.kept:
+            if plan.purse.left and plan.purse.take(size):
+                graph, held = _record_counted(plan, aliases, i, (inputs, shared, state), ctx.needs_input_grad[1:])
+                outputs = tuple(None if t is None else t.detach() for t in graph.outputs)
+                if i == 0:
+                    size = held
+                if i or plan.purse.take(size):
+                    graphs[i] = graph
+                del graph
+            else:
                 with plan.restored():
                     call = aliases if i else aliases.call_checked
                     outputs = call(*plan.cut(inputs, i), *shared, *state)
-            else:
-                graphs[i] = _record(plan, aliases, i, (inputs, shared, state), ctx.needs_input_grad[1:])
-                outputs = tuple(None if t is None else t.detach() for t in graphs[i].outputs)
             if outputs[0] is not None:
                 _check_length(outputs[0], plan.bounds[i])
                 if whole is None:
@@ -220,8 +231,17 @@ def _record(
         wanted[len(inputs) + len(shared) :] = [t.is_floating_point() for t in state]
     leaves = [t.detach().requires_grad_(want) for t, want in zip(pieces, wanted, strict=True)]
     with torch.enable_grad(), plan.restored():
-        outputs = aliases(*leaves)
+        outputs = (aliases if i else aliases.call_checked)(*leaves)
     return _Graph([*leaves, *aliases], tuple(outputs))
+
+
+def _record_counted(
+    plan: _Plan, aliases: Aliases, i: int, tensors: tuple[State, State, State], needs: Sequence[bool]
+) -> tuple[_Graph, int]:
+    """As `_record`, and the bytes that the graph holds beside its inputs."""
+    with counted_saves([*aliases, *(t for group in tensors for t in group)]) as saved:
+        graph = _record(plan, aliases, i, tensors, needs)
+    return graph, saved() + sum(t.nbytes for t in graph.outputs if t is not None)
 
 
 def _segment_grads(graph: _Graph, grads: Sequence[Tensor | None]) -> list[Tensor | None]:

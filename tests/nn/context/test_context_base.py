@@ -137,3 +137,18 @@ def test_alternate_scans_the_other_way_in_every_other_layer() -> None:
     ] * 3
     # Transposed scenes: what the second layer of one sees first, the first layer of the other does.
     assert not encoder(tokens, coords)[0].allclose(encoder(tokens, coords.flip(-1))[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["full", "mamba2"])
+def test_overflow_of_float16_is_an_error(kind: str) -> None:
+    tokens = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    for half in (False, True):
+        encoder = small(kind)
+        module, x = (encoder.half(), tokens.half()) if half else (encoder, tokens)
+        autocast = torch.autocast("cpu", torch.float16, enabled=not half, cache_enabled=False)
+        with autocast:
+            assert module(x, COORDS)[0].isfinite().all()
+        torch.nn.init.constant_(encoder.layers[0].finish.mlp[0].weight, 6e4)
+        with autocast, pytest.raises(DataError, match="inf or NaN came out of float16"):
+            module(x, COORDS)
+        assert encoder.float()(tokens, COORDS)[0].isfinite().all()

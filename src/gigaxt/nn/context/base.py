@@ -46,6 +46,9 @@ class ContextConfig:
     """Batches of up to this many tokens (batch x tokens) keep their activations; larger ones are computed twice,
     segment by segment, at the price of a second forward pass. Mamba-2 of two layers keeps 170 KiB a token at
     `dim=192`."""
+    budget_gib: float = 0.0
+    """Device memory for activations that larger batches keep instead of computing them again; measured on the first
+    segment of each layer's parts and spent from the first layer on."""
     options: dict[str, Any] = field(default_factory=dict)
     """The kind's own settings, such as `state` of mamba2."""
 
@@ -53,7 +56,14 @@ class ContextConfig:
         cls = _KINDS.get(self.kind)
         if cls is None:
             raise ConfigError(f"context.kind: unknown {self.kind!r}{nearest(self.kind, _KINDS)}")
-        for name, least in (("dim", 1), ("depth", 1), ("summary", 0), ("segment", 1), ("keep_tokens", 0)):
+        for name, least in (
+            ("dim", 1),
+            ("depth", 1),
+            ("summary", 0),
+            ("segment", 1),
+            ("keep_tokens", 0),
+            ("budget_gib", 0),
+        ):
             if getattr(self, name) < least:
                 raise ConfigError(f"context.{name}: expected at least {least}, got {getattr(self, name)}")
         if self.order not in ("hilbert", "raster", "snake"):
@@ -113,7 +123,8 @@ class ContextEncoder(nn.Module, ABC):
             Tokens like those given, and the state after the last token (None where not `causal`).
 
         Raises:
-            DataError: zero tokens, a batch row that is masked as a whole, coordinates that are not finite.
+            DataError: zero tokens, a batch row that is masked as a whole, coordinates that are not on the lattice
+                (negative, not finite), or an overflow of float16.
             ConfigError: shapes that do not fit each other or `dim`, or a state that this encoder cannot continue.
         """
         _check_shapes(tokens, coords, validity, self.config.dim)
@@ -123,7 +134,12 @@ class ContextEncoder(nn.Module, ABC):
                 f"summary={self.config.summary} and alternate={self.config.alternate} cannot continue from a state: it "
                 "needs a recurrent kind, bidirectional=False, summary=0 and alternate=False"
             )
-        return self.encode(tokens, coords, validity, state)
+        result, state = self.encode(tokens, coords, validity, state)
+        if _computes_in_float16(tokens) and not result.isfinite().all():
+            raise DataError(
+                "context: inf or NaN came out of float16, whose largest number is 65504: use bfloat16 or float32"
+            )
+        return result, state
 
     @abstractmethod
     def encode(
@@ -158,6 +174,12 @@ def register_context(name: str, cls: type[ContextEncoder]) -> None:
 def build_context(config: ContextConfig) -> ContextEncoder:
     """The encoder that `config` describes, freshly initialised."""
     return _KINDS[config.kind](config)
+
+
+def _computes_in_float16(tokens: Tensor) -> bool:
+    kind = tokens.device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    return autocast or tokens.dtype == torch.float16
 
 
 def _check_shapes(tokens: Tensor, coords: Tensor, validity: Tensor | None, dim: int) -> None:

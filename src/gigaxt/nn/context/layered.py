@@ -15,6 +15,7 @@ from gigaxt.nn.context.ordering import Places, find_places
 from gigaxt.nn.context.positions import FourierPositions
 from gigaxt.nn.context.summary import Summary
 from gigaxt.recurrence import State
+from gigaxt.rows import Purse
 
 
 class Mixer(nn.Module, ABC):
@@ -103,7 +104,7 @@ class LayeredContext(ContextEncoder):
         config, batch = self.config, tokens.shape[0]
         places = find_places(coords, validity, config.order, tokens.device)
         across = find_places(coords, validity, config.order, tokens.device, turned=True) if config.alternate else places
-        run = Run(batch, tokens.shape[1], config.segment, config.keep_tokens)
+        run = Run(batch, tokens.shape[1], config.segment, config.keep_tokens, Purse(config.budget_gib))
         # Ahead of the sorting: so the pass keeps the tokens themselves and not a sorted copy.
         entered, _ = run(self.entry, (tokens, places.given_coords, places.given_valid))
         assert entered is not None

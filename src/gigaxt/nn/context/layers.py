@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigaxt.recurrence import State, scan
+from gigaxt.rows import Purse
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,12 @@ class Run:
     """Tokens of all rows together that are computed at once."""
     keep_tokens: int
     """Batches of up to this many tokens keep their activations."""
+    purse: Purse = field(default_factory=lambda: Purse(0))
+    """What segments of larger batches may keep, all layers together."""
 
     @property
     def recompute(self) -> bool:
-        """Whether activations are computed again in the backward pass."""
+        """Whether activations are computed again in the backward pass, but for what the purse pays."""
         return self.batch * self.tokens > self.keep_tokens
 
     def __call__(
@@ -42,9 +45,11 @@ class Run:
     ) -> tuple[Tensor | None, State]:
         """See `gigaxt.recurrence.scan`. Segments begin at multiples of `multiple` tokens in the order of processing."""
         if not self.recompute:
-            return scan(module, inputs, state, shared=shared, segment=self.tokens, kept=1, reverse=reverse, halo=halo)
-        segment = max(multiple, self.segment // self.batch // multiple * multiple)
-        return scan(module, inputs, state, shared=shared, segment=segment, reverse=reverse, halo=halo)
+            segment = self.tokens
+        else:
+            segment = max(multiple, self.segment // self.batch // multiple * multiple)
+        purse = self.purse if self.recompute else None
+        return scan(module, inputs, state, shared=shared, segment=segment, purse=purse, reverse=reverse, halo=halo)
 
 
 class Norm(nn.RMSNorm):
