@@ -48,10 +48,10 @@ class FullMixer(Mixer):
         self, x: Tensor, global_tokens: Tensor | None, places: Places, run: Run, state: State | None
     ) -> tuple[Tensor, Tensor | None, State | None]:
         """See `Mixer`."""
-        turn = rotary_angles(places.coords, x.shape[-1] // self.attention.heads)
         mask = places.valid[:, None, None, :] if places.ragged else None
 
         def attend(q: Tensor, k: Tensor, v: Tensor, heads: slice) -> Tensor:
+            turn = rotary_angles(places.coords, q.shape[-1])  # made here, so that nothing is kept of it
             return F.scaled_dot_product_attention(rotate(q, *turn), rotate(k, *turn), v, attn_mask=mask)
 
         return self.attention(x, attend, run), global_tokens, None
