@@ -18,8 +18,8 @@ def small(kind: str = "mamba2", **kwargs: object) -> ContextEncoder:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "mamba"}, "context.kind: unknown 'mamba'; did you mean `mamba2`"),
-        ({"kind": "zzz"}, "known: none, full, mamba2"),
+        ({"kind": "mamba3"}, "context.kind: unknown 'mamba3'; did you mean `mamba`"),
+        ({"kind": "zzz"}, "known: none, full, hyper, longformer, mamba, mamba2, window, xl"),
         ({"depth": 0}, "context.depth: expected at least 1, got 0"),
         ({"dim": 0}, "context.dim: expected at least 1"),
         ({"summary": -1}, "context.summary: expected at least 0"),

@@ -22,7 +22,8 @@ class ContextConfig:
     """Which context encoder, and how large."""
 
     kind: str = "mamba2"
-    """The family member: `none`, `full`, `mamba2`, or a registered name."""
+    """The family member: `none`, `full`, `hyper`, `longformer`, `mamba`, `mamba2`, `window`, `xl`, or a name given to
+    `gigaxt.register_context`."""
     dim: int = 192
     """Width of the tokens, in and out."""
     depth: int = 2
@@ -44,7 +45,7 @@ class ContextConfig:
     """Tokens (of all batch rows together) that are computed at once where activations are not kept."""
     keep_tokens: int = 2048
     """Batches of up to this many tokens (batch x tokens) keep their activations; larger ones are computed twice,
-    segment by segment, at the price of a second forward pass. Mamba-2 of two layers keeps 170 KiB a token at
+    segment by segment, at the price of a second forward pass. Mamba-2 of two layers keeps 159 KiB a token at
     `dim=192`."""
     budget_gib: float = 0.0
     """Device memory for activations that larger batches keep instead of computing them again; measured on the first

@@ -50,7 +50,7 @@ class LayeredContext(ContextEncoder):
     Memory: a batch of more than `config.keep_tokens` tokens is computed segment by segment, again in the backward
     pass. A layer then keeps its input and its mixer's result, two token stores. Forward and backward together peak at
     `2 * depth + 3.2` token stores above the tokens (their gradient and the output included; measured with Mamba-2,
-    dim 192), plus the activations of one segment (180 MiB at the defaults), however long the sequence.
+    dim 192), plus the activations of one segment (172 MiB at the defaults), however long the sequence.
     """
 
     fourier_positions: ClassVar[bool] = True
@@ -80,7 +80,9 @@ class LayeredContext(ContextEncoder):
         """See `ContextEncoder.check_config`."""
         super().check_config(config)
         if not config.bidirectional and not cls.recurrent:
-            raise ConfigError(f"context.bidirectional: `{config.kind}` looks both ways; for False use `mamba2`")
+            raise ConfigError(
+                f"context.bidirectional: `{config.kind}` looks both ways; for False use `mamba2`, `mamba` or `xl`"
+            )
 
     @classmethod
     def count_global_tokens(cls, config: ContextConfig) -> int:

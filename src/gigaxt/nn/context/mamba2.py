@@ -13,12 +13,12 @@ from gigaxt.config import from_dict
 from gigaxt.errors import ConfigError
 from gigaxt.nn.context.base import ContextConfig
 from gigaxt.nn.context.layered import LayeredContext, Mixer
-from gigaxt.nn.context.layers import Norm, Run, largest_divisor, linear
-from gigaxt.nn.context.ordering import Places
+from gigaxt.nn.context.layers import Norm, largest_divisor, linear
+from gigaxt.nn.context.state_space import CausalConvolution, Direction, Directions, initial_rates, inverse_softplus
 from gigaxt.recurrence import State
 
-SLOWEST_RATE = 1e-5
-"""Decay per token of the slowest head at the start: it remembers a scene of 1e5 tokens."""
+BLOCK = 64
+"""Chunks that hand their states to each other by one matrix product, which is quadratic in their number."""
 
 
 @dataclass(kw_only=True)
@@ -45,9 +45,11 @@ class Mamba2(LayeredContext):
 
     Each head keeps a matrix of `head_dim x state` numbers that decays at its own, token-dependent rate. Within chunks
     of 64 tokens it is computed as masked matrix multiplications (the dual form), between chunks as a recurrence, in
-    float32 or better. With `bidirectional` a second set of weights runs over the reversed order and the results are
-    added; nothing is shared between the directions. Without it, and with `summary=0`, a scene can be continued strip
-    by strip: pass the state that the last call returned (`order="raster"`, strips of whole rows).
+    float32 or better. As in the paper, with keys and queries shared by the heads (one group). Ours: RMS norm ahead, the
+    rates at the start, and the second direction. With `bidirectional` a second set of weights runs over the reversed
+    order and the results are added; nothing is shared between the directions. Without it, and with `summary=0` and
+    `alternate=False`, a scene can be continued strip by strip: pass the state that the last call returned
+    (`order="raster"`, strips of whole rows).
 
     At the start the heads' decay rates are spread from one token to 1e5 tokens, and each head's input weight equals its
     rate, so that every head holds a mean over its own reach. Far content thus arrives without the summary path, too;
@@ -55,8 +57,10 @@ class Mamba2(LayeredContext):
 
     Cost per token and direction: about `6 * dim**2` multiplications in projections and `4 * dim * (chunk + state)` in
     the recurrence, whatever the number of tokens. Memory: see `LayeredContext`; states add 3% for `dim=192`.
-    Choose it when the scene has more than some ten thousand tokens; below that `full` costs the same or less and is
-    not bound to an order.
+    The CUDA kernels of `mamba_ssm` are not used, unlike in `mamba`: those for Mamba-2 index in 32 bits and are silently
+    wrong on long sequences (state-spaces/mamba issue 1015), and matrix products are fast without them.
+    Choose it when the scene has more than some ten thousand tokens; below that `full` is affordable, and it is not
+    bound to an order.
     """
 
     options_class = Mamba2Options
@@ -71,32 +75,14 @@ class Mamba2(LayeredContext):
 
     def build_mixer(self, config: ContextConfig, gain: float) -> Mixer:
         """See `LayeredContext.build_mixer`."""
-        return Mamba2Mixer(config, _options(config), gain)
-
-
-class Mamba2Mixer(Mixer):
-    """Adds what one or two directions of Mamba-2 found to the tokens."""
-
-    def __init__(self, config: ContextConfig, options: Mamba2Options, gain: float) -> None:
-        super().__init__()
+        options = _options(config)
         heads = config.heads or default_heads(config.dim * options.expand)
-        self.forth = Mamba2Step(config.dim, heads, options, gain, residual=True)
-        self.back = Mamba2Step(config.dim, heads, options, gain, residual=False) if config.bidirectional else None
-
-    def forward(
-        self, x: Tensor, global_tokens: Tensor | None, places: Places, run: Run, state: State | None
-    ) -> tuple[Tensor, Tensor | None, State | None]:
-        """See `Mixer`."""
-        y, final = run(self.forth, (x, places.valid), state or self.forth.start(x))
-        assert y is not None
-        if self.back is None:
-            return y, global_tokens, final
-        z, _ = run(self.back, (x, places.valid), self.back.start(x), reverse=True)
-        assert z is not None
-        return y + z, global_tokens, None
+        forth = Mamba2Step(config.dim, heads, options, gain, residual=True)
+        back = Mamba2Step(config.dim, heads, options, gain, residual=False) if config.bidirectional else None
+        return Directions(forth, back)
 
 
-class Mamba2Step(nn.Module):
+class Mamba2Step(Direction):
     """One direction over one segment. State: (batch, heads, head_dim, state) and the convolution's last inputs.
 
     Args:
@@ -114,50 +100,35 @@ class Mamba2Step(nn.Module):
         self.mixed = self.inner + 2 * options.state
         self.norm = Norm(dim)
         self.in_proj = linear(dim, self.inner + self.mixed + heads)
-        self.conv = nn.Conv1d(self.mixed, self.mixed, options.conv, groups=self.mixed)
-        rates, steps = initial_rates(heads)
-        self.log_rate = nn.Parameter((rates / steps).log())
-        # Inverse of softplus.
-        self.step_bias = nn.Parameter(steps + (-(-steps).expm1()).log())
+        self.conv = CausalConvolution(self.mixed, options.conv)
+        self.step_bias = nn.Parameter(inverse_softplus(initial_rates(heads)))
+        self.log_rate = nn.Parameter(torch.zeros(heads))  # a head decays by its step size alone at first
         self.skip = nn.Parameter(torch.ones(heads))
         self.gated_norm = Norm(self.inner)
         self.out_proj = linear(self.inner, dim, gain)
 
     def start(self, x: Tensor) -> State:
-        """The state before the first token."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        hidden = x.new_zeros(x.shape[0], self.heads, self.inner // self.heads, self.state, dtype=dtype)
-        return hidden, x.new_zeros(x.shape[0], self.conv.kernel_size[0] - 1, self.mixed, dtype=dtype)
+        """See `Direction`."""
+        tail = self.conv.start(x)
+        return tail.new_zeros(x.shape[0], self.heads, self.inner // self.heads, self.state), tail
 
-    def forward(self, x: Tensor, valid: Tensor, hidden: Tensor, tail: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`x` (batch, tokens, dim), `valid` (batch, tokens) -> output like `x`, new state."""
-        gate, mixed, step = self.in_proj(self.norm(x)).split([self.inner, self.mixed, self.heads], dim=-1)
-        mixed, tail = self._convolve(mixed * valid.unsqueeze(-1), valid, tail)
+    def forward(self, x: Tensor, valid: Tensor, hidden: Tensor, tail: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """See `Direction`."""
+        dtype = hidden.dtype
+        projected = self.in_proj(self.norm(x * valid.unsqueeze(-1)))
+        gate, mixed, step = projected.split([self.inner, self.mixed, self.heads], dim=-1)
+        mixed, tail = self.conv(mixed, valid, tail)
         values, keys, queries = mixed.split([self.inner, self.state, self.state], dim=-1)
         # A masked token decays nothing and adds nothing: its step is 0.
-        step = F.softplus(step.to(hidden.dtype) + self.step_bias) * valid.unsqueeze(-1)
+        step = F.softplus(step.to(dtype) + self.step_bias) * valid.unsqueeze(-1)
+        decay = step * -self.log_rate.to(dtype).exp()
         # (batch, tokens, inner) -> (batch, tokens, heads, head_dim)
-        values = values.unflatten(-1, (self.heads, -1)).to(hidden.dtype)
-        decay = step * -self.log_rate.exp()
+        values = values.unflatten(-1, (self.heads, -1))
         with torch.autocast(x.device.type, enabled=False):
-            y, hidden = state_space_dual(
-                values * step.unsqueeze(-1), decay, keys.to(hidden.dtype), queries.to(hidden.dtype), hidden, self.chunk
-            )
+            y, hidden = state_space_dual(values * step.unsqueeze(-1), decay, keys, queries, hidden, self.chunk)
         y = (y + values * self.skip.unsqueeze(-1)).flatten(2)
-        result: Tensor = self.out_proj(self.gated_norm(y * F.silu(gate)).to(x.dtype)).to(x.dtype)
-        return x + result if self.residual else result, hidden, tail
-
-    def _convolve(self, mixed: Tensor, valid: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-        """Causal convolution and SiLU; the new tail ends at the last valid token."""
-        length = tail.shape[1]
-        window = torch.cat((tail.to(mixed.dtype), mixed), dim=1)
-        places = torch.arange(1, mixed.shape[1] + 1, device=mixed.device)
-        last = (places * valid).amax(dim=1, keepdim=True)  # 0 if none is valid: then the old tail stays
-        index = last + torch.arange(length, device=mixed.device)
-        new_tail = window.gather(1, index.unsqueeze(-1).expand(-1, -1, window.shape[-1])).to(tail.dtype)
-        # (batch, tokens, channels) -> (batch, channels, tokens) and back
-        y = self.conv(window.transpose(1, 2)).transpose(1, 2)
-        return F.silu(y), new_tail
+        found = self.out_proj(self.gated_norm(y * F.silu(gate.to(dtype))).to(x.dtype)).to(x.dtype)
+        return x + found if self.residual else found, hidden, tail
 
 
 def state_space_dual(
@@ -176,33 +147,43 @@ def state_space_dual(
     Returns:
         y like `x`, and the state after the last token. In the dtype of the inputs, which should be float32 or better.
     """
+    outputs = []
+    for start in range(0, x.shape[1], BLOCK * chunk):
+        part = slice(start, start + BLOCK * chunk)
+        y, hidden = _dual_block(x[:, part], decay[:, part], keys[:, part], queries[:, part], hidden, chunk)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], hidden
+
+
+def _dual_block(
+    x: Tensor, decay: Tensor, keys: Tensor, queries: Tensor, hidden: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """`state_space_dual` over so few chunks that they may all see each other. Large tensors stay in token order."""
     tokens = x.shape[1]
     chunk = min(chunk, tokens)
     padding = -tokens % chunk
     if padding:  # x = 0 and decay = 0 change nothing
         x, decay = F.pad(x, (0, 0, 0, 0, 0, padding)), F.pad(decay, (0, 0, 0, padding))
         keys, queries = F.pad(keys, (0, 0, 0, padding)), F.pad(queries, (0, 0, 0, padding))
-    # Chunks: (batch, chunks, chunk, ...); heads ahead of places, for batched matrix products.
-    x = x.unflatten(1, (-1, chunk)).transpose(2, 3)  # (b, c, heads, chunk, head_dim)
-    decay = decay.unflatten(1, (-1, chunk)).transpose(2, 3)  # (b, c, heads, chunk)
-    keys, queries = keys.unflatten(1, (-1, chunk)), queries.unflatten(1, (-1, chunk))  # (b, c, chunk, state)
-    total = decay.cumsum(-1)
+    # (batch, tokens, ...) -> (batch, chunks, chunk, ...)
+    x, decay, keys, queries = (t.unflatten(1, (-1, chunk)) for t in (x, decay, keys, queries))
+    total = decay.cumsum(2)  # (b, c, chunk, heads)
 
-    # Within a chunk: attention with weights that decay from source to target.
-    weights = (queries @ keys.transpose(-1, -2)).unsqueeze(2) * segment_sums(decay).exp()
-    y = weights @ x  # (b, c, heads, chunk, head_dim)
-    # What each chunk adds to the state at its end: (b, c, heads, head_dim, state)
-    to_end = (total[..., -1:] - total).exp().unsqueeze(-1)
-    added = (x * to_end).transpose(-1, -2) @ keys.unsqueeze(2)
-    # States at the chunks' borders: each is a sum over the earlier ones. (b, heads, c + 1, c + 1)
-    passing = segment_sums(F.pad(total[..., -1], (0, 0, 1, 0)).transpose(1, 2)).exp()
-    all_states = torch.cat((hidden.unsqueeze(1), added), dim=1).transpose(1, 2)  # (b, heads, c + 1, head_dim, state)
-    borders = (passing @ all_states.flatten(3)).unflatten(3, hidden.shape[2:])
-    before, final = borders[:, :, :-1].transpose(1, 2), borders[:, :, -1].clone()
-    # What the state before the chunk gives: (b, c, heads, chunk, head_dim)
-    y = y + (queries.unsqueeze(2) @ before.transpose(-1, -2)) * total.exp().unsqueeze(-1)
-    # -> (batch, tokens, heads, head_dim)
-    return y.transpose(2, 3).flatten(1, 2)[:, :tokens], final
+    # Within a chunk: attention with weights that decay from source to target. (b, c, heads, chunk, chunk)
+    weights = (queries @ keys.transpose(2, 3)).unsqueeze(2) * segment_sums(decay.transpose(2, 3)).exp()
+    y = (weights @ x.transpose(2, 3)).transpose(2, 3)  # (b, c, chunk, heads, head_dim)
+    # What each chunk adds to the state at its end, for all heads in one product: (b, c, state, heads * head_dim)
+    later = F.pad(decay[:, :, 1:], (0, 0, 0, 1)).flip(2).cumsum(2).flip(2)  # not a difference: see `segment_sums`
+    added = keys.transpose(2, 3) @ (x * later.exp().unsqueeze(-1)).flatten(3)
+    # States at the chunks' borders: each is a sum over the earlier ones. (b, heads, c + 1, state, head_dim)
+    added = added.unflatten(3, x.shape[3:]).permute(0, 3, 1, 2, 4)
+    states = torch.cat((hidden.transpose(2, 3).unsqueeze(2), added), dim=2)
+    passing = segment_sums(F.pad(total[:, :, -1], (0, 0, 1, 0)).transpose(1, 2)).exp()  # (b, heads, c + 1, c + 1)
+    borders = (passing @ states.flatten(3)).unflatten(3, states.shape[3:])
+    # What the state before the chunk gives: (b, c, chunk, heads, head_dim)
+    before = borders[:, :, :-1].permute(0, 2, 3, 1, 4).flatten(3)
+    y = y + (queries @ before).unflatten(3, x.shape[3:]) * total.exp().unsqueeze(-1)
+    return y.flatten(1, 2)[:, :tokens], borders[:, :, -1].transpose(2, 3).clone()
 
 
 def segment_sums(a: Tensor) -> Tensor:
@@ -224,9 +205,3 @@ def _options(config: ContextConfig) -> Mamba2Options:
 def default_heads(inner: int) -> int:
     """Heads of 64 channels, but at least 4, as each has one decay rate; the next divisor below."""
     return largest_divisor(inner, max(4, inner // 64))
-
-
-def initial_rates(heads: int) -> tuple[Tensor, Tensor]:
-    """Decay per token, spread from 1 to `SLOWEST_RATE` in equal ratios, and the initial step sizes; (heads,) each."""
-    rates = torch.logspace(0, math.log10(SLOWEST_RATE), heads)
-    return rates, rates
