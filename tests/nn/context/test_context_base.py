@@ -105,7 +105,7 @@ def test_none_returns_the_tokens() -> None:
 
 
 def test_other_kinds_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "_KINDS", dict(base._KINDS))
+    monkeypatch.setattr(base, "KINDS", dict(base.KINDS))
 
     class Twice(ContextEncoder):
         def encode(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gigaxt.config import from_dict, nearest
 from gigaxt.errors import ConfigError, DataError
+from gigaxt.nn.context.ordering import check_places
 from gigaxt.recurrence import State
 
 ContextState = tuple[State, ...]
@@ -54,9 +55,9 @@ class ContextConfig:
     """The kind's own settings, such as `state` of mamba2."""
 
     def __post_init__(self) -> None:
-        cls = _KINDS.get(self.kind)
+        cls = KINDS.get(self.kind)
         if cls is None:
-            raise ConfigError(f"context.kind: unknown {self.kind!r}{nearest(self.kind, _KINDS)}")
+            raise ConfigError(f"context.kind: unknown {self.kind!r}{nearest(self.kind, KINDS)}")
         for name, least in (
             ("dim", 1),
             ("depth", 1),
@@ -129,6 +130,7 @@ class ContextEncoder(nn.Module, ABC):
             ConfigError: shapes that do not fit each other or `dim`, or a state that this encoder cannot continue.
         """
         _check_shapes(tokens, coords, validity, self.config.dim)
+        check_places(coords, validity)
         if state is not None and not self.causal:
             raise ConfigError(
                 f"context: kind {self.config.kind!r} with bidirectional={self.config.bidirectional}, "
@@ -159,7 +161,8 @@ class NoContext(ContextEncoder):
         return (tokens if validity is None else tokens.masked_fill(~validity.unsqueeze(-1), 0)), None
 
 
-_KINDS: dict[str, type[ContextEncoder]] = {"none": NoContext}
+KINDS: dict[str, type[ContextEncoder]] = {"none": NoContext}
+"""What `kind` may be; `register_context` adds to it."""
 
 
 def register_context(name: str, cls: type[ContextEncoder]) -> None:
@@ -168,13 +171,13 @@ def register_context(name: str, cls: type[ContextEncoder]) -> None:
     Raises:
         ConfigError: the name is taken by another class.
     """
-    if _KINDS.setdefault(name, cls) is not cls:
-        raise ConfigError(f"context kind {name!r} is already {_KINDS[name].__name__}: choose another name")
+    if KINDS.setdefault(name, cls) is not cls:
+        raise ConfigError(f"context kind {name!r} is already {KINDS[name].__name__}: choose another name")
 
 
 def build_context(config: ContextConfig) -> ContextEncoder:
     """The encoder that `config` describes, freshly initialised."""
-    return _KINDS[config.kind](config)
+    return KINDS[config.kind](config)
 
 
 def _computes_in_float16(tokens: Tensor) -> bool:

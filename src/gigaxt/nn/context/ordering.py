@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ class Places:
     """(batch, tokens, 2); 0 where masked."""
     given_valid: Tensor
     """(batch, tokens) bool."""
+    memo: dict[Any, Any] = field(default_factory=dict)
+    """Tables that mixers compute from the places, for the next layers."""
 
     def sort(self, tokens: Tensor) -> Tensor:
         """(batch, tokens, ...) as given -> (batch, n, ...) in scan order."""
@@ -60,15 +62,11 @@ def find_places(
         order: of the scan.
         device: of the tokens; the coordinates may lie elsewhere.
         turned: scan with rows and columns swapped.
-
-    Raises:
-        DataError: a row without valid tokens, or coordinates that are not finite, negative or beyond `FARTHEST`.
     """
     batch, tokens = coords.shape[:2]
     host = coords.detach().cpu().numpy()
     valid = np.ones((batch, tokens), bool) if validity is None else validity.cpu().numpy()
     counts = valid.sum(axis=1)
-    _check_places(host, valid, counts)
     n = int(counts.max())
     source = np.zeros((batch, n), np.int64)
     target = np.zeros((batch, tokens), np.int64)
@@ -95,21 +93,34 @@ def find_places(
     return places
 
 
-def _check_places(coords: np.ndarray[Any, Any], valid: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> None:
-    empty = np.flatnonzero(counts == 0)
-    if len(empty):
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # reads values; torch gives it no types
+def check_places(coords: Tensor, validity: Tensor | None) -> None:
+    """Check where tokens are said to lie. Waits for the device once.
+
+    Args:
+        coords: (batch, tokens, 2) as (row, col). Ignored where masked.
+        validity: (batch, tokens) bool, or None for all valid.
+
+    Raises:
+        DataError: a row without valid tokens, or coordinates that are not finite, negative or beyond `FARTHEST`.
+    """
+    wrong = ~((coords >= 0) & (coords <= FARTHEST)).all(dim=-1)  # NaN is wrong, too
+    empty = torch.zeros_like(wrong[:, 0])
+    if validity is not None:
+        validity = validity.to(coords.device)
+        wrong, empty = wrong & validity, ~validity.any(dim=1)
+    if not bool(wrong.any() | empty.any()):
+        return
+    if empty.any():
         raise DataError(
-            f"context: every token of batch row {empty[0]} is masked: expected at least one valid token; "
-            "leave images without valid pixels out"
+            f"context: every token of batch row {int(empty.nonzero()[0])} is masked: expected at least one valid "
+            "token; leave images without valid pixels out"
         )
-    inside = ((coords >= 0) & (coords <= FARTHEST)).all(axis=-1)  # NaN is not
-    wrong = ~inside & valid
-    if wrong.any():
-        b, i = np.argwhere(wrong)[0]
-        raise DataError(
-            f"context: coordinates of token {i} in batch row {b} are {coords[b, i]}: expected (row, col) on the token "
-            f"lattice, finite numbers from 0 to {FARTHEST}"
-        )
+    b, i = wrong.nonzero()[0].tolist()
+    raise DataError(
+        f"context: coordinates of token {i} in batch row {b} are {coords[b, i].tolist()}: expected (row, col) on the "
+        f"token lattice, finite numbers from 0 to {FARTHEST}"
+    )
 
 
 class _Take(torch.autograd.Function):

@@ -67,10 +67,8 @@ class Read(nn.Module):
         self.norm, self.key_value = Norm(dim), linear(dim, 2 * dim)
 
     def start(self, query: Tensor) -> State:
-        """The state before the first token, in float32 or better."""
-        zeros = torch.zeros_like(query, dtype=torch.promote_types(query.dtype, torch.float32))
-        # Not -inf: where a whole segment is masked, the difference of two maxima must be 0, not NaN.
-        return torch.full_like(zeros[..., :1], torch.finfo(zeros.dtype).min), zeros[..., :1], zeros
+        """The state before the first token."""
+        return empty_softmax(query)
 
     def forward(
         self, x: Tensor, valid: Tensor, query: Tensor, maximum: Tensor, total: Tensor, weighted: Tensor
@@ -78,13 +76,35 @@ class Read(nn.Module):
         """Add segment `x` (batch, tokens, dim) to the sums."""
         key, value = (split_heads(t, self.heads) for t in self.key_value(self.norm(x)).chunk(2, dim=-1))
         # (batch, heads, latents, tokens)
-        scores = (query / math.sqrt(query.shape[-1]) @ key.transpose(-1, -2)).to(total.dtype)
-        # Where all tokens so far are masked they get weight 1 each, which the first valid one shrinks to 0.
-        scores = scores.masked_fill(~valid[:, None, None, :], torch.finfo(scores.dtype).min)
-        # The result does not depend on the maximum, so it needs no gradient.
-        new_maximum = torch.maximum(maximum, scores.detach().amax(-1, keepdim=True)).detach()
-        weights = (scores - new_maximum).exp()
-        shrink = (maximum - new_maximum).exp()
-        total = total * shrink + weights.sum(-1, keepdim=True)
-        weighted = weighted * shrink + (weights @ value.to(weights.dtype)).to(weighted.dtype)
-        return None, new_maximum, total, weighted
+        scores = query / math.sqrt(query.shape[-1]) @ key.transpose(-1, -2)
+        return None, *add_to_softmax(scores, value, valid[:, None, None, :], maximum, total, weighted)
+
+
+def empty_softmax(query: Tensor) -> State:
+    """Maximum, total and weighted values (like `query`) of a softmax over no tokens, in float32 or better."""
+    zeros = torch.zeros_like(query, dtype=torch.promote_types(query.dtype, torch.float32))
+    # Not -inf: where a whole segment is masked, the difference of two maxima must be 0, not NaN.
+    return torch.full_like(zeros[..., :1], torch.finfo(zeros.dtype).min), zeros[..., :1], zeros
+
+
+def add_to_softmax(
+    scores: Tensor, values: Tensor, valid: Tensor, maximum: Tensor, total: Tensor, weighted: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Go on with a softmax by a segment of tokens; `weighted / total` of the last state is the result.
+
+    Args:
+        scores: (..., queries, tokens).
+        values: (..., tokens, channels).
+        valid: (..., 1, tokens) bool; others get weight 0.
+        maximum: of the scores so far, (..., queries, 1).
+        total: of the weights so far, likewise, relative to the maximum.
+        weighted: sum of weights times values so far, (..., queries, channels).
+    """
+    # Where all tokens so far are masked they get weight 1 each, which the first valid one shrinks to 0.
+    scores = scores.to(total.dtype).masked_fill(~valid, torch.finfo(total.dtype).min)
+    # The result does not depend on the maximum, so it needs no gradient.
+    new_maximum = torch.maximum(maximum, scores.detach().amax(-1, keepdim=True)).detach()
+    weights = (scores - new_maximum).exp()
+    shrink = (maximum - new_maximum).exp()
+    total = total * shrink + weights.sum(-1, keepdim=True)
+    return new_maximum, total, weighted * shrink + (weights @ values.to(weights.dtype)).to(weighted.dtype)

@@ -12,10 +12,14 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """Inside the block: `peak` is the most bytes that tensors made inside it held at any time."""
+    """Inside the block: `peak` is the most bytes that tensors made inside it held at any time.
+
+    Args:
+        ignore: tensors from before, whose storages do not count.
+    """
 
     def __init__(self, ignore: Iterable[torch.Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
         self.now = self.peak = 0
         self._known = {t.untyped_storage()._cdata for t in ignore}
 
