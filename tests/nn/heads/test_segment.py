@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.nn.heads import SegmentConfig, SegmentHead
+from gigaxt.nn.heads.segment import RANK
 
 CHANNELS = {2: [4, 8, 12, 16, 24], 4: [8, 12, 16, 24], 1: [4, 8]}
 
@@ -209,3 +210,46 @@ def test_learns_a_relation_between_features_and_context() -> None:
         optimizer.step()
         losses.append((loss / weight).item())
     assert sum(losses[-10:]) / 10 < 0.1
+
+
+def test_relation_equals_a_loop_over_pixels() -> None:
+    torch.manual_seed(0)
+    module = SegmentHead(SegmentConfig(classes=3, dim=5), 4, [2], [1]).double()
+    x, context = torch.randn(2, 5, 3, 4, dtype=torch.float64), torch.randn(2, 4, 3, 4, dtype=torch.float64)
+    found = module._relate(x, context)
+    for n, row, col in ((0, 0, 0), (1, 2, 3), (0, 1, 2)):
+        features = module.features.weight[:, :, 0, 0] @ x[n, :, row, col] + module.features.bias
+        weights = module.make_classifier.weight[:, :, 0, 0] @ context[n, :, row, col]
+        for k in range(3):
+            expected = sum(weights[k * RANK + r] * features[r] for r in range(RANK)) / RANK**0.5
+            torch.testing.assert_close(found[n, k, row, col], expected)
+
+
+@pytest.mark.parametrize("dim", [8, 64])
+@pytest.mark.parametrize("context_dim", [6, 192])
+def test_relation_is_neither_silent_nor_loud_at_the_start(dim: int, context_dim: int) -> None:
+    torch.manual_seed(0)
+    module = SegmentHead(SegmentConfig(classes=16, dim=dim), context_dim, [2], [4])
+    found = module._relate(torch.randn(64, dim, 2, 2), torch.randn(64, context_dim, 2, 2))
+    assert 0.5 < found.std().item() < 2
+
+
+def test_relation_learns_without_film_and_vote() -> None:
+    # Sign of the pixel times sign of the context, which nothing but the relation can tell here. Where both of its
+    # factors start at zero neither ever gets a gradient.
+    torch.manual_seed(0)
+    module = SegmentHead(SegmentConfig(classes=2, dim=8), 6, [4], [1])
+    for still in (module.levels[0].film, module.vote):
+        still.requires_grad_(False).weight.zero_()
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(60):
+        pixels = torch.randint(2, (8, 1, 4, 4)).float() * 2 - 1
+        sign = torch.randint(2, (8, 1, 1, 1)).float() * 2 - 1
+        ramp = torch.linspace(-1, 1, 4)[:, None, None]
+        target = (pixels * sign > 0).long()[:, 0]
+        logits = module([pixels * ramp], sign * torch.linspace(-1, 1, 6))
+        loss, weight, _ = module.loss_sums(logits, target, torch.ones_like(target) > 0)
+        optimizer.zero_grad()
+        (loss / weight).backward()
+        optimizer.step()
+    assert (loss / weight).item() < 0.1

@@ -15,6 +15,8 @@ from gigaxt.nn.heads.base import BaseHeadConfig, at_least_float32, check_class_i
 
 FILM_GAIN = 0.3
 """Standard deviation of scale and shift at the start: enough to pass gradients, too little to drown the features."""
+RANK = 16
+"""Features of a pixel that its context makes a classifier for."""
 
 
 @dataclass(kw_only=True)
@@ -46,10 +48,13 @@ class SegmentHead(nn.Module):
 
     Every map, after a 1 x 1 convolution to `dim` channels and a LayerNorm, is scaled and shifted by the context at its
     place (FiLM): relations to far content are learnt only through such products (concatenation stays at chance on the
-    `legend` rule). Then from coarse to fine: upsample, add, 3 x 3 convolution. The context also votes for the classes
-    directly, through one linear layer: products of two things that are not learnt yet start slowly, and with the direct
-    vote `beacon` is learnt in a fraction of the steps. All norms are per pixel, so nothing depends on the other
-    regions, on padding, or on how the maps were cropped.
+    `legend` rule). Then from coarse to fine: upsample, add, 3 x 3 convolution. A pixel's logits are the sum of three:
+    a classifier of its features, the same everywhere; a vote of the context through one linear layer, for what does not
+    depend on the pixel (with it `beacon` is learnt in a fraction of the steps); and a classifier whose weights the
+    context makes for its place (dynamic filters, De Brabandere et al. 2016), applied to `RANK` features of the pixel,
+    for what lies in the relation of the two. Neither factor of that product starts at zero, so the relation has a
+    gradient from the first step on; through FiLM alone `legend` stays on its plateau for some seeds. All norms are per
+    pixel, so nothing depends on the other regions, on padding, or on how the maps were cropped.
 
     Args:
         config: see `SegmentConfig`.
@@ -73,6 +78,10 @@ class SegmentHead(nn.Module):
         self.classifier = nn.Conv2d(config.dim, config.classes, 1)
         self.vote = nn.Conv2d(dim, config.classes, 1, bias=False)
         nn.init.normal_(self.vote.weight, std=FILM_GAIN * dim**-0.5)
+        self.features = nn.Conv2d(config.dim, RANK, 1)
+        nn.init.normal_(self.features.weight, std=config.dim**-0.5)
+        self.make_classifier = nn.Conv2d(dim, config.classes * RANK, 1, bias=False)
+        nn.init.normal_(self.make_classifier.weight, std=dim**-0.5)
         self.register_buffer("class_weights", weights_tensor(config), persistent=False)
 
     def forward(self, maps: Sequence[Tensor], context: Tensor) -> Tensor:
@@ -89,9 +98,17 @@ class SegmentHead(nn.Module):
         x: Tensor | None = None
         for level, features in zip(reversed(self.levels), reversed(maps), strict=True):
             x = level(features, context, x)
-        logits: Tensor = self.classifier(x)
+        assert x is not None
+        logits: Tensor = self.classifier(x) + self._relate(x, context)
         logits = logits + _resize(self.vote(context), logits.shape[2:])
         return logits if self.stride == 1 else _resize(logits, [side * self.stride for side in logits.shape[2:]])
+
+    def _relate(self, x: Tensor, context: Tensor) -> Tensor:
+        """Features (n, config.dim, h, w) under the classifiers that their context (n, dim, rows, cols) makes."""
+        # (n, classes * RANK, rows, cols) -> (n, classes, RANK, h, w)
+        weights = _resize(self.make_classifier(context), x.shape[2:]).unflatten(1, (-1, RANK))
+        logits: Tensor = (weights * self.features(x).unsqueeze(1)).sum(2) * RANK**-0.5
+        return logits
 
     def loss_sums(self, logits: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sums whose ratio, over all regions of a scene, is its mean cross entropy.
