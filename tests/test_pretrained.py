@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import pickle
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,16 +15,17 @@ import torch
 import gigaxt
 from gigaxt import CheckpointError, ModelConfig, build_model
 from gigaxt.config import to_dict
+from gigaxt.nn.context import NoContext, base
 
 
-def make(classes: int = 3) -> gigaxt.GigaXT:
+def make(classes: int = 3, context: dict[str, Any] | None = None) -> gigaxt.GigaXT:
     config = {
         "region_encoder": {
             "name": "convnextv2_atto",
             "region": 64,
             "options": {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 16]},
         },
-        "context": {"dim": 16, "depth": 1, "summary": 2},
+        "context": context or {"dim": 16, "depth": 1, "summary": 2},
         "head": {"kind": "classify", "classes": classes, "class_names": [f"kind {i}" for i in range(classes)]},
         "input": {"mean": [1.0, 2.0, 3.0], "std": [1.0, 1.0, 2.0], "mpp": 0.5},
     }
@@ -89,3 +95,89 @@ def test_full_disk_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.Monk
         model.save(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    described = json.loads((folder / "config.json").read_text())
+    change(described)
+    (folder / "config.json").write_text(json.dumps(described))
+
+
+class Twice(NoContext):
+    """A kind that its author registers."""
+
+
+def test_kind_that_is_not_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "KINDS", dict(base.KINDS))
+    gigaxt.register_context("twice", Twice)
+    model = make(context={"kind": "twice", "dim": 16}).eval()
+    model.save(tmp_path)
+    del base.KINDS["twice"]
+    with pytest.raises(CheckpointError) as caught:
+        gigaxt.load(tmp_path)
+    assert "the context is of kind 'twice', which is not registered" in str(caught.value)
+    assert "gigaxt.register_context('twice', cls)" in str(caught.value)
+    gigaxt.register_context("twice", Twice)
+    tensor = torch.rand(1, 3, 70, 64)
+    assert torch.equal(gigaxt.load(tmp_path)(tensor), model(tensor))
+
+
+@pytest.mark.parametrize("kind", ["evil", "evil.Context", "evil:Context", "tmp/evil.py"])
+def test_loading_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    make().save(tmp_path)
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    edit_config(tmp_path, lambda described: described["model"]["context"].update(kind=kind))
+    modules = set(sys.modules)
+    with pytest.raises(CheckpointError, match="which is not registered"):
+        gigaxt.load(tmp_path)
+    edit_config(tmp_path, lambda described: described["model"]["context"].update(kind="mamba2"))
+    edit_config(tmp_path, lambda described: described.update(ready={"context": kind}))
+    with pytest.raises(CheckpointError, match="was given ready"):
+        gigaxt.load(tmp_path)
+    assert "evil" not in set(sys.modules) - modules
+
+
+class Evil:
+    """Pickled, it writes a file when it is read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("executed"),)
+
+
+@pytest.mark.parametrize(
+    "encoder", [{"options": {"checkpoint_path": "evil.pth"}}, {"pretrained": "evil.pth"}, {"name": "evil"}]
+)
+def test_loading_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: dict[str, Any]) -> None:
+    make().save(tmp_path)
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil()))
+    monkeypatch.chdir(tmp_path)
+    edit_config(tmp_path, lambda described: described["model"]["region_encoder"].update(encoder))
+    with contextlib.suppress(CheckpointError):
+        gigaxt.load(tmp_path)
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda described: described.update(model=[1]),
+        lambda described: described.update(ready=["context"]),
+        lambda described: described.update(ready={"names": "x"}),
+        lambda described: described["model"].update(context=None),
+        lambda described: described["model"]["context"].update(kind=3),
+        lambda described: described["model"]["region_encoder"].update(name="no_such_network"),
+    ],
+)
+def test_damaged_config(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    make().save(tmp_path)
+    edit_config(tmp_path, change)
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        gigaxt.load(tmp_path)
+
+
+def test_folders_from_before_ready_modules(tmp_path: Path) -> None:
+    make().save(tmp_path)
+    edit_config(tmp_path, lambda described: described.pop("ready"))
+    assert gigaxt.load(tmp_path).ready == {}

@@ -30,6 +30,7 @@ _OWN_KEYS = {
     "in_chans": "region_encoder.in_channels",
     "img_size": "region_encoder.region",
     "pretrained": "region_encoder.pretrained",
+    "checkpoint_path": "region_encoder.pretrained",  # early versions of timm 1 unpickle it
     "features_only": "nothing: it is always on",
     "device": "model.to(device)",
 }

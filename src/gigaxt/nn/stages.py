@@ -1,0 +1,110 @@
+"""The parts of a model that stream: loaded regions to tokens and maps, maps and context to answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from gigaxt.errors import ConfigError
+from gigaxt.nn.heads import SegmentHead
+from gigaxt.nn.ready import check_encoded, check_logits, check_sums
+from gigaxt.nn.region_encoder import RegionEncoder
+
+if TYPE_CHECKING:
+    from gigaxt.nn.xt import ModelConfig
+
+
+class RegionTokens(nn.Module):
+    """Loaded regions to tokens of the context's width, and feature maps for dense heads; both cut to the core."""
+
+    def __init__(self, config: ModelConfig, *, maps: bool, encoder: nn.Module | None = None) -> None:
+        super().__init__()
+        self.maps, self.region = maps, config.region_encoder.region
+        self.encoder = cast(
+            RegionEncoder, RegionEncoder(config.region_encoder, maps=maps) if encoder is None else encoder
+        )
+        self.norm: nn.Module = nn.LayerNorm(self.encoder.dim)
+        self.project: nn.Module = nn.Linear(self.encoder.dim, config.context.dim)
+        levels = len(config.input.overview)
+        self.level = nn.Embedding(1 + levels, config.context.dim) if levels else None
+        region, halo, side = config.region_encoder.region, config.input.halo, self.encoder.tokens_per_side
+        if side * halo % region:
+            raise ConfigError(
+                f"input.halo: {halo} px are {side * halo / region:g} tokens of {region // side} px, not whole ones"
+            )
+        self.halo_tokens, self.halo_px = side * halo // region, halo
+        self.tokens_per_core, self.core_px = side - 2 * self.halo_tokens, region - 2 * halo
+
+    def forward(self, loaded: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `SceneBatch.load` for `loaded`.
+
+        Returns:
+            tokens (n, t * t, dim), row by row; feature maps (n, c_i, h_i, w_i), fine to coarse.
+        """
+        pixels = self._network_input(loaded)
+        found = self.encoder(pixels)
+        check_encoded(found, self.encoder, len(pixels), self.region, self.maps)
+        tokens, maps = found[0], found[1] if self.maps else []
+        k = self.halo_tokens
+        if k:
+            tokens = tokens[:, k:-k, k:-k]
+            cuts = [self.halo_px // stride for stride in self.encoder.map_strides] if self.maps else []
+            maps = [m[:, :, cut:-cut, cut:-cut] for m, cut in zip(maps, cuts, strict=True)]
+        tokens = self.project(self.norm(tokens.flatten(1, 2)))  # (n, t, t, dim) -> (n, t * t, dim)
+        if self.level is not None:
+            tokens = tokens + self.level(loaded["level"])[:, None]
+        return tokens, tuple(maps)
+
+    def _network_input(self, loaded: Mapping[str, Tensor]) -> Tensor:
+        """(n, h, w, C) as stored -> (n, C, h, w) normalised, zeros where not valid. A view: channels stay last."""
+        dtype = next(self.parameters()).dtype
+        scale, shift = (loaded[key].to(dtype)[:, None, None] for key in ("scale", "shift"))
+        x = torch.where(loaded["valid"], loaded["pixels"].to(dtype) * scale + shift, 0)
+        return x.permute(0, 3, 1, 2)
+
+
+class TokensOnly(nn.Module):
+    """Loaded regions to tokens, without their maps."""
+
+    def __init__(self, encode: RegionTokens) -> None:
+        super().__init__()
+        self.encode = encode
+
+    def forward(self, loaded: Mapping[str, Tensor]) -> Tensor:
+        """(n, t * t, dim); see `RegionTokens`."""
+        return self.encode(loaded)[0]  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+
+class Logits(nn.Module):
+    """Regions' maps and context to class logits of their cores.
+
+    Args:
+        head: of kind segment.
+        encode: where maps and tokens come from.
+        classes: of the head.
+    """
+
+    def __init__(self, head: SegmentHead, encode: RegionTokens, classes: int) -> None:
+        super().__init__()
+        self.head, self.t = head, encode.tokens_per_core
+        self.shape = (classes, encode.core_px, encode.core_px)
+
+    def forward(self, maps: Sequence[Tensor], context: Tensor, targets: object = None) -> tuple[Tensor]:
+        """(n, classes, core, core); `targets` are not used."""
+        logits = self.head(maps, context.unflatten(1, (self.t, self.t)))  # (n, t * t, dim) -> (n, t, t, dim)
+        check_logits(logits, (len(context), *self.shape))
+        return (logits,)
+
+
+class LossSums(Logits):
+    """The same, to the sums that the loss over all scenes is made of."""
+
+    def forward(self, maps: Sequence[Tensor], context: Tensor, targets: Any = None) -> tuple[Tensor, ...]:  # type: ignore[override]  # sums instead of logits
+        """The sums of losses, of weights, and the confusion matrix; see `SceneBatch.load_targets`."""
+        (logits,) = super().forward(maps, context)
+        sums = self.head.loss_sums(logits, targets["target"], targets["valid"])
+        check_sums(sums)
+        return sums
