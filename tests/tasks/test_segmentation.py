@@ -82,6 +82,26 @@ def test_the_worst_image_comes_first(manifest: Manifest) -> None:
     assert worst[1].caption == "mean IoU 1.000, pixel accuracy 1.000"
 
 
+def test_intervals_and_parts_are_of_images(tmp_path: Path) -> None:
+    """Each draw adds up the counts of the images drawn; a part has those of its images alone."""
+    random = np.random.default_rng(0)
+    (tmp_path / "data.csv").write_text("\n".join(["image,mask,split,group", *(f"{i},m,val,g{i}" for i in range(12))]))
+    manifest = Manifest.read(tmp_path / "data.csv")
+    tally = Segmentation(manifest, 2, 255).tally()
+    images = [(random.integers(0, 2, 50), random.integers(0, 2, 50)) for _ in range(12)]
+    for row, (true, given) in zip(manifest.rows, images, strict=True):
+        tally.update([row], [None], answer(true, given, 2))
+    result = tally.compute()
+    share = np.array([(true == given).mean() for true, given in images])
+    plain = np.quantile([random.choice(share, 12).mean() for _ in range(4000)], [0.025, 0.975])
+    assert result.intervals["pixel_accuracy"] == pytest.approx(plain, abs=0.01)
+    assert result.intervals.keys() == result.metrics.keys()
+    first, rest = (tally.select(lambda row, late=late: (row.line > 5) == late) for late in (False, True))
+    assert first.compute().metrics["pixel_accuracy"] == pytest.approx(share[:4].mean())
+    assert len(rest.rows) == 8
+    assert first.merged(rest).compute() == result
+
+
 def test_nothing_to_evaluate_is_an_error(manifest: Manifest) -> None:
     with pytest.raises(DataError, match="no image to evaluate"):
         Segmentation(manifest, 2, 255).tally().compute()

@@ -5,31 +5,63 @@ from __future__ import annotations
 from pathlib import Path
 
 from gigaxt.datasets.manifest import Manifest
+from gigaxt.datasets.split import Fold
 from gigaxt.errors import ConfigError
 from gigaxt.nn.heads import ClassifyConfig, SegmentConfig
 from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase
 from gigaxt.tasks.classification import Classification
+from gigaxt.tasks.fitting import fitted
 from gigaxt.tasks.segmentation import Segmentation
 
-__all__ = ["Classification", "Evaluation", "Segmentation", "Tally", "Task", "WorstCase", "make_task", "read_manifest"]
+__all__ = [
+    "Classification",
+    "Evaluation",
+    "Segmentation",
+    "Tally",
+    "Task",
+    "WorstCase",
+    "fitted",
+    "make_task",
+    "read_manifest",
+]
 
 
-def read_manifest(head: ClassifyConfig | SegmentConfig, csv: str | Path, *, split_seed: int = 0) -> Manifest:
+def read_manifest(
+    head: ClassifyConfig | SegmentConfig, csv: str | Path, *, split_seed: int = 0, fold: Fold | None = None
+) -> Manifest:
     """The manifest as the head of a model understands it.
+
+    Args:
+        head: of the model.
+        csv: the manifest.
+        split_seed: divides it where it has no `split` column, and into folds.
+        fold: which of how many folds is the split `val`; None: as the CSV says.
 
     Raises:
         DataError: the CSV has no column for this head, or labels that are not the model's classes.
         ConfigError: the head has another number of classes than the CSV, and no `class_names` to tell them by.
     """
     if isinstance(head, SegmentConfig):
-        return Manifest.read(csv, task="segmentation", split_seed=split_seed)
-    manifest = Manifest.read(
-        csv, task="classification", target=head.target, classes=head.class_names, split_seed=split_seed
-    )
-    if head.target != "regression" and head.class_names is None:
+        return Manifest.read(csv, task="segmentation", split_seed=split_seed, fold=fold)
+
+    def read(classes: list[str] | None) -> Manifest:
+        return Manifest.read(
+            csv,
+            task="classification",
+            target=head.target,
+            label_columns=head.label_columns,
+            classes=classes,
+            split_seed=split_seed,
+            fold=fold,
+        )
+
+    manifest = read(head.class_names)
+    if head.target == "survival":
+        return manifest  # its outputs are bins of time, of which the CSV knows nothing
+    if head.target != "regression" and head.class_names is None and head.label_columns is None:
         indices = [str(index) for index in range(head.classes)]
         if set(manifest.classes) <= set(indices):  # class indices, of which some may not occur
-            return Manifest.read(csv, task="classification", target=head.target, classes=indices, split_seed=split_seed)
+            return read(indices)
     if manifest.outputs != head.classes:
         raise ConfigError(
             f"model.head.classes is {head.classes}, but {csv} has {manifest.outputs}"
@@ -42,4 +74,4 @@ def make_task(head: ClassifyConfig | SegmentConfig, manifest: Manifest) -> Task:
     """The task that goes with a model's head."""
     if isinstance(head, SegmentConfig):
         return Segmentation(manifest, head.classes, head.ignore, head.class_names)
-    return Classification(manifest, head.class_names)
+    return Classification(manifest, head.class_names, head.time_bins)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
+
+from torch import Tensor
 
 from gigaxt.datasets.manifest import Manifest, Row
 from gigaxt.image.base import Image
 
+COUNT_COLUMNS = ("cases", "known", "pixels", "at_risk", "events")
+"""Columns of `Evaluation.per_class` that are whole numbers."""
 WORST_KEPT = 12
 """Worst cases that an evaluation remembers."""
 
@@ -19,13 +23,15 @@ class WorstCase:
     """An image on which the model did badly."""
 
     image: str
-    """Path of the image."""
+    """Path of the image; of a case the first."""
     badness: float
     """Higher is worse."""
     caption: str
     """What was expected and what came."""
     mask: str | None = None
     """Path of the target mask, for dense tasks."""
+    others: list[str] = field(default_factory=list)
+    """Paths of the other images of a case."""
 
 
 @dataclass(kw_only=True)
@@ -38,20 +44,54 @@ class Evaluation:
     """Mean loss."""
     metrics: dict[str, float]
     """Metrics of the whole split; NaN where undefined."""
+    cases: int | None = None
+    """Cases that counted; None where every image is its own."""
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Metric -> the middle 95% of its values over bootstrap draws of groups; without those that have none."""
+    notes: list[str] = field(default_factory=list)
+    """What is not defined, and why."""
     per_class: dict[str, dict[str, float]] = field(default_factory=dict)
     """Class name -> metric -> value."""
     confusion: list[list[float]] | None = None
-    """Rows: true class; columns: predicted class. Images, or pixels for dense tasks."""
+    """Rows: true class; columns: predicted class. Cases, or pixels for dense tasks."""
     worst: list[WorstCase] = field(default_factory=list)
     """Worst first."""
 
+    @property
+    def size(self) -> str:
+        """How much was evaluated, in words."""
+        return f"{self.images} images" if self.cases is None else f"{self.cases} cases of {self.images} images"
+
+    def interval(self, name: str) -> str:
+        """The interval of a metric, in words; empty where it has none."""
+        return "{:.4f} to {:.4f}".format(*self.intervals[name]) if name in self.intervals else ""
+
 
 class Tally(ABC):
-    """Gathers a model's answers over a split."""
+    """Gathers a model's answers over a split.
+
+    Attributes:
+        task: whose answers these are.
+    """
+
+    task: Task
+
+    @property
+    @abstractmethod
+    def rows(self) -> Sequence[Row]:
+        """The first row of each case that was added."""
 
     @abstractmethod
     def update(self, rows: Sequence[Row], targets: Sequence[Any], output: Mapping[str, Any]) -> None:
-        """Add what `model.evaluate(images, targets)` returned for `rows`."""
+        """Add what `model.evaluate(images, targets)` returned for the cases that begin with `rows`."""
+
+    @abstractmethod
+    def select(self, keep: Callable[[Row], bool]) -> Self:
+        """The tally of those cases whose first row is to be kept; without a loss where it is not known one by one."""
+
+    @abstractmethod
+    def merged(self, other: Self) -> Self:
+        """The tally of the cases of both, which are of one task."""
 
     @abstractmethod
     def compute(self) -> Evaluation:
@@ -71,7 +111,7 @@ class Task(ABC):
         higher_is_better: whether a larger value of it is better.
         metric_names: the metrics of an evaluation, in the order of tables.
         class_names: one name a class.
-        images_per_call: how many images `model.evaluate` may be given at once; None: any number.
+        images_per_call: how many cases `model.evaluate` may be given at once; None: any number.
     """
 
     manifest: Manifest
@@ -96,7 +136,7 @@ class Task(ABC):
 
     @abstractmethod
     def class_counts(self, split: str) -> list[float]:
-        """How often each class occurs in a split: images, or pixels for dense tasks.
+        """How often each class occurs in a split: cases, or pixels for dense tasks.
 
         Raises:
             ConfigError: the task has no classes to balance.
@@ -112,3 +152,8 @@ class Task(ABC):
 def worst_first(cases: list[WorstCase]) -> list[WorstCase]:
     """The `WORST_KEPT` worst of `cases`; equal ones by path, so that the result does not depend on the order."""
     return sorted(cases, key=lambda case: (-case.badness, case.image))[:WORST_KEPT]
+
+
+def as_table(columns: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Columns (classes,) -> class -> column -> value."""
+    return {name: {key: float(column[i]) for key, column in columns.items()} for i, name in enumerate(names)}

@@ -1,45 +1,68 @@
-"""One label, several labels, or numbers for a whole scene.
-
-torchmetrics is imported where it is used: it takes as long to import as torch.
-"""
+"""One class, several labels, numbers, or the time until an event, for a whole case."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from gigaxt.datasets.manifest import Manifest, Row
+from gigaxt.datasets.manifest import Case, Manifest, Row
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image.base import Image
-from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase, worst_first
+from gigaxt.nn.heads.survival import bin_names
+from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase, as_table, worst_first
+from gigaxt.tasks.bootstrap import about_groups, estimate
+from gigaxt.tasks.scoring import ManyLabels, Numbers, OneClass, Scoring, Times
 
 
 class Classification(Task):
-    """Labels of whole images: one class, any number of classes, or numbers, as `manifest.target` says.
+    """Answers about whole cases: one class, any number of labels, numbers, or times, as `manifest.target` says.
 
     Args:
         manifest: its classes are the model's, in the same order.
-        class_names: names of the numbers of a regression; None: their positions.
+        class_names: names of the numbers of a regression or of the bins of time; None: columns, or positions.
+        time_bins: of a survival head: times between its bins.
     """
 
-    def __init__(self, manifest: Manifest, class_names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        class_names: Sequence[str] | None = None,
+        time_bins: Sequence[float] | None = None,
+    ) -> None:
         self.manifest = manifest
-        self.class_names = manifest.classes or tuple(class_names or map(str, range(manifest.outputs)))
-        self.metric_names = {
-            "single": ("accuracy", "balanced_accuracy", "f1_macro", "auroc"),
-            "multi": ("exact_match", "f1_macro", "auroc", "average_precision"),
-            "regression": ("rmse", "mae", "r2"),
+        self.class_names = manifest.classes or tuple(class_names or self._names(time_bins))
+        kinds: dict[str, type[Scoring]] = {
+            "single": OneClass,
+            "multi": ManyLabels,
+            "regression": Numbers,
+            "survival": Times,
+        }
+        kind = kinds[manifest.target]
+        self.scoring: Callable[[Tensor, Tensor, Sequence[str]], Scoring] = (
+            partial(Times, edges=time_bins) if kind is Times else kind
+        )
+        self.metric_names = kind.metric_names(self.class_names)
+        self.best = {
+            "single": "balanced_accuracy",
+            "multi": "average_precision",
+            "regression": "rmse",
+            "survival": "concordance",
         }[manifest.target]
-        self.best = {"single": "balanced_accuracy", "multi": "average_precision", "regression": "rmse"}[manifest.target]
         self.higher_is_better = manifest.target != "regression"
 
+    def _names(self, time_bins: Sequence[float] | None) -> Sequence[str]:
+        columns, outputs = self.manifest.answer_columns, self.manifest.outputs
+        if self.manifest.target == "survival":
+            return bin_names(time_bins or ())
+        return columns if len(columns) == outputs else [str(i) for i in range(outputs)]
+
     def target(self, row: Row, image: Image) -> int | Tensor:
-        """A class index, or float32 (classes,): zeros and ones for `multi`, numbers for `regression`."""
+        """A class index; (classes,) zeros and ones or numbers, NaN where not known; (2,) time and event."""
         target = self.manifest.target_of(row)
         assert not isinstance(target, Path), "a manifest of labels has no masks"
         return target if isinstance(target, int) else torch.from_numpy(target)
@@ -49,7 +72,7 @@ class Classification(Task):
         return ClassificationTally(self)
 
     def class_counts(self, split: str) -> list[float]:
-        """Images of each class."""
+        """Cases of each class."""
         if self.manifest.target != "single":
             raise ConfigError(f"balancing classes needs one label per image; the model's is {self.manifest.target!r}")
         return [float(count) for count in self.manifest.class_counts(split).values()]
@@ -59,133 +82,77 @@ class ClassificationTally(Tally):
     """Logits and targets of a split."""
 
     def __init__(self, task: Classification) -> None:
-        self.task = task
-        self.rows: list[Row] = []
+        self.task: Classification = task
+        self.first_rows: list[Row] = []
         self.logits: list[Tensor] = []
         self.targets: list[Tensor] = []
-        self.loss_sum = 0.0
+        self.loss_sum = self.weight_sum = 0.0
+
+    @property
+    def rows(self) -> list[Row]:
+        """The first row of each case."""
+        return self.first_rows
 
     def update(self, rows: Sequence[Row], targets: Sequence[Any], output: Mapping[str, Any]) -> None:
-        """Add `{"logits": (images, classes), "loss": mean over the images}`."""
-        self.rows += rows
-        self.logits.append(output["logits"].detach().float().cpu())
-        self.targets.append(torch.stack([torch.as_tensor(target) for target in targets]))
-        self.loss_sum += float(output["loss"]) * len(rows)
+        """Add `{"logits": (cases, classes), "loss": mean over what is known}`; a case is given by its first row."""
+        logits = output["logits"].detach().cpu()
+        answers = torch.stack([torch.as_tensor(target) for target in targets])
+        # The loss is a mean over the labels that are known; so is that of the split.
+        known = float((~torch.isnan(answers)).double().mean()) if answers.is_floating_point() else 1.0
+        self.first_rows += rows
+        self.logits.append(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        self.targets.append(answers)
+        self.loss_sum += float(output["loss"]) * known * len(rows)
+        self.weight_sum += known * len(rows)
+
+    def select(self, keep: Callable[[Row], bool]) -> Self:
+        """The tally of some cases, without their loss."""
+        part = type(self)(self.task)
+        chosen = torch.tensor([keep(row) for row in self.rows], dtype=torch.bool)
+        part.first_rows = [row for row in self.rows if keep(row)]
+        part.logits, part.targets = ([torch.cat(found)[chosen]] for found in (self.logits, self.targets))
+        return part
+
+    def merged(self, other: Self) -> Self:
+        """The tally of the cases of both."""
+        both = type(self)(self.task)
+        for name in ("first_rows", "logits", "targets", "loss_sum", "weight_sum"):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
 
     def compute(self) -> Evaluation:
-        """Metrics by the kind of target."""
+        """Scores with their intervals, by the kind of target."""
         if not self.rows:
             raise DataError("there is no image to evaluate")
-        logits, targets = torch.cat(self.logits), torch.cat(self.targets)  # (images, classes), (images[, classes])
-        evaluate = {"single": single_label, "multi": multi_label, "regression": regression}[self.task.manifest.target]
-        metrics, per_class, confusion, badness, captions = evaluate(logits, targets, self.task.class_names)
-        cases = [
-            WorstCase(image=str(row.image), badness=bad, caption=caption)
-            for row, bad, caption in zip(self.rows, badness.tolist(), captions, strict=True)
-        ]
+        task = self.task
+        logits, targets = torch.cat(self.logits), torch.cat(self.targets)  # (cases, classes), (cases[, ...])
+        if targets.is_floating_point() and bool(torch.isnan(targets).all()):
+            raise DataError(
+                f"{task.manifest.path}: nothing to score: {', '.join(task.manifest.answer_columns)} are empty in "
+                f"each of the {len(self.rows)} rows"
+            )
+        scoring = task.scoring(logits, targets, task.class_names)
+        groups = [row.group or row.case or str(row.image) for row in self.rows]
+        metrics, intervals = estimate(scoring.scores, groups)
+        bags = {case[0].line: case for case in task.manifest.cases()}
+        cases = [bags.get(row.line, (row,)) for row in self.rows]
+        found = zip(cases, scoring.badness().tolist(), scoring.captions(), strict=True)
+        images = sum(map(len, cases))
         return Evaluation(
-            images=len(self.rows),
-            loss=self.loss_sum / len(self.rows),
+            images=images,
+            cases=None if images == len(self.rows) else len(self.rows),
+            loss=self.loss_sum / self.weight_sum if self.weight_sum else float("nan"),
             metrics=metrics,
-            per_class=per_class,
-            confusion=confusion,
-            worst=worst_first(cases),
+            intervals=intervals,
+            notes=[*scoring.notes(), *about_groups(len(set(groups)))],
+            per_class=as_table(scoring.per_class(), task.class_names),
+            confusion=scoring.confusion(),
+            worst=worst_first([_worst_case(*case) for case in found]),
         )
 
 
-_Result = tuple[dict[str, float], dict[str, dict[str, float]], list[list[float]] | None, Tensor, list[str]]
-
-
-def single_label(logits: Tensor, targets: Tensor, names: Sequence[str]) -> _Result:
-    """Metrics of one class per image: logits (images, classes), targets (images,) int64."""
-    from torchmetrics.functional.classification import binary_auroc, multiclass_confusion_matrix, multiclass_f1_score
-
-    classes = logits.shape[1]
-    probabilities = logits.softmax(1)
-    answers = logits.argmax(1)
-    confusion = multiclass_confusion_matrix(answers, targets, num_classes=classes).double()
-    right, true, answered = confusion.diag(), confusion.sum(1), confusion.sum(0)
-    # NaN where a class does not occur; a mean over the classes that do occur is what scikit-learn calls balanced.
-    recall, precision = right / true, right / answered
-    auroc = torch.stack([_ranked(binary_auroc, probabilities[:, i], targets == i) for i in range(classes)])
-    metrics = {
-        "accuracy": float((answers == targets).double().mean()),
-        "balanced_accuracy": float(recall.nanmean()),
-        "f1_macro": float(multiclass_f1_score(answers, targets, num_classes=classes, average="macro")),
-        "auroc": float(auroc.nanmean()),
-    }
-    columns = {"recall": recall, "precision": precision, "auroc": auroc, "images": true}
-    badness = 1 - probabilities.gather(1, targets[:, None])[:, 0]
-    captions = [
-        f"{names[target]}, answered {names[answer]} ({probability:.2f})"
-        for target, answer, probability in zip(
-            targets.tolist(), answers.tolist(), probabilities.amax(1).tolist(), strict=True
-        )
-    ]
-    return metrics, _table(columns, names), confusion.tolist(), badness, captions
-
-
-def multi_label(logits: Tensor, targets: Tensor, names: Sequence[str]) -> _Result:
-    """Metrics of any number of classes per image: logits and targets (images, classes)."""
-    from torchmetrics.functional.classification import binary_auroc, binary_average_precision, multilabel_f1_score
-
-    classes = logits.shape[1]
-    probabilities, truth = logits.sigmoid(), targets > 0.5
-    answers = probabilities > 0.5
-    auroc = torch.stack([_ranked(binary_auroc, probabilities[:, i], truth[:, i]) for i in range(classes)])
-    precision = torch.stack(
-        [_ranked(binary_average_precision, probabilities[:, i], truth[:, i]) for i in range(classes)]
-    )
-    f1 = multilabel_f1_score(answers.int(), truth.int(), num_labels=classes, average="none").reshape(classes)
-    metrics = {
-        "exact_match": float((answers == truth).all(1).double().mean()),
-        "f1_macro": float(f1.double().mean()),
-        "auroc": float(auroc.nanmean()),
-        "average_precision": float(precision.nanmean()),
-    }
-    columns = {"f1": f1, "auroc": auroc, "average_precision": precision, "images": truth.sum(0)}
-    badness = torch.where(truth, 1 - probabilities, probabilities).amax(1)
-    captions = [f"{_some(row, names)}, answered {_some(got, names)}" for row, got in zip(truth, answers, strict=True)]
-    return metrics, _table(columns, names), None, badness, captions
-
-
-def regression(logits: Tensor, targets: Tensor, names: Sequence[str]) -> _Result:
-    """Metrics of numbers: logits and targets (images, classes), in the targets' units."""
-    from torchmetrics.functional import r2_score
-
-    error = (logits - targets).double()
-    # One image has no variance to explain; r2_score refuses it.
-    r2 = (
-        r2_score(logits.double(), targets.double(), multioutput="raw_values").reshape(-1)
-        if len(error) > 1
-        else torch.full((len(names),), torch.nan)
-    )
-    rmse, mae = error.square().mean(0).sqrt(), error.abs().mean(0)
-    metrics = {"rmse": float(rmse.mean()), "mae": float(mae.mean()), "r2": float(r2.mean())}
-    badness = error.abs().mean(1)
-    captions = [
-        f"{_numbers(target)}, answered {_numbers(answer)}" for target, answer in zip(targets, logits, strict=True)
-    ]
-    return metrics, _table({"rmse": rmse, "mae": mae, "r2": r2}, names), None, badness, captions
-
-
-def _ranked(metric: Any, probabilities: Tensor, truth: Tensor) -> Tensor:
-    """A ranking metric, NaN where the split holds only one of the two answers."""
-    if truth.all() or not truth.any():
-        return torch.tensor(torch.nan)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        value: Tensor = metric(probabilities, truth.int())
-    return value
-
-
-def _table(columns: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    return {name: {key: float(column[i]) for key, column in columns.items()} for i, name in enumerate(names)}
-
-
-def _some(chosen: Tensor, names: Sequence[str]) -> str:
-    return ", ".join(names[i] for i in chosen.nonzero()[:, 0].tolist()) or "nothing"
-
-
-def _numbers(values: Tensor) -> str:
-    return ", ".join(f"{value:.4g}" for value in values.tolist())
+def _worst_case(case: Case, badness: float, caption: str) -> WorstCase:
+    first, *others = case
+    about = f"case {first.case}, {len(case)} images: " if others else ""
+    paths = [str(row.image) for row in others]
+    return WorstCase(image=str(first.image), badness=badness, caption=about + caption, others=paths)

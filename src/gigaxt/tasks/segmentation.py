@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from gigaxt.errors import DataError
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image
 from gigaxt.scenes import check_mask
-from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase, worst_first
+from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase, as_table, worst_first
+from gigaxt.tasks.bootstrap import about_groups, estimate
 
 STRIP_ROWS = 512
 """Rows of a mask that are counted at once."""
@@ -69,56 +71,91 @@ class Segmentation(Task):
         return path
 
 
+class _Counted(NamedTuple):
+    """What came of one image."""
+
+    row: Row
+    confusion: Tensor
+    """(classes, classes) float64; rows: true class."""
+    loss_sum: float
+    weight_sum: float
+
+
 class SegmentationTally(Tally):
-    """Confusion counts of a split, and each image's own mean IoU."""
+    """Confusion counts of each image of a split."""
 
     def __init__(self, task: Segmentation) -> None:
-        self.task = task
-        self.images = 0
-        self.confusion = torch.zeros(task.classes, task.classes, dtype=torch.float64)  # rows: true class
-        self.loss_sum = self.weight_sum = 0.0
-        self.cases: list[WorstCase] = []
+        self.task: Segmentation = task
+        self.counted: list[_Counted] = []
+
+    @property
+    def rows(self) -> list[Row]:
+        """The row of each image."""
+        return [counted.row for counted in self.counted]
 
     def update(self, rows: Sequence[Row], targets: Sequence[Any], output: Mapping[str, Any]) -> None:
         """Add `{"loss_sum", "weight_sum", "confusion": (classes, classes)}` of one image."""
         (row,) = rows
         confusion = output["confusion"].detach().double().cpu()
-        self.images += 1
-        self.confusion += confusion
-        self.loss_sum += float(output["loss_sum"])
-        self.weight_sum += float(output["weight_sum"])
-        if confusion.sum() > 0:
-            iou = float(intersection_over_union(confusion).nanmean())
-            accuracy = float(confusion.diag().sum() / confusion.sum())
-            caption = f"mean IoU {iou:.3f}, pixel accuracy {accuracy:.3f}"
-            mask = str(row.mask)
-            self.cases.append(WorstCase(image=str(row.image), badness=1 - iou, caption=caption, mask=mask))
-        self.cases = worst_first(self.cases)
+        self.counted.append(_Counted(row, confusion, float(output["loss_sum"]), float(output["weight_sum"])))
+
+    def select(self, keep: Callable[[Row], bool]) -> Self:
+        """The tally of some images."""
+        part = type(self)(self.task)
+        part.counted = [counted for counted in self.counted if keep(counted.row)]
+        return part
+
+    def merged(self, other: Self) -> Self:
+        """The tally of the images of both."""
+        both = type(self)(self.task)
+        both.counted = self.counted + other.counted
+        return both
 
     def compute(self) -> Evaluation:
         """Mean IoU over the classes that occur or were answered, pixel accuracy, macro F1; IoU and F1 per class."""
-        if not self.images:
+        if not self.counted:
             raise DataError("there is no image to evaluate")
-        right, true, answered = self.confusion.diag(), self.confusion.sum(1), self.confusion.sum(0)
-        iou = intersection_over_union(self.confusion)
-        f1 = 2 * right / (true + answered)
-        columns = {"iou": iou, "f1": f1, "recall": right / true, "precision": right / answered, "pixels": true}
-        metrics = {
-            "mean_iou": float(iou.nanmean()),
-            "pixel_accuracy": float(right.sum() / true.sum()),
-            "f1_macro": float(f1.nanmean()),
+        each = torch.stack([counted.confusion for counted in self.counted])  # (images, classes, classes)
+        groups = [counted.row.group or counted.row.case or str(counted.row.image) for counted in self.counted]
+        metrics, intervals = estimate(partial(_scores, each), groups)
+        confusion = each.sum(dim=0)
+        right, true, answered = confusion.diag(), confusion.sum(1), confusion.sum(0)
+        columns = {
+            "iou": intersection_over_union(confusion),
+            "f1": 2 * right / (true + answered),
+            "recall": right / true,
+            "precision": right / answered,
+            "pixels": true,
         }
+        weight = sum(counted.weight_sum for counted in self.counted)
         return Evaluation(
-            images=self.images,
-            loss=self.loss_sum / self.weight_sum if self.weight_sum else float("nan"),
+            images=len(self.counted),
+            loss=sum(counted.loss_sum for counted in self.counted) / weight if weight else float("nan"),
             metrics=metrics,
-            per_class={
-                name: {key: float(column[i]) for key, column in columns.items()}
-                for i, name in enumerate(self.task.class_names)
-            },
-            confusion=self.confusion.tolist(),
-            worst=self.cases,
+            intervals=intervals,
+            notes=about_groups(len(set(groups))),
+            per_class=as_table(columns, self.task.class_names),
+            confusion=confusion.tolist(),
+            worst=worst_first([_worst_case(counted) for counted in self.counted if counted.confusion.sum() > 0]),
         )
+
+
+def _scores(each: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Scores (draws,) of images weighted by (images, draws), from their confusions (images, classes, classes)."""
+    parts = each.diagonal(dim1=1, dim2=2), each.sum(2), each.sum(1)
+    right, true, answered = (part.T @ weights for part in parts)  # (classes, draws)
+    return {
+        "mean_iou": (right / (true + answered - right)).nanmean(dim=0),
+        "pixel_accuracy": right.sum(dim=0) / true.sum(dim=0),
+        "f1_macro": (2 * right / (true + answered)).nanmean(dim=0),
+    }
+
+
+def _worst_case(counted: _Counted) -> WorstCase:
+    confusion, row = counted.confusion, counted.row
+    iou = float(intersection_over_union(confusion).nanmean())
+    caption = f"mean IoU {iou:.3f}, pixel accuracy {float(confusion.diag().sum() / confusion.sum()):.3f}"
+    return WorstCase(image=str(row.image), badness=1 - iou, caption=caption, mask=str(row.mask))
 
 
 def intersection_over_union(confusion: Tensor) -> Tensor:

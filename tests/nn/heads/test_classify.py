@@ -102,6 +102,51 @@ def test_multi_label_and_regression_loss() -> None:
     torch.testing.assert_close(weighted.loss(logits, numbers), F.mse_loss(logits[:, 0], numbers[:, 0]) / 3)
 
 
+def test_unknown_labels_change_nothing() -> None:
+    """The loss is that of the labels that are known, and the others have no gradient."""
+    nan = float("nan")
+    logits = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[0.0, 1, nan], [nan, nan, nan], [1, nan, nan]])
+    known = ~labels.isnan()
+    module = head(target="multi", label_smoothing=0.1)
+    loss = module.loss(logits, labels)
+    smooth = labels[known].double() * 0.9 + 0.05
+    torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(logits[known], smooth))
+    loss.backward()
+    assert logits.grad is not None
+    assert torch.equal(logits.grad != 0, known)
+    weighted = head(target="multi", class_weights=[1.0, 2.0, 3.0]).double().loss(logits, labels)
+    each = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num().double(), reduction="none")
+    torch.testing.assert_close(weighted, (each * torch.tensor([1.0, 2, 3]))[known].sum() / 3)
+    nothing = module.loss(logits, torch.full((3, 3), nan))
+    nothing.backward()
+    assert nothing == 0
+
+
+def test_unknown_numbers_change_nothing() -> None:
+    module = head(classes=2, target="regression", label_columns=["a", "b"])
+    numbers = torch.tensor([[1.0, float("nan")], [2.0, 3.0]])
+    answers = torch.randn(2, 2)
+    expected = F.mse_loss(answers[[0, 1, 1], [0, 0, 1]], torch.tensor([1.0, 2.0, 3.0]))
+    torch.testing.assert_close(module.loss(answers, numbers), expected)
+    with pytest.raises(DataError, match="NaN or infinity"):
+        module.loss(answers, torch.tensor([[1.0, float("inf")], [2.0, 3.0]]))
+
+
+def test_numbers_are_learnt_in_units_of_their_spread() -> None:
+    options = {"classes": 2, "target": "regression", "target_mean": [5000.0, 0.01], "target_std": [100.0, 0.002]}
+    module, plain = head(**options).double(), head(classes=2, target="regression").double()
+    assert module.state_dict().keys() == plain.state_dict().keys()
+    context = torch.randn(4, 6, 12, dtype=torch.float64)
+    mean, std = torch.tensor([5000.0, 0.01]).double(), torch.tensor([100.0, 0.002]).double()
+    answers = module(context)
+    torch.testing.assert_close(answers, plain(context) * std + mean)
+    targets = mean + std * torch.randn(4, 2, dtype=torch.float64)
+    torch.testing.assert_close(module.loss(answers, targets), F.mse_loss(plain(context), (targets - mean) / std))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module.float()(context.float()).dtype == torch.float32  # half precision cannot tell 5000 from 5010
+
+
 @pytest.mark.parametrize(
     ("target", "values", "message"),
     [
@@ -129,6 +174,13 @@ def test_wrong_targets(target: str, values: torch.Tensor, message: str) -> None:
         ({"classes": 2, "class_names": ["a"]}, "expected 2 values"),
         ({"classes": 2, "label_smoothing": 1.0}, "0 <= x < 1"),
         ({"classes": 2, "label_smoothing": 0.1, "target": "regression"}, "no meaning"),
+        ({"classes": 2, "label_columns": ["a", "b"]}, "no meaning for target: single"),
+        ({"classes": 2, "label_columns": ["a"], "target": "multi"}, "expected 2 values"),
+        ({"classes": 2, "label_columns": ["a", "a"], "target": "multi"}, "expected different columns"),
+        ({"classes": 1, "target": "regression", "target_mean": [1.0]}, "together"),
+        ({"classes": 1, "target": "regression", "target_mean": [1.0], "target_std": [0.0]}, "above 0"),
+        ({"classes": 1, "target": "regression", "target_mean": [float("nan")], "target_std": [1.0]}, "finite"),
+        ({"classes": 2, "target": "multi", "target_mean": [1.0, 1.0], "target_std": [1.0, 1.0]}, "no meaning"),
     ],
 )
 def test_wrong_config(options: dict[str, object], message: str) -> None:

@@ -1,0 +1,30 @@
+"""A case: one sample of a classification, made of one image or of several (the slides of a patient)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from gigaxt.errors import DataError
+from gigaxt.image.base import Image
+
+Cases = Sequence[Image | Sequence[Image]] | Tensor
+"""What a model is given: for each case an Image or several, or a normalised float tensor (B, C, H, W)."""
+
+
+def by_case(images: Sequence[Image | Sequence[Image]]) -> tuple[list[Image], list[list[int]]]:
+    """All images one after the other, and which of them each case has.
+
+    Raises:
+        DataError: a case without images.
+    """
+    flat: list[Image] = []
+    cases: list[list[int]] = []
+    for item in images:
+        members = [item] if isinstance(item, Image) else list(item)
+        if not members:
+            raise DataError(f"case {len(cases)} (from 0): expected at least one image, got none")
+        cases.append(list(range(len(flat), len(flat) + len(members))))
+        flat += members
+    return flat, cases
