@@ -14,6 +14,7 @@ from gigaxt.augment import (
     dihedral,
     draw_augmentation,
     inverse,
+    random_crop,
     resample_below,
     turn,
 )
@@ -215,3 +216,39 @@ def test_a_switch_changes_only_its_own_draw() -> None:
     np.testing.assert_array_equal(plain.offset, np.zeros(4))
     with pytest.raises(ConfigError, match="at least 0"):
         draw_augmentation(-1, 3, dihedral=True, colour=0.1)
+
+
+def test_mirror_images_are_drawn_half_of_the_time() -> None:
+    drawn = [draw_augmentation(seed, 3, dihedral=False, mirror=True, colour=0.0).k for seed in range(400)]
+    assert set(drawn) == {0, 1}
+    assert 150 < sum(drawn) < 250
+    both = [draw_augmentation(seed, 3, dihedral=True, mirror=True, colour=0.0).k for seed in range(50)]
+    assert both == [draw_augmentation(seed, 3, dihedral=True, colour=0.0).k for seed in range(50)]
+
+
+def test_random_crops_are_inside_and_spread_as_asked() -> None:
+    image = ArrayImage(np.zeros((300, 400), np.uint8))
+    crops = [random_crop(image, seed, 0.25) for seed in range(2000)]
+    again = random_crop(image, 3, 0.25)
+    assert (again.name, again.width, again.height) == (crops[3].name, crops[3].width, crops[3].height)
+    areas = np.array([crop.width * crop.height for crop in crops]) / image.height / image.width
+    ratios = np.array([crop.width / crop.height for crop in crops])
+    assert 0.24 < areas.min() < 0.26
+    assert areas.max() > 0.9
+    assert 0.74 < ratios.min() < 0.77
+    assert 1.3 < ratios.max() < 1.35
+    fits = areas < 0.5  # of the larger ones some ratios do not fit, and are drawn again
+    assert np.mean(areas[fits]) == pytest.approx(0.375, abs=0.01)
+    assert np.mean(np.log(ratios[fits])) == pytest.approx(0, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((10, 1000), (13, 10)), ((1000, 10), (10, 13)), ((1, 1), (1, 1)), ((1, 50), (1, 1)), ((50, 1), (1, 1))],
+)
+def test_crops_of_narrow_images_are_the_middle(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    """(height, width) of the image; (width, height) of the crop."""
+    image = ArrayImage(np.arange(size[0] * size[1]).reshape(size))
+    for seed in range(20):
+        crop = random_crop(image, seed, 1.0)
+        assert (crop.width, crop.height) == expected

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gigaxt import testing as testing
     from gigaxt.errors import CheckpointError, ConfigError, DataError, GigaxtError, ImageError, TrainingError
     from gigaxt.image import Image, open_bands, open_image
     from gigaxt.inference import predict
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from gigaxt.recurrence import scan
     from gigaxt.regions import RegionGrid
     from gigaxt.streaming import Streaming, stream
+    from gigaxt.xt_release.importer import from_xt_release
 
 # Where each public name lives. Imported at first use: `gigaxt --help` must not wait for torch.
 _HOMES = {
@@ -38,6 +40,7 @@ _HOMES = {
     "gigaxt.recurrence": ("scan",),
     "gigaxt.regions": ("RegionGrid",),
     "gigaxt.streaming": ("Streaming", "stream"),
+    "gigaxt.xt_release.importer": ("from_xt_release",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -55,6 +58,7 @@ __all__ = [
     "TrainingError",
     "build_model",
     "freeze_batchnorm",
+    "from_xt_release",
     "key_dropout",
     "load",
     "open_bands",
@@ -68,6 +72,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "testing":
+        return import_module("gigaxt.testing")
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module 'gigaxt' has no attribute {name!r}")

@@ -8,7 +8,7 @@ transpose.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -16,9 +16,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from gigaxt.errors import ConfigError
 from gigaxt.image.base import Image, Level, Mask, Pixels
-from gigaxt.image.views import band_index, copy_description, resample
+from gigaxt.image.resize import resize
+from gigaxt.image.views import Cropped, band_index, copy_description, resample
+from gigaxt.randaugment import RandAugmented
 
 Array = TypeVar("Array", bound=NDArray[np.generic])
+Along = TypeVar("Along", int, float)
 Edges = NDArray[np.int64]
 """Ascending pixel coordinates of the lines of a lattice along one axis."""
 
@@ -98,13 +101,14 @@ class Augmentation(NamedTuple):
     """(channels,), in standard deviations of the normalised bands."""
 
 
-def draw_augmentation(seed: int, channels: int, *, dihedral: bool, colour: float) -> Augmentation:
+def draw_augmentation(seed: int, channels: int, *, dihedral: bool, colour: float, mirror: bool = False) -> Augmentation:
     """Draw the augmentation of one scene and step. A pure function of its arguments.
 
     Args:
         seed: any integer from 0; the loop derives it from run, scene and step.
         channels: bands of the image.
         dihedral: draw one of the eight turns, each as likely; otherwise no turn.
+        mirror: without `dihedral`: draw the mirror image half of the time.
         colour: strength; gains lie within exp(±colour), offsets within ±colour. Half of either is shared by all
             bands (brightness, contrast), half is each band's own (hue). 0 changes nothing.
 
@@ -117,8 +121,36 @@ def draw_augmentation(seed: int, channels: int, *, dihedral: bool, colour: float
     uniform = np.random.default_rng(seed).random(3 + 2 * channels)
     shared, own = 2 * uniform[1:3, None] - 1, 2 * uniform[3:].reshape(2, channels) - 1
     log_gain, offset = colour * (shared + own) / 2
-    k = int(8 * uniform[0]) if dihedral else 0
+    k = int(uniform[0] * (8 if dihedral else 2 if mirror else 1))
     return Augmentation(k, np.exp(log_gain).astype(np.float32), offset.astype(np.float32))
+
+
+def random_crop(image: Image, seed: int, min_area: float) -> Image:
+    """A window of `image` of random size, shape and place (Szegedy et al., Going deeper with convolutions, 2014).
+
+    Its area is uniform between `min_area` and 1 of the image's, the logarithm of its aspect ratio between 3:4 and 4:3.
+    Where ten draws in turn do not fit into the image, it is the largest window in the middle with the nearest ratio.
+    timm and torchvision resize it at once and call it a random resized crop; here that is up to the model's `input`.
+
+    Args:
+        image: of any size.
+        seed: any integer from 0.
+        min_area: smallest share of the image, 0 to 1.
+    """
+    random, (low, high) = np.random.default_rng([seed, _CROP]), (3 / 4, 4 / 3)
+    for area, log_ratio, across, down in random.random((10, 4)):
+        pixels = image.height * image.width * (min_area + (1 - min_area) * area)
+        ratio = float(np.exp(np.log(low) + (np.log(high) - np.log(low)) * log_ratio))
+        width, height = round(float(np.sqrt(pixels * ratio))), round(float(np.sqrt(pixels / ratio)))
+        if 0 < width <= image.width and 0 < height <= image.height:
+            x, y = int(across * (image.width - width + 1)), int(down * (image.height - height + 1))
+            return Cropped(image, x, y, width, height)
+    width, height = min(image.width, round(image.height * high)), min(image.height, round(image.width / low))
+    return Cropped(image, (image.width - width) // 2, (image.height - height) // 2, max(1, width), max(1, height))
+
+
+_CROP = 1
+"""Tells the random stream of crops from that of `draw_augmentation`."""
 
 
 def below_turns(image: Image, row_edges: Edges, col_edges: Edges) -> tuple[Image, Edges, Edges, int]:
@@ -154,12 +186,23 @@ def resample_below(image: Image, scale_x: float, scale_y: float, *, nearest: boo
     So the model still finds the colours, the lattice is still found in the file's direction, and the resampled pixels
     are those that prediction sees. Arguments as of `resample`, in the directions of `image`.
     """
+    return _change_below(image, scale_x, scale_y, lambda below, x, y: resample(below, x, y, nearest=nearest))
+
+
+def resize_below(image: Image, width: int, height: int, *, nearest: bool = False) -> Image:
+    """`resize` applied to the image below the views of this module, as `resample_below`."""
+    return _change_below(image, width, height, lambda below, w, h: resize(below, w, h, nearest=nearest))
+
+
+def _change_below(image: Image, x: Along, y: Along, change: Callable[[Image, Along, Along], Image]) -> Image:
+    """`change` applied to the image below the views, with what it takes along x and y turned as that image is."""
     if isinstance(image, ColourAugmented):
-        return ColourAugmented(resample_below(image.base, scale_x, scale_y, nearest=nearest), *image.colour)
+        return ColourAugmented(_change_below(image.base, x, y, change), *image.colour)
+    if isinstance(image, RandAugmented):
+        return RandAugmented(_change_below(image.base, x, y, change), image.operations)
     if isinstance(image, Dihedral):
-        scales = (scale_y, scale_x) if image.k & 4 else (scale_x, scale_y)
-        return Dihedral(resample(image.base, *scales, nearest=nearest), image.k)
-    return resample(image, scale_x, scale_y, nearest=nearest)
+        return Dihedral(_change_below(image.base, *((y, x) if image.k & 4 else (x, y)), change), image.k)
+    return change(image, x, y)
 
 
 class Dihedral(Image):

@@ -49,6 +49,15 @@ def to_dict(config: Any) -> dict[str, Any]:
     return result
 
 
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data of two configs as one: mappings are merged key by key, anything else is that of `over`."""
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A clause for messages: "; did you mean `x`?" or the list of what is known."""
     known = list(known)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -14,50 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gigaxt.augment import ColourAugmented, Dihedral, resample_below
+from gigaxt.augment import ColourAugmented, Dihedral
+from gigaxt.cases import Cases, by_case
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.foreground import Foreground
 from gigaxt.image.base import Image, Mask
+from gigaxt.image.open import PICTURE_SUFFIXES
 from gigaxt.image.views import resample
+from gigaxt.inputs import InputConfig, to_pixel_size, to_size
 from gigaxt.regions import Place, RegionGrid, keep_valid
-
-SAME_SIZE = 0.01
-"""Pixel sizes that differ by less than this share are the same."""
-MOST_ENLARGED = 2.0
-"""An image whose pixels are coarser than the model's by more than this factor is refused."""
-
-
-@dataclass(kw_only=True)
-class InputConfig:
-    """What the model expects of its images, and how they are cut; part of the saved model."""
-
-    mean: list[float] | None = None
-    """Of each band, in the files' units. None: 0."""
-    std: list[float] | None = None
-    """Of each band, in the files' units. None: 1, but integers are divided by the largest value of their type."""
-    band_names: list[str] | None = None
-    """Which bands, in this order; None takes all, whatever they are called."""
-    mpp: float | None = None
-    """Micrometres a pixel; images that say otherwise are resampled. None takes them as they are."""
-    gsd_m: float | None = None
-    """The same in metres, for georeferenced images."""
-    halo: int = 0
-    """Pixels read around each region's core and cut off after decoding; a multiple of 32."""
-    overview: list[int] = field(default_factory=list)
-    """Downsample factors of coarser levels whose regions join the context, such as [8] or [8, 64]."""
-    foreground: str | None = None
-    """Which regions are worth encoding: "tissue", or a raster or GeoJSON file for all images; None: all with data."""
-
-    def __post_init__(self) -> None:
-        if (self.mean is None) != (self.std is None):
-            raise ConfigError("input: expected `mean` and `std` together, got one of them")
-        if self.mean is not None and self.std is not None:
-            if len(self.mean) != len(self.std):
-                raise ConfigError(f"input: {len(self.mean)} values of `mean`, {len(self.std)} of `std`")
-            if not all(s > 0 for s in self.std):
-                raise ConfigError(f"input.std: expected numbers above 0, got {self.std}")
-        if self.mpp is not None and self.gsd_m is not None:
-            raise ConfigError("input: `mpp` and `gsd_m` exclude each other; give one")
 
 
 class TensorImage:
@@ -97,7 +62,7 @@ class Chunk:
 
 
 class Scene:
-    """One image on the model's pixel size, its grid, and its mask if there is one."""
+    """One image at the model's pixel size or size, its grid, and its mask if there is one."""
 
     def __init__(
         self, image: Image | TensorImage, config: InputConfig, region: int, channels: int, target: Image | None
@@ -107,9 +72,11 @@ class Scene:
                 image = self._select(image, config.band_names)
             if target is not None:
                 check_mask(image, target)
-            image, target = to_pixel_size(image, config, target)
+            image, target = to_size(*to_pixel_size(image, config, target), config)
         if image.channels != channels:
-            raise DataError(f"{image.name}: the model takes {channels} bands, the image has {image.channels}")
+            picture = channels == 3 and image.name.lower().endswith(PICTURE_SUFFIXES)
+            hint = "; open it with rgb=True (input.rgb of a config)" if picture else ""
+            raise DataError(f"{image.name}: the model takes {channels} bands, the image has {image.channels}{hint}")
         self.image, self.target = image, target
         keep = kept_regions(image, config, region) if isinstance(image, Image) else None
         self.grid = RegionGrid(
@@ -162,7 +129,7 @@ class SceneBatch:
     """Scenes of any sizes as one sequence of regions: those of full size of all scenes, then their overviews'.
 
     Args:
-        images: Images, or one float tensor (B, C, H, W) that is already normalised.
+        images: Images or cases (lists of them), or one float tensor (B, C, H, W) that is already normalised.
         config: of the input.
         region: px on a side.
         channels: bands that the model takes.
@@ -172,7 +139,7 @@ class SceneBatch:
 
     def __init__(
         self,
-        images: Sequence[Image] | Tensor,
+        images: Cases,
         config: InputConfig,
         *,
         region: int,
@@ -188,8 +155,9 @@ class SceneBatch:
                     f"{tuple(images.shape)}; wrap pixels that are not normalised with gigaxt.open_image"
                 )
             sources = [TensorImage(image, f"image {i} of the tensor") for i, image in enumerate(images)]
+            self.cases = [[i] for i in range(len(images))]
         else:
-            sources = list(images)
+            sources, self.cases = by_case(images)
         if not sources:
             raise DataError("expected at least one image, got none")
         masks: Sequence[Image | None] = [None] * len(sources) if targets is None else list(targets)
@@ -339,31 +307,6 @@ def check_mask(image: Image, mask: Image) -> None:
         )
     if mask.channels != 1:
         raise DataError(f"{mask.name}: expected a mask of one band with class numbers, got {mask.channels} bands")
-
-
-def to_pixel_size(image: Image, config: InputConfig, target: Image | None = None) -> tuple[Image, Image | None]:
-    """An image, and its mask with it, on the model's pixel size.
-
-    Raises:
-        DataError: the image has no pixel size though the model has one, or its pixels are far too coarse.
-    """
-    wanted, own, unit = (config.mpp, image.mpp, "µm") if config.gsd_m is None else (config.gsd_m, image.gsd_m, "m")
-    if wanted is None:
-        return image, target
-    if own is None:
-        raise DataError(
-            f"{image.name}: the model works at {wanted} {unit} a pixel, the image does not say its pixel size"
-        )
-    scale_x, scale_y = wanted / own[0], wanted / own[1]
-    if max(abs(scale_x - 1), abs(scale_y - 1)) < SAME_SIZE:
-        return image, target
-    if min(scale_x, scale_y) < 1 / MOST_ENLARGED:
-        raise DataError(
-            f"{image.name}: the model works at {wanted} {unit} a pixel, "
-            f"the image has only {own[0]:.4g} x {own[1]:.4g} {unit}"
-        )
-    mask = None if target is None else resample_below(target, scale_x, scale_y, nearest=True)
-    return resample_below(image, scale_x, scale_y), mask
 
 
 def _crop(tensor: Tensor, x: int, y: int, w: int, h: int) -> Tensor:

@@ -93,6 +93,30 @@ def test_classes_of_a_model(write) -> None:
         manifest.class_index("xx")
 
 
+def test_label_ids_order_the_classes(write) -> None:
+    path = write("image,label,label_id\na.tif,ant,10\nb.tif,bee,9\nc.tif,cat,-1\nd.tif,ant,10\n")
+    manifest = Manifest.read(path)
+    assert manifest.classes == ("cat", "bee", "ant")
+    assert manifest.target_of(manifest.rows[0]) == 2
+    assert Manifest.read(path, classes=["ant", "bee", "cat"]).classes == ("ant", "bee", "cat")
+    several = Manifest.read(write("image,label,label_id\na.tif,b|a,7\nb.tif,a,8\n"), target="multi")
+    assert several.classes == ("a", "b")  # it is not clear which of them an id is of
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("a.tif,ant,x", "line 2: `label_id` is 'x'; expected a whole number"),
+        ("a.tif,ant,", "line 2: `label_id` is ''; expected a whole number"),
+        ("a.tif,ant,1\nb.tif,ant,2", "lines 2 and 3: class 'ant' has two `label_id`s, 1 and 2"),
+        ("a.tif,ant,1\nb.tif,bee,1", "lines 2 and 3: `label_id` 1 is of 'ant' and of 'bee'"),
+    ],
+)
+def test_label_ids_that_do_not_fit(write, lines: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Manifest.read(write(f"image,label,label_id\n{lines}\n"))
+
+
 def labelled(tmp_path: Path, rows: list[str], name: str = "data.csv") -> Path:
     path = tmp_path / name
     path.write_text("image,label,group\n" + "\n".join(rows) + "\n")

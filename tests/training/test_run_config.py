@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import yaml
 
+from gigaxt.cli.train import run_config_from
 from gigaxt.config import to_dict
 from gigaxt.errors import ConfigError
-from gigaxt.training.config import TrainConfig, differences, read_yaml, run_config
+from gigaxt.training.config import TrainConfig, differences, named_files, read_yaml, run_config
 
 MODEL = {"region_encoder": {"name": "convnextv2_atto"}, "head": {"kind": "classify", "classes": 2}}
 
@@ -94,3 +95,69 @@ def test_differences_name_dotted_keys() -> None:
         "train.augment.colour was 0, now 1",
         "train.lr was 1, now 2",
     ]
+
+
+def write(path: Path, data: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+    return path
+
+
+def test_a_file_on_a_base(tmp_path: Path) -> None:
+    """Keys of the later file win, sections are merged, paths count from the file that names them."""
+    write(tmp_path / "base/base.yaml", {"data": {"csv": "data.csv", "split_seed": 3}, "model": MODEL})
+    write(tmp_path / "base/middle.yaml", {"base": "base.yaml", "train": {"lr": 0.1, "epochs": 3}})
+    own = {"base": "base/middle.yaml", "model": {"head": {"classes": 5}}, "train": {"lr": 0.2, "init": "start"}}
+    data = read_yaml(write(tmp_path / "run.yaml", own))
+    assert data == {
+        "data": {"csv": str(tmp_path / "base/data.csv"), "split_seed": 3},
+        "model": {**MODEL, "head": {"kind": "classify", "classes": 5}},
+        "train": {"lr": 0.2, "epochs": 3, "init": str(tmp_path / "start")},
+    }
+    lists = write(tmp_path / "lists.yaml", {"base": "run.yaml", "model": {"input": {"overview": [8]}}, "train": None})
+    over = write(tmp_path / "over.yaml", {"base": "lists.yaml", "model": {"input": {"overview": [64]}}})
+    assert read_yaml(over)["model"]["input"] == {"overview": [64]}
+    assert read_yaml(lists)["train"] is None
+    assert named_files(over).count(", based on ") == 4
+
+
+@pytest.mark.parametrize(
+    ("base", "text", "message"),
+    [
+        ("none.yaml", "", r"run\.yaml: base: .*none\.yaml: cannot read the config: No such file"),
+        ("run.yaml", "", r"run\.yaml: base: .*run\.yaml is based on itself"),
+        ("other.yaml", "base: run.yaml", r"other\.yaml: base: .*run\.yaml is based on itself"),
+        ("other.yaml", "a: [", r"run\.yaml: base: .*other\.yaml: expected YAML"),
+        ("other.yaml", "- a", r"run\.yaml: base: .*other\.yaml: expected the keys"),
+        (7, "", r"run\.yaml: base: expected the path of a YAML file, got 7"),
+        (["a.yaml"], "", r"run\.yaml: base: expected the path of a YAML file"),
+    ],
+)
+def test_bases_that_cannot_be(tmp_path: Path, base: Any, text: str, message: str) -> None:
+    write(tmp_path / "other.yaml", text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_yaml(write(tmp_path / "run.yaml", {"base": base}))
+    assert "\n" not in str(caught.value)
+
+
+def test_errors_name_the_file_and_its_base(tmp_path: Path) -> None:
+    base = write(tmp_path / "base.yaml", {"data": {"csv": "data.csv"}, "model": MODEL, "train": {"epoch": 3}})
+    run = write(tmp_path / "run.yaml", {"base": "base.yaml"})
+    with pytest.raises(ConfigError) as caught:
+        run_config_from([], None, str(run), tmp_path / "out")
+    assert str(caught.value) == f"{run}, based on {base}: train.epoch: unknown key; did you mean `epochs`?"
+
+
+@pytest.mark.parametrize(
+    ("model", "augment", "message"),
+    [
+        ({}, {"crop_area": 0.0}, "train.augment.crop_area: expected a share above 0 and up to 1, got 0.0"),
+        ({}, {"crop_area": 1.5}, "train.augment.crop_area: expected"),
+        ({}, {"randaugment": 11}, "train.augment.randaugment: expected a magnitude from 0 to 10, got 11.0"),
+        ({"head": {"kind": "segment", "classes": 2}}, {"randaugment": 9}, "knows nothing of masks"),
+        ({"input": {"foreground": "tissue"}}, {"crop_area": 0.5}, "exclude each other"),
+    ],
+)
+def test_augmentation_that_does_not_fit(model: dict[str, Any], augment: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_config({"data": {"csv": "a.csv"}, "model": {**MODEL, **model}, "train": {"augment": augment}})

@@ -18,6 +18,8 @@ VERBS = {
     "predict": ("gigaxt.cli.predict", "answer for new images: class scores as CSV, masks as tiled TIFF"),
     "info": ("gigaxt.cli.info", "what an image file or a model folder holds"),
     "convert": ("gigaxt.cli.convert", "make a tiled TIFF pyramid of an image, in bounded memory"),
+    "import-inat": ("gigaxt.cli.import_inat", "make a CSV of iNaturalist 2018, or of some of its supercategories"),
+    "import-xt": ("gigaxt.cli.import_xt", "make a model folder of a published xT checkpoint"),
 }
 """Verb -> its module and what it is for."""
 

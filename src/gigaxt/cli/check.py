@@ -24,7 +24,8 @@ class CheckArguments:
 
     gigaxt check data.csv --write run.yaml
 
-    The CSV has columns image,label or image,mask. Exit status 2 where files are missing, unreadable or do not fit.
+    The CSV has columns image,label or image,mask, or image,time,event, or label columns of any names; images that share
+    `case` are one sample. Exit status 2 where files are missing, unreadable or do not fit.
     """
 
     csv: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CSV")]
@@ -39,8 +40,10 @@ class CheckArguments:
     """Write pictures of the first 32 images to this folder: masks in colours, foreground framed."""
     task: Literal["classification", "segmentation"] | None = None
     """Which column counts where the CSV has both label and mask."""
-    target: Literal["single", "multi", "regression"] = "single"
-    """What labels are: one class, several (a|b), or numbers."""
+    target: Literal["single", "multi", "regression", "survival"] | None = None
+    """What labels are: one class, several (a|b), numbers, or time until an event; None: what the columns suggest."""
+    label_columns: tuple[str, ...] = ()
+    """Columns with a label each, 0, 1 or nothing (not known), in place of `label`; with target regression: numbers."""
     workers: int = 2
     """Files looked at at once."""
 
@@ -59,6 +62,7 @@ def main(args: Sequence[str]) -> int:
             arguments.csv,
             task=arguments.task,
             target=arguments.target,
+            label_columns=arguments.label_columns or None,
             foreground=arguments.foreground,
             overlay_folder=arguments.overlays,
             workers=arguments.workers,

@@ -15,6 +15,7 @@ from gigaxt.errors import ConfigError, GigaxtError
 
 if TYPE_CHECKING:
     from gigaxt.image import Image
+    from gigaxt.inputs import InputConfig
     from gigaxt.nn.xt import GigaXT
 
 TOKEN_PX = 32
@@ -71,8 +72,7 @@ def describe(path: Path, region: int) -> dict[str, str]:
         from gigaxt.cli.eval import find_model
         from gigaxt.pretrained import load
 
-        folder, _ = find_model(path)
-        return model_facts(load(folder))
+        return model_facts(load(find_model(path).folder))
     from gigaxt.image import open_image
 
     return {**image_facts(open_image(path), region), "file": file_size(path)}
@@ -113,7 +113,7 @@ def model_facts(model: GigaXT) -> dict[str, str]:
         "head": f"{head.kind}{f' ({kind})' if kind not in ('', 'single') else ''}",
         "classes": named(head.classes, head.class_names or ()),
         "bands": named(of_regions.in_channels, given.band_names or ()),
-        "pixel size": _wanted_pixel_size(given.gsd_m, given.mpp),
+        "pixel size": _wanted_size(given),
         "mean": "" if given.mean is None else _numbers(given.mean),
         "std": "" if given.std is None else _numbers(given.std),
         "halo": f"{given.halo} px" if given.halo else "",
@@ -162,10 +162,13 @@ def _pixel_size(image: Image) -> str:
     return "" if image.mpp is None else "{:.6g} x {:.6g} µm".format(*image.mpp)
 
 
-def _wanted_pixel_size(gsd_m: float | None, mpp: float | None) -> str:
-    if gsd_m is not None:
-        return f"{gsd_m:g} m; other images are resampled"
-    return "any, as the image is" if mpp is None else f"{mpp:g} µm; other images are resampled"
+def _wanted_size(given: InputConfig) -> str:
+    if given.resize_px is not None:
+        side = "on each side" if given.resize_side == "both" else f"on the {given.resize_side} side"
+        return f"any; images are resized to {given.resize_px} px {side}"
+    if given.gsd_m is not None:
+        return f"{given.gsd_m:g} m; other images are resampled"
+    return "any, as the image is" if given.mpp is None else f"{given.mpp:g} µm; other images are resampled"
 
 
 def _parameter_counts(model: GigaXT) -> dict[str, int]:

@@ -32,7 +32,8 @@ class PredictArguments:
     images: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES", help_behavior_hint="(one or more)")
     ]
-    """Images, folders of images, or CSVs with a column `image`."""
+    """Images, folders of images, or CSVs with a column `image`; of those with `case`, a model that classifies answers
+    for each case."""
     out: Path
     """A .csv for scores, a .tif for one mask, or a folder for the masks of several images."""
     png: bool = False
@@ -56,7 +57,7 @@ def main(args: Sequence[str]) -> int:
     from gigaxt.pretrained import load
     from gigaxt.training.device import autocast, pick_device
 
-    folder, _ = find_model(arguments.model)
+    folder = find_model(arguments.model).folder
     device = pick_device(arguments.device)
     model = load(folder).to(device)
     model.streaming = replace(model.streaming, chunk_regions=arguments.chunk_regions)
@@ -81,7 +82,7 @@ def expand(paths: Sequence[Path]) -> Iterator[Path]:
         raise DataError("expected at least one image: gigaxt predict runs/a scene.tif --out mask.tif")
     for path in paths:
         if path.suffix.lower() == ".csv":
-            yield from _images_of_csv(path)
+            yield from dict.fromkeys(image for image, _ in _lines_of_csv(path))
         elif path.is_dir() and not _is_zarr(path):
             yield from _images_of_folder(path)
         elif not path.exists():
@@ -90,10 +91,24 @@ def expand(paths: Sequence[Path]) -> Iterator[Path]:
             yield path
 
 
+def cases_of(paths: Sequence[Path], images: Sequence[Path]) -> list[str] | None:
+    """The case of each image, as the CSVs among `paths` name it, empty where they do not; None where they name none.
+
+    Raises:
+        DataError: an image is in two cases.
+    """
+    cases: dict[Path, str] = {}
+    for path in paths:
+        for image, case in _lines_of_csv(path) if path.suffix.lower() == ".csv" else ():
+            if cases.setdefault(image, case) != case:
+                raise DataError(f"{path}: image {image} is in two cases, {cases[image]} and {case}; give it one")
+    return [cases.get(image, "") for image in images] if any(cases.values()) else None
+
+
 def predict_scores(
     model: GigaXT, images: Sequence[Path], arguments: PredictArguments, skipped: dict[str, str] | None
 ) -> None:
-    """Write one CSV."""
+    """Write one CSV, with a line for each image, or for each case where CSVs name them."""
     from gigaxt.cli.progress import Steps
     from gigaxt.inference import predict
 
@@ -104,9 +119,12 @@ def predict_scores(
         raise ConfigError("--png: the model gives class scores, and there is no mask to draw")
     _check_not_input(out, arguments.images)
     _make_folder(out.parent)
-    with Steps(out.name, "images") as steps:
-        predict(model, images, out, skipped=skipped, progress=steps)
-    print(f"{out}: scores of {len(images) - len(skipped or ())} images, {steps.summary}")
+    cases = cases_of(arguments.images, images)
+    answers = len({case or i for i, case in enumerate(cases or [""] * len(images))})
+    what = "images" if answers == len(images) else "cases"
+    with Steps(out.name, what) as steps:
+        predict(model, images, out, cases=cases, skipped=skipped, progress=steps)
+    print(f"{out}: scores of {answers - len(skipped or ())} {what}, {steps.summary}")
 
 
 def predict_masks(
@@ -183,21 +201,22 @@ def _what_mask(path: Path) -> str:
     return f"{describe_size(open_image(path))}, {file_size(path)}"
 
 
-def _images_of_csv(path: Path) -> Iterator[Path]:
+def _lines_of_csv(path: Path) -> list[tuple[Path, str]]:
+    """Image and case, which may be empty, of each line."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file, skipinitialspace=True)
-            columns = [(name or "").strip() for name in table.fieldnames or ()]
+            columns = [(name or "").strip().lower() for name in table.fieldnames or ()]
             if "image" not in columns:
                 raise DataError(f"{path}: expected a column `image`, got {', '.join(columns) or 'an empty file'}")
             table.fieldnames = columns
-            names = [(row["image"] or "").strip() for row in table]
+            lines = [((row["image"] or "").strip(), (row.get("case") or "").strip()) for row in table]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot read the CSV: {getattr(error, 'strerror', None) or error}") from error
-    found = [path.parent / name for name in names if name]
+    found = [(path.parent / name, case) for name, case in lines if name]
     if not found:
         raise DataError(f"{path}: expected a line for each image below the header, got none")
-    yield from dict.fromkeys(found)
+    return found
 
 
 def _images_of_folder(path: Path) -> Iterator[Path]:

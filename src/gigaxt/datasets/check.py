@@ -6,7 +6,7 @@ Bounded in time and memory: each image is opened and a few windows of it are rea
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gigaxt.datasets.manifest import Manifest, Row, Target, Task
+from gigaxt.datasets.labels import Target
+from gigaxt.datasets.manifest import Manifest, Row, Task
 from gigaxt.datasets.report import CheckReport, ImageFacts, Problem
 from gigaxt.datasets.run_config import write_config
 from gigaxt.datasets.statistics import WINDOW, BandStatistics, class_values, spread_windows
@@ -37,7 +38,8 @@ def check_manifest(
     csv: str | Path,
     *,
     task: Task | None = None,
-    target: Target = "single",
+    target: Target | None = None,
+    label_columns: Sequence[str] | None = None,
     foreground: str | None = None,
     overlay_folder: str | Path | None = None,
     max_overlays: int = 32,
@@ -49,7 +51,8 @@ def check_manifest(
     Args:
         csv: the manifest.
         task: which column counts where the CSV has both `label` and `mask`.
-        target: what labels are; see `Manifest.read`.
+        target: what labels are; see `Manifest.read`. None: what the columns suggest.
+        label_columns: columns of labels in place of `label`; see `Manifest.read`.
         foreground: `tissue`, or the path of a raster or of polygons: what of the images is worth encoding. Band
             statistics are then taken there alone.
         overlay_folder: gets a PNG of the first images: their mask in class colours, their foreground framed.
@@ -60,7 +63,7 @@ def check_manifest(
     Raises:
         DataError: the CSV itself does not fit. What is wrong with the files it names is in the report.
     """
-    manifest = Manifest.read(csv, task=task, target=target)
+    manifest = Manifest.read(csv, task=task, target=target, label_columns=label_columns)
     missing = [Problem(row.line, path, "does not exist") for row, path in manifest.missing_files()]
     gone = {problem.line for problem in missing}
     rows = list({(row.image, row.mask): row for row in reversed(manifest.rows) if row.line not in gone}.values())[::-1]

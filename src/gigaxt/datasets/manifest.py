@@ -1,18 +1,20 @@
 """The CSV that says what a model learns from: one image a line, with its label or its mask.
 
-Columns: `image`, then `label` (classification) or `mask` (segmentation); optional `split` (train, val, test), `group`
-(a patient, a site: never in two splits) and `sha256` of the image file. Other columns are kept as text. Comma
+Columns: `image`, then what is learnt: `label`, label columns of any names, or `time` and `event` (classification), or
+`mask` (segmentation). Optional: `case` (images that share it are one sample with one answer, such as the slides of a
+patient), `group` (a patient, a site), `split` (train, val, test), `label_id` (whole numbers, the order of the classes)
+and `sha256` of the image file. No image, case or group is ever in two splits. Other columns are kept as text. Comma
 separated, UTF-8; paths are relative to the CSV.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -20,15 +22,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gigaxt.config import nearest
-from gigaxt.datasets.split import SPLITS, check_fractions, check_splits, divide
+from gigaxt.datasets.cells import read_cells
+from gigaxt.datasets.labels import (
+    LABEL,
+    Answer,
+    Target,
+    answer_columns,
+    class_order,
+    default_target,
+    merged_answer,
+    parse_answer,
+    strata,
+)
+from gigaxt.datasets.split import (
+    SPLITS,
+    Fold,
+    Placed,
+    check_fold,
+    check_fractions,
+    check_splits,
+    divide,
+    divide_into_folds,
+)
 from gigaxt.errors import DataError
 
 Task = Literal["classification", "segmentation"]
-Target = Literal["single", "multi", "regression"]
 
 TARGET_COLUMNS: dict[str, Task] = {"label": "classification", "mask": "segmentation"}
 """The column that holds what is to be learnt, and the task that it stands for."""
-OPTIONAL_COLUMNS = ("split", "group", "sha256")
+OPTIONAL_COLUMNS = ("split", "group", "case", "sha256", "label_id")
+KNOWN_COLUMNS = frozenset(("image", *TARGET_COLUMNS, *OPTIONAL_COLUMNS))
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
@@ -40,15 +63,27 @@ class Row:
     line: int
     """Line of the CSV, from 1; the header is line 1."""
     label: str | None = None
-    """As written, stripped; None in a segmentation manifest."""
+    """As written, stripped; None where answers stand in other columns."""
     mask: Path | None = None
+    answer: Answer = field(default_factory=Answer)
+    """What the row says; that of its case where its own is not known. Empty in a segmentation manifest."""
     split: str = ""
     """train, val or test."""
     group: str | None = None
+    case: str | None = None
     sha256: str | None = None
     """Of the image file, 64 hexadecimal digits in lower case."""
-    extra: dict[str, str] = field(default_factory=dict)
-    """Columns that gigaxt does not know."""
+    cells: dict[str, str] = field(default_factory=dict)
+    """The whole line by column, as written, stripped."""
+
+    @property
+    def extra(self) -> dict[str, str]:
+        """Columns that gigaxt does not know."""
+        return {name: cell for name, cell in self.cells.items() if name not in KNOWN_COLUMNS}
+
+
+Case = tuple[Row, ...]
+"""The rows that have one answer together: those of one `case`, or one row alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +95,11 @@ class Manifest:
     target: Target
     rows: list[Row]
     classes: tuple[str, ...]
-    """Class names in the order of the model's outputs; empty for regression and segmentation."""
+    """Class names in the order of the model's outputs; empty for regression, survival and segmentation."""
+    columns: tuple[str, ...]
+    """Of the CSV, in lower case."""
+    answer_columns: tuple[str, ...] = LABEL
+    """Those that hold what is learnt, in the order of the model's outputs where there are several."""
 
     @classmethod
     def read(
@@ -68,10 +107,12 @@ class Manifest:
         path: str | Path,
         *,
         task: Task | None = None,
-        target: Target = "single",
+        target: Target | None = "single",
+        label_columns: Sequence[str] | None = None,
         classes: Sequence[str] | None = None,
         split_seed: int = 0,
         fractions: tuple[float, float, float] = (0.8, 0.2, 0.0),
+        fold: Fold | None = None,
     ) -> Manifest:
         """Read and check a CSV; image files are not touched (see `check_files`).
 
@@ -79,32 +120,47 @@ class Manifest:
             path: the CSV.
             task: which column counts where the CSV has both `label` and `mask`; None: the only one.
             target: `single`: a label is one class; `multi`: several, separated by `|`, or none; `regression`: numbers,
-                separated by `|`.
-            classes: the model's classes, in order; None: those that occur, sorted (numbers as numbers).
+                separated by `|`; `survival`: `time` until the `event` (1) or until it had not come yet (0). None: what
+                the columns suggest.
+            label_columns: columns of 0 and 1 (`multi`) or of numbers (`regression`), one a label, in the order of the
+                model's outputs, in place of the column `label`; an empty cell is not known.
+            classes: the model's classes, in order; None: those that occur, by `label_id` or sorted (numbers as such).
             split_seed: where there is no `split` column, groups are divided by this seed, whatever the order of rows.
             fractions: of train, val and test in such a division; they add up to 1.
+            fold: divide by folds instead: this one is val, the others are train; a row whose `split` is test stays it.
 
         Raises:
             DataError: with the line number; the CSV or one of its cells does not fit.
         """
         path = Path(path)
-        if target not in get_args(Target):
+        if target is not None and target not in get_args(Target):
             raise DataError(f"`target` is {target!r}; expected one of {', '.join(get_args(Target))}")
         check_fractions(fractions)
-        header, lines = _read_cells(path)
-        task = _task_of(path, header, task)
-        rows = [_row(path, header, task, line, cells) for line, cells in lines]
+        if fold is not None:
+            check_fold(fold)
+        header, lines = read_cells(path)
+        target = target or default_target(header, label_columns or ())
+        columns = LABEL if task == "segmentation" else answer_columns(path, header, target, label_columns or ())
+        task = _task_of(path, header, task, columns)
+        rows = [_row(path, header, task, target, columns, line, cells) for line, cells in lines]
         if not rows:
             raise DataError(f"{path}: expected a line for each image below the header, got none")
-        labels = {row.line: _labels(path, row, target) for row in rows} if task == "classification" else {}
-        if "split" not in header:
-            strata = {line: "|".join(names) if target != "regression" else "" for line, names in labels.items()}
-            units = [(_unit(path, row), strata.get(row.line, "")) for row in rows]
-            splits = divide(units, split_seed, fractions)
-            rows = [replace(row, split=split) for row, split in zip(rows, splits, strict=True)]
-        check_splits(path, [(row.line, row.split, row.group, _name(path, row.image)) for row in rows])
-        names = _classes(path, labels, target, classes)
-        return cls(path=path, task=task, target=target, rows=rows, classes=names)
+        check_splits(path, (_placed(path, row) for row in rows))
+        cases = _cases(rows, task)
+        if task == "classification":
+            cases = [_with_one_answer(path, columns, case) for case in cases]
+        if "split" not in header or fold is not None:
+            cases = _divided(path, cases, target, columns, split_seed, fractions, fold)
+        rows = sorted((row for case in cases for row in case), key=lambda row: row.line)
+        return cls(
+            path=path,
+            task=task,
+            target=target,
+            rows=rows,
+            classes=_classes(path, rows, target, classes, label_columns) if task == "classification" else (),
+            columns=tuple(header),
+            answer_columns=columns,
+        )
 
     def split(self, name: str) -> list[Row]:
         """The rows of a split, in file order; empty where it has none.
@@ -116,11 +172,18 @@ class Manifest:
             raise DataError(f"{self.path}: no split {name!r}{nearest(name, SPLITS)}")
         return [row for row in self.rows if row.split == SPLIT_NAMES[name]]
 
+    def cases(self, split: str | None = None) -> list[Case]:
+        """The samples of a split, or of all: rows that share `case` together, in the order of their first line.
+
+        In a segmentation manifest every row is its own, since every image has its own mask.
+        """
+        return _cases(self.rows if split is None else self.split(split), self.task)
+
     @property
     def outputs(self) -> int:
-        """How many outputs a model of `label` needs: classes, or numbers a row for regression; 0 for masks."""
+        """How many outputs a model of this target needs: classes, or numbers; 0 for masks and survival."""
         if self.target == "regression" and self.task == "classification":
-            return len(self.numbers(self.rows[0]))
+            return len(self.rows[0].answer.numbers)
         return len(self.classes)
 
     def class_index(self, name: str) -> int:
@@ -130,29 +193,33 @@ class Manifest:
             DataError: no such class.
         """
         try:
-            return self.classes.index(name)
-        except ValueError:
+            return self._indices[name]
+        except KeyError:
             raise DataError(f"{self.path}: no class {name!r}{nearest(name, self.classes)}") from None
 
+    @cached_property
+    def _indices(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.classes)}
+
     def class_indices(self, row: Row) -> list[int]:
-        """The classes of a row; one for target `single`."""
-        return [self.class_index(name) for name in _labels(self.path, row, self.target)]
+        """The classes that a row has; one for target `single`."""
+        if self.answer_columns == LABEL:
+            return [self.class_index(name) for name in row.answer.classes]
+        return [index for index, number in enumerate(row.answer.numbers) if number == 1]
 
-    def numbers(self, row: Row) -> list[float]:
-        """The numbers of a row of a regression manifest."""
-        return [float(number) for number in _labels(self.path, row, "regression")]
-
-    def target_of(self, row: Row) -> int | NDArray[np.float32] | Path:
+    def target_of(self, row: Row) -> int | NDArray[np.floating] | Path:
         """What the model is compared with.
 
         Returns:
-            `single`: the class index. `multi`: (classes,) float32 of 0 and 1. `regression`: (numbers,) float32.
-            Segmentation: the path of the mask.
+            `single`: the class index. `multi`: (classes,) float32 of 0 and 1, NaN where a label column is empty.
+            `regression`: (numbers,) float32, likewise. `survival`: (time, event), float64. Segmentation: the path of
+            the mask.
         """
         if row.mask is not None:
             return row.mask
-        if self.target == "regression":
-            return np.asarray(self.numbers(row), dtype=np.float32)
+        if row.answer.numbers:
+            dtype = np.float64 if self.target == "survival" else np.float32  # times must not be made equal
+            return np.asarray(row.answer.numbers, dtype=dtype)
         if self.target == "single":
             return self.class_indices(row)[0]
         answer = np.zeros(len(self.classes), dtype=np.float32)
@@ -160,11 +227,10 @@ class Manifest:
         return answer
 
     def class_counts(self, split: str | None = None) -> dict[str, int]:
-        """Rows of each class, in the order of `classes`, in a split or in all."""
+        """Cases of each class, in the order of `classes`, in a split or in all."""
         if not self.classes:
             return {}
-        rows = self.rows if split is None else self.split(split)
-        counts = Counter(index for row in rows for index in self.class_indices(row))
+        counts = Counter(index for case in self.cases(split) for index in self.class_indices(case[0]))
         return {name: counts[index] for index, name in enumerate(self.classes)}
 
     def missing_files(self) -> list[tuple[Row, Path]]:
@@ -205,50 +271,11 @@ class Manifest:
             )
 
 
-def _read_cells(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Column names and, for each line that is not blank, its number and its cells by column."""
-    records = _records(path)
-    _, header = next(records, (1, []))
-    header = [name.strip().lower() for name in header]
-    if not any(header):
-        raise DataError(f"{path}: the file is empty; expected a header such as `image,label`")
-    if len(header) == 1 and (found := re.search(r"[;\t|]", header[0])):
-        raise DataError(f"{path}: columns are separated by {found.group()!r}; expected commas")
-    twice = [name for name, count in Counter(header).items() if count > 1]
-    if twice:
-        raise DataError(f"{path}: column `{twice[0]}` occurs twice in the header")
-    lines = []
-    for line, cells in records:
-        if len(cells) != len(header):
-            raise DataError(
-                f"{path} line {line}: expected {len(header)} cells as in the header, got {len(cells)}; "
-                f'put quotes ("...") around cells that hold a comma'
-            )
-        lines.append((line, {name: cell.strip() for name, cell in zip(header, cells, strict=True)}))
-    return header, lines
-
-
-def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The CSV's records with the line each begins on; blank ones are left out."""
-    line = 1
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            for cells in reader:
-                if any(cell.strip() for cell in cells):
-                    yield line, cells
-                line = reader.line_num + 1
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; expected a CSV file") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} at line {line} or after: not UTF-8 text; save the CSV as UTF-8") from error
-    except csv.Error as error:
-        raise DataError(f"{path} line {line}: not readable as CSV: {error}") from error
-
-
-def _task_of(path: Path, header: list[str], task: Task | None) -> Task:
+def _task_of(path: Path, header: list[str], task: Task | None, columns: tuple[str, ...]) -> Task:
     if "image" not in header:
         raise DataError(f"{path}: column `image` is missing{nearest('image', header)}")
+    if columns != LABEL:
+        return "classification"
     found = [column for column in TARGET_COLUMNS if column in header]
     if task is not None:
         column = next(name for name, meaning in TARGET_COLUMNS.items() if meaning == task)
@@ -258,13 +285,23 @@ def _task_of(path: Path, header: list[str], task: Task | None) -> Task:
     if not found:
         others = [name for name in header if name not in ("image", *OPTIONAL_COLUMNS)]
         hint = nearest("label", others) if others else ""
+        if default_target(header, ()) == "survival":
+            hint = "; `time` and `event` are of target survival"
         raise DataError(f"{path}: expected a column `label` or `mask`, got neither{hint}")
     if len(found) > 1:
         raise DataError(f"{path}: has both `label` and `mask`; say which counts with `task`, or remove one")
     return TARGET_COLUMNS[found[0]]
 
 
-def _row(path: Path, header: list[str], task: Task, line: int, cells: dict[str, str]) -> Row:
+def _row(
+    path: Path,
+    header: list[str],
+    task: Task,
+    target: Target,
+    columns: tuple[str, ...],
+    line: int,
+    cells: dict[str, str],
+) -> Row:
     here = f"{path} line {line}"
     if not cells["image"]:
         raise DataError(f"{here}: `image` is empty; expected a path")
@@ -277,51 +314,83 @@ def _row(path: Path, header: list[str], task: Task, line: int, cells: dict[str, 
     digest = cells.get("sha256", "").lower()
     if digest and not re.fullmatch("[0-9a-f]{64}", digest):
         raise DataError(f"{here}: sha256 is {digest!r}; expected 64 hexadecimal digits")
-    known = {"image", *TARGET_COLUMNS, *OPTIONAL_COLUMNS}
+    labelled = task == "classification"
     return Row(
         image=path.parent / cells["image"],
         line=line,
-        label=cells["label"] if task == "classification" else None,
-        mask=path.parent / cells["mask"] if task == "segmentation" else None,
+        label=cells["label"] if labelled and columns == LABEL else None,
+        mask=None if labelled else path.parent / cells["mask"],
+        answer=parse_answer(here, target, columns, cells) if labelled else Answer(),
         split=SPLIT_NAMES[split.lower()] if split else "",
         group=cells.get("group") or None,
+        case=cells.get("case") or None,
         sha256=digest or None,
-        extra={name: cell for name, cell in cells.items() if name not in known},
+        cells=cells,
     )
 
 
-def _labels(path: Path, row: Row, target: Target) -> list[str]:
-    """The labels of a row: class names (numbers in their plain form), or numbers as text for regression."""
-    here = f"{path} line {row.line}"
-    text = row.label or ""
-    parts = [text] if target == "single" else [part.strip() for part in text.split("|")] if text else []
-    if target == "regression":
-        for part in parts or [""]:
-            if not _is_number(part):
-                raise DataError(f"{here}: `label` is {text!r}; expected a finite number (or several, separated by `|`)")
-        return parts
-    if (target == "single" and not text) or "" in parts:
-        raise DataError(f"{here}: `label` is {text!r}; expected a class name or number")
-    return [str(int(part)) if _is_integer(part) else part for part in dict.fromkeys(parts)]
+def _cases(rows: Iterable[Row], task: Task) -> list[Case]:
+    if task == "segmentation":
+        return [(row,) for row in rows]
+    found: dict[str | int, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.line if row.case is None else row.case, []).append(row)
+    return [tuple(case) for case in found.values()]
 
 
-def _classes(path: Path, labels: dict[int, list[str]], target: Target, given: Sequence[str] | None) -> tuple[str, ...]:
-    """Class names in order; checks that labels are among those given, and that regression rows are of one length."""
-    if target == "regression":
-        lengths = {len(numbers): line for line, numbers in reversed(labels.items())}
-        if len(lengths) > 1:
-            (first, line), (other, other_line) = sorted(lengths.items(), key=lambda item: item[1])[:2]
-            raise DataError(f"{path} line {other_line}: {other} numbers in `label`, but {first} in line {line}")
+def _with_one_answer(path: Path, columns: tuple[str, ...], case: Case) -> Case:
+    if len(case) == 1:
+        return case
+    answer = merged_answer(path, str(case[0].case), columns, [(row.line, row.answer) for row in case])
+    return tuple(replace(row, answer=answer) for row in case)
+
+
+def _divided(
+    path: Path,
+    cases: list[Case],
+    target: Target,
+    columns: tuple[str, ...],
+    seed: int,
+    fractions: tuple[float, float, float],
+    fold: Fold | None,
+) -> list[Case]:
+    """The cases with the splits that seed and fold give them; each counts once, however many images it has."""
+    answers = [case[0].answer for case in cases]
+    words = strata(target, columns, answers) if cases[0][0].mask is None else [""] * len(cases)
+    units = [(_placed(path, case[0]).unit, word) for case, word in zip(cases, words, strict=True)]
+    if fold is None:
+        splits = divide(units, seed, dict(zip(SPLITS, fractions, strict=True)))
+    else:
+        splits = divide_into_folds(path, units, [case[0].split for case in cases], seed, fold)
+    return [tuple(replace(row, split=split) for row in case) for case, split in zip(cases, splits, strict=True)]
+
+
+def _classes(
+    path: Path,
+    rows: Sequence[Row],
+    target: Target,
+    given: Sequence[str] | None,
+    label_columns: Sequence[str] | None,
+) -> tuple[str, ...]:
+    """Class names in order; regression rows must be of one length."""
+    if label_columns and target == "multi":
+        return tuple(given or label_columns)
+    if target in ("regression", "survival"):
+        first = rows[0]
+        for row in rows:
+            if len(row.answer.numbers) != len(first.answer.numbers):
+                raise DataError(
+                    f"{path} line {row.line}: {len(row.answer.numbers)} numbers in `label`, "
+                    f"but {len(first.answer.numbers)} in line {first.line}"
+                )
         return ()
-    found = {name: line for line, names in reversed(labels.items()) for name in names}
-    if given is not None:
-        for name, line in sorted(found.items(), key=lambda item: item[1]):
-            if name not in given:
-                raise DataError(f"{path} line {line}: label {name!r} is not a class of the model{nearest(name, given)}")
-        return tuple(given) if labels else ()
-    if all(_is_integer(name) for name in found):
-        return tuple(sorted(found, key=int))
-    return tuple(sorted(found))
+    ordered = target == "single"  # one label a row, so that its id is clear
+    found = [(r.line, name, r.cells.get("label_id") if ordered else None) for r in rows for name in r.answer.classes]
+    return class_order(path, found, given)
+
+
+def _placed(path: Path, row: Row) -> Placed:
+    return Placed(row.line, row.split, row.group, row.case, _name(path, row.image))
 
 
 def _name(path: Path, image: Path) -> str:
@@ -329,19 +398,3 @@ def _name(path: Path, image: Path) -> str:
     from os.path import normpath, relpath  # pathlib keeps `..`, and resolve() would touch the disk
 
     return Path(normpath(relpath(image, path.parent))).as_posix()
-
-
-def _unit(path: Path, row: Row) -> str:
-    """What must not be divided."""
-    return f"group {row.group}" if row.group else f"image {_name(path, row.image)}"
-
-
-def _is_integer(text: str) -> bool:
-    return re.fullmatch(r"[+-]?[0-9]{1,18}", text) is not None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return bool(np.isfinite(float(text)))
-    except ValueError:
-        return False

@@ -12,9 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gigaxt.datasets.manifest import Manifest
+from gigaxt.datasets.labels import LABEL
+from gigaxt.datasets.manifest import Case, Manifest
 from gigaxt.datasets.split import SPLITS
 from gigaxt.datasets.statistics import MANY_VALUES, BandStatistics
+from gigaxt.image.open import PICTURE_SUFFIXES
 
 IGNORE = 255
 """The mask value that means "not labelled"."""
@@ -93,6 +95,12 @@ class CheckReport:
     def channels(self) -> int:
         """The most common number of bands; 0 without images."""
         return 0 if self.statistics is None else len(self.statistics.count)
+
+    @property
+    def rgb_helps(self) -> bool:
+        """Whether all images that are not RGB are pictures that can be read so (see `InputConfig.rgb`)."""
+        others = [fact.path for fact in self.images if fact.channels != 3]
+        return 0 < len(others) < len(self.images) and all(path.suffix.lower() in PICTURE_SUFFIXES for path in others)
 
     def pixel_size(self, unit: str) -> float | None:
         """The median pixel size where every image has one and pixels are square within 2%.
@@ -192,7 +200,9 @@ class CheckReport:
         found = []
         bands = Counter(fact.channels for fact in self.images)
         if len(bands) > 1:
-            found.append(f"images have {_tally(fact.channels for fact in self.images)} bands: a model takes one number")
+            rgb = "; model.input.rgb reads the others as RGB too" if self.rgb_helps else ""
+            bands_found = _tally(fact.channels for fact in self.images)
+            found.append(f"images have {bands_found} bands: a model takes one number{rgb}")
         if len({fact.dtype for fact in self.images}) > 1:
             found.append("images have different number types: check that they are in the same units")
         if len({fact.band_names for fact in self.images}) > 1 and len(bands) == 1:
@@ -230,14 +240,30 @@ class CheckReport:
 
 
 def _count_lines(manifest: Manifest) -> list[str]:
-    """Rows a split, and a class and split where there are classes."""
+    """Rows and cases of each split, and how many of them have each class, label or event."""
     splits = [name for name in SPLITS if manifest.split(name)]
-    lines = ["  ".join([f"{'split':<24}", *(f"{name:>7}" for name in splits)])]
-    lines.append("  ".join([f"{'rows':<24}", *(f"{len(manifest.split(name)):>7}" for name in splits)]))
-    counts = [manifest.class_counts(name) for name in splits]
-    for name in manifest.classes[:LISTED]:
-        lines.append("  ".join([f"{name[:24]:<24}", *(f"{count[name]:>7}" for count in counts)]))
+    cases = {name: manifest.cases(name) for name in splits}
+    table: list[tuple[str, list[object]]] = [("split", list(splits))]
+    table.append(("rows", [len(manifest.split(name)) for name in splits]))
+    if len(manifest.cases()) < len(manifest.rows):
+        table.append(("cases", [len(found) for found in cases.values()]))
+    if manifest.target == "survival":
+        table.append(("events", [_count(found, 1, 1) for found in cases.values()]))
+    if manifest.target == "multi" and manifest.answer_columns != LABEL:
+        for i, column in enumerate(manifest.answer_columns[:LISTED]):
+            for what, value in (("1", 1.0), ("0", 0.0), ("not known", None)):
+                table.append((f"{column[:13]} {what}", [_count(found, i, value) for found in cases.values()]))
+    else:
+        counts = [manifest.class_counts(name) for name in splits]
+        table += [(name, [count[name] for count in counts]) for name in manifest.classes[:LISTED]]
+    lines = ["  ".join([f"{name[:24]:<24}", *(f"{cell:>7}" for cell in cells)]) for name, cells in table]
     return lines + _more(len(manifest.classes))
+
+
+def _count(cases: Iterable[Case], column: int, value: float | None) -> int:
+    """Cases whose answer has this number in a column; None: of which it is not known."""
+    numbers = [case[0].answer.numbers[column] for case in cases]
+    return sum(number != number if value is None else number == value for number in numbers)
 
 
 def _class_proposals(manifest: Manifest) -> list[str]:
@@ -252,7 +278,7 @@ def _class_proposals(manifest: Manifest) -> list[str]:
     present = [count for count in counts.values() if count]
     if present and max(present) > 10 * min(present):
         found.append("classes differ more than tenfold in number: set head.class_weights")
-    if len(manifest.classes) == 1:
+    if len(manifest.classes) == 1 and manifest.target == "single":
         found.append("there is one class: add examples of another")
     return found
 

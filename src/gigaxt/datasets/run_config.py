@@ -9,9 +9,14 @@ from statistics import median
 
 import numpy as np
 
+from gigaxt.datasets.labels import LABEL
+from gigaxt.datasets.manifest import Manifest
 from gigaxt.datasets.report import IGNORE, CheckReport
 from gigaxt.datasets.statistics import BandStatistics
 from gigaxt.errors import DataError
+
+TIME_BINS = 4
+"""Of a survival head."""
 
 _TEMPLATE = """\
 # Written by `gigaxt check {csv}`. Train with: gigaxt train --config {name}
@@ -63,7 +68,7 @@ def write_config(report: CheckReport, csv: str | Path, path: str | Path, *, forc
     if report.statistics is None or not report.statistics.count.any():
         raise DataError(f"{csv}: no image could be read, so there is nothing to fill {path.name} with; see the report")
     manifest = report.manifest
-    counts = ", ".join(f"{len(manifest.split(name))} {name}" for name in ("train", "val", "test"))
+    counts = ", ".join(f"{len(manifest.cases(name))} {name}" for name in ("train", "val", "test"))
     text = _TEMPLATE.format(
         csv=_one_line(csv),
         name=_one_line(path.name),
@@ -74,7 +79,7 @@ def write_config(report: CheckReport, csv: str | Path, path: str | Path, *, forc
         head=_head(report),
         input=_input(report, report.statistics),
         # A few images a step at most, and a few steps an epoch at least.
-        batch=max(1, min(4, len(manifest.split("train")) // 4)),
+        batch=max(1, min(4, len(manifest.cases("train")) // 4)),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
@@ -92,12 +97,26 @@ def _head(report: CheckReport) -> str:
             f"class_names: {names}  # of the mask's values, from 0 on",
             f"ignore: {IGNORE}  # the mask value of pixels that do not count",
         )
-    lines = ["kind: classify  # one answer for the whole image", f"classes: {manifest.outputs}"]
+    if manifest.target == "survival":
+        return _indented(
+            "kind: classify  # one answer for the whole image or case",
+            f"classes: {_time_bins(manifest)}  # bins of time with about as many events each",
+            "target: survival  # a hazard for each bin; see the columns time and event",
+        )
+    lines = ["kind: classify  # one answer for the whole image or case", f"classes: {manifest.outputs}"]
     if manifest.target != "single":
         lines.append(f"target: {manifest.target}  # single: one class an image; multi: several; regression: numbers")
+    if manifest.answer_columns != LABEL:
+        lines.append(f"label_columns: {_list(map(_text, manifest.answer_columns))}  # an empty cell is not known")
     if manifest.classes:
         lines.append(f"class_names: {_list(map(_text, manifest.classes))}  # in the order of the model's outputs")
     return _indented(*lines)
+
+
+def _time_bins(manifest: Manifest) -> int:
+    """At most `TIME_BINS`, and no more than there are events in training to fill."""
+    events = {time for (time, event) in (case[0].answer.numbers for case in manifest.cases("train")) if event == 1}
+    return max(2, min(TIME_BINS, len(events) // 2))
 
 
 def _input(report: CheckReport, statistics: BandStatistics) -> str:
@@ -108,6 +127,8 @@ def _input(report: CheckReport, statistics: BandStatistics) -> str:
         f"mean: {_list(map(_number, statistics.mean))}  # a band, in the files' units{of}",
         f"std: {_list(map(_number, std))}",
     ]
+    if report.channels == 3 and report.rgb_helps:
+        lines.append("rgb: true  # grey pictures, and those with alpha or a palette, are read as RGB")
     names = {fact.band_names for fact in report.images if fact.channels == report.channels}
     given = next(iter(names)) if len(names) == 1 else ()
     if given and given != tuple(str(band + 1) for band in range(report.channels)):

@@ -15,6 +15,9 @@ from gigaxt.image.process import File
 from gigaxt.image.tiff import TiffImage
 from gigaxt.image.views import resample
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+"""How the names of files usually end that `open_image` can make RGB of."""
+
 _PICTURES = ("png", "jpeg", "bmp", "webp")
 _SLIDES = ("dicom", "czi", "sqlite", "vms")
 _SAME = 1e-3  # pixel sizes closer than this, relative, are one
@@ -28,6 +31,7 @@ def open_image(
     nodata: float | None = None,
     max_pixels: int = 2**34,
     max_tile_bytes: int = 64 << 20,
+    rgb: bool = False,
 ) -> Image:
     """Open a file, an array or a tensor as an `Image`, without reading its pixels.
 
@@ -41,11 +45,13 @@ def open_image(
         nodata: value of pixels that hold nothing, for arrays and tensors; files say it themselves.
         max_pixels: refuse a larger width x height.
         max_tile_bytes: refuse tiles, strips or chunks that decode to more.
+        rgb: make red, green and blue of 8 bit PNG, JPEG, BMP and WebP pictures that are grey, CMYK, with alpha or a
+            palette; other formats are taken as they are.
 
     Raises:
         ImageError: the source cannot be opened as an image, or has no pixel size to resample by.
     """
-    image = _open(source, nodata, max_pixels, max_tile_bytes)
+    image = _open(source, nodata, max_pixels, max_tile_bytes, rgb)
     if mpp is None and gsd_m is None:
         return image
     if mpp is not None and gsd_m is not None:
@@ -58,7 +64,7 @@ def open_image(
     return resample(image, *(1.0 if abs(scale - 1) < _SAME else scale for scale in scales))
 
 
-def _open(source: Any, nodata: float | None, max_pixels: int, max_tile_bytes: int) -> Image:
+def _open(source: Any, nodata: float | None, max_pixels: int, max_tile_bytes: int, rgb: bool) -> Image:
     in_memory = isinstance(source, np.ndarray) or is_tensor(source)
     if nodata is not None and not in_memory:
         raise ImageError(source, "nodata= is for arrays and tensors: a file says it itself")
@@ -73,7 +79,7 @@ def _open(source: Any, nodata: float | None, max_pixels: int, max_tile_bytes: in
     path = Path(source)
     if path.is_dir():
         return _open_folder(path, max_pixels, max_tile_bytes)
-    return _open_file(path, max_pixels, max_tile_bytes)
+    return _open_file(path, max_pixels, max_tile_bytes, rgb)
 
 
 def _open_folder(path: Path, max_pixels: int, max_tile_bytes: int) -> Image:
@@ -84,7 +90,7 @@ def _open_folder(path: Path, max_pixels: int, max_tile_bytes: int) -> Image:
     return ZarrImage(path, max_pixels=max_pixels, max_tile_bytes=max_tile_bytes)
 
 
-def _open_file(path: Path, max_pixels: int, max_tile_bytes: int) -> Image:
+def _open_file(path: Path, max_pixels: int, max_tile_bytes: int, rgb: bool) -> Image:
     file = File(path)
     if not file.size:
         raise ImageError(path, "expected an image, got an empty file")
@@ -99,7 +105,7 @@ def _open_file(path: Path, max_pixels: int, max_tile_bytes: int) -> Image:
     if kind in _PICTURES:
         from gigaxt.image.pillow import PillowImage
 
-        return PillowImage(path, max_pixels=max_pixels)
+        return PillowImage(path, max_pixels=max_pixels, rgb=rgb)
     if kind in raster.DRIVERS:
         return raster.RasterImage(path, kind, **limits)
     what = kind or ("text" if _is_text(head) else f"a file that starts with {head[:8]!r}")

@@ -34,14 +34,15 @@ class PillowImage(Image):
     Args:
         path: the file.
         max_pixels: refuse more than this, if it is less than `MAX_PIXELS`.
+        rgb: make red, green and blue of grey, palette, CMYK and alpha instead; 16 bits and floats stay as they are.
 
     Raises:
         ImageError: too large (the message holds the command that converts it), or no such picture.
     """
 
-    def __init__(self, path: str | Path, *, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, path: str | Path, *, max_pixels: int = MAX_PIXELS, rgb: bool = False) -> None:
         self.name = str(path)
-        self._options: dict[str, Any] = {"max_pixels": max_pixels}
+        self._options: dict[str, Any] = {"max_pixels": max_pixels, "rgb": rgb}
         self._file = File(self.name)
         head = self._file.read(0, min(_HEADER, self._file.size))
         self._kind = kind_of(head[:HEAD]) or "unknown"
@@ -52,6 +53,8 @@ class PillowImage(Image):
         self._deep = self._kind == "png" and png_bits(head)[0] == 16 and png_bits(head)[1] != 0
         self.width, self.height = size.width, size.height
         mode, self.orientation = self._describe()
+        self._rgb = rgb and not self._deep and mode not in ("I", "F") and not mode.startswith("I;16")
+        mode = "RGB" if self._rgb else mode
         self.channels = size.samples if self._deep else len(PIL.Image.new(mode, (1, 1)).getbands())
         wide = self._deep or mode.startswith("I;16")
         self.dtype = np.dtype(np.uint16 if wide else {"I": np.int32, "F": np.float32}.get(mode, np.uint8))
@@ -106,7 +109,7 @@ class PillowImage(Image):
                 pixels = np.asarray(imagecodecs.png_decode(self._file.read(0, self._file.size)))
             else:
                 with self._open() as picture:
-                    pixels = np.asarray(picture)
+                    pixels = np.asarray(_as_rgb(picture) if self._rgb else picture)
         except ImageError:
             raise
         except Exception as error:
@@ -121,3 +124,9 @@ class PillowImage(Image):
 
     def _read_inside(self, x: int, y: int, w: int, h: int, level: int) -> Pixels:
         return self._decoded()[y : y + h, x : x + w].copy()
+
+
+def _as_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """Pillow's conversion; colours that are transparent by a PNG's palette count as they are, without its warning."""
+    picture.info.pop("transparency", None)
+    return picture.convert("RGB")

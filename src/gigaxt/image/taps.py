@@ -40,6 +40,8 @@ class Axis:
     offset: float = 0.0
     """Where output pixel 0 begins, in input px."""
     nearest: bool = False
+    smooth: bool = False
+    """Where it shrinks: weigh by a triangle twice as wide as an output pixel, not by the area below it."""
 
     @property
     def is_copy(self) -> bool:
@@ -58,7 +60,10 @@ class Axis:
         nearest = np.clip(np.floor(centre + _EXACT), 0, self.size - 1).astype(np.int64)
         if self.nearest or self.is_copy:
             return Taps(nearest[:, None], np.ones((count, 1)), nearest)
-        index, weight = self._area(out) if self.scale > 1 else self._bilinear(centre)
+        if self.scale <= 1:
+            index, weight = self._bilinear(centre)
+        else:
+            index, weight = self._triangle(centre) if self.smooth else self._area(out)
         weight[weight < _EXACT] = 0.0
         total = weight.sum(axis=1, keepdims=True)
         outside = total[:, 0] == 0  # an output pixel beside the input repeats its border
@@ -74,6 +79,13 @@ class Axis:
         index = np.floor(low + _EXACT)[:, None] + steps
         weight = np.minimum(index + 1, high[:, None]) - np.maximum(index, low[:, None])
         return np.clip(index, 0, self.size - 1), np.clip(weight, 0.0, None)
+
+    def _triangle(self, centre: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        steps = np.arange(int(np.ceil(2 * self.scale)) + 1)
+        index = np.floor(centre - self.scale + 0.5)[:, None] + steps
+        weight = np.clip(1 - np.abs(index + 0.5 - centre[:, None]) / self.scale, 0.0, None)
+        weight[(index < 0) | (index >= self.size)] = 0.0
+        return np.clip(index, 0, self.size - 1), weight
 
     def _bilinear(self, centre: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         place = np.clip(centre - 0.5, 0, self.size - 1)

@@ -78,8 +78,53 @@ def copy_description(view: Image, image: Image) -> None:
     view.channels, view.band_names = image.channels, image.band_names
 
 
+class Cropped(Image):
+    """A window of an image at full resolution, an image of its own.
+
+    Its name tells the window, so that what is remembered of a file is not taken for that of its parts.
+
+    Args:
+        image: where the window is.
+        x: its left edge, px of level 0.
+        y: its top edge.
+        width: px.
+        height: px.
+
+    Raises:
+        ImageError: the window is empty or reaches beyond the image.
+    """
+
+    def __init__(self, image: Image, x: int, y: int, width: int, height: int) -> None:
+        if not (0 <= x < x + width <= image.width and 0 <= y < y + height <= image.height):
+            size = f"{image.width} x {image.height} px"
+            raise ImageError(image.name, f"expected a window inside {size}, got {width} x {height} at x {x}, y {y}")
+        copy_description(self, image)
+        self.name = f"{image.name}, {width} x {height} px at x {x}, y {y}"
+        self._image, self._x, self._y, self.width, self.height = image, x, y, width, height
+        self.levels = (Level(width, height, 1.0, 1.0),)
+        if image.transform is not None:
+            a, b, c, d, e, f = image.transform
+            self.transform = (a, b, a * x + b * y + c, d, e, d * x + e * y + f)
+
+    @property
+    def all_valid(self) -> bool:
+        """See `Image.all_valid`."""
+        return self._image.all_valid
+
+    def _read_inside(self, x: int, y: int, w: int, h: int, level: int) -> Pixels:
+        return self._image._read_inside(x + self._x, y + self._y, w, h, 0)
+
+    def _read_bands(self, bands: tuple[int, ...], x: int, y: int, w: int, h: int, level: int) -> Pixels:
+        return self._image._read_bands(bands, x + self._x, y + self._y, w, h, 0)
+
+    def _read_valid_inside(
+        self, x: int, y: int, w: int, h: int, level: int, bands: tuple[int, ...] | None = None
+    ) -> tuple[Pixels, Mask]:
+        return self._image._read_valid_inside(x + self._x, y + self._y, w, h, 0, bands)
+
+
 class Resampled(Image):
-    """An image on another grid: the mean over valid pixels where it shrinks, bilinear where it grows.
+    """An image on another grid: a mean over valid pixels where it shrinks, bilinear where it grows.
 
     Validity: where it shrinks, a pixel is valid if any pixel below it is; where it grows, if the nearest one is.
     Means of integers are rounded. Reading a window gives exactly that part of the whole.
@@ -91,6 +136,8 @@ class Resampled(Image):
         scale: level-0 px of `image` per px of the result, (x, y).
         offset: where the result begins, in level-0 px of `image`, (x, y).
         nearest: take the pixel below each centre instead, always of level 0 (for class indices).
+        smooth: the mean where it shrinks is weighed by a triangle that reaches into the neighbours (see `resize`), not
+            by the area below a pixel.
     """
 
     def __init__(
@@ -102,6 +149,7 @@ class Resampled(Image):
         offset: tuple[float, float] = (0.0, 0.0),
         *,
         nearest: bool = False,
+        smooth: bool = False,
     ) -> None:
         copy_description(self, image)
         self._image, self._nearest, self.width, self.height = image, nearest, width, height
@@ -113,8 +161,8 @@ class Resampled(Image):
             self.transform = (a * sx, b * sy, a * x + b * y + c, d * sx, e * sy, d * x + e * y + f)
         self._level = 0 if nearest else _finer_level(image, scale)
         size, (dx, dy) = image.levels[self._level], true_factors(image, self._level)
-        self._cols = Axis(size.width, scale[0] / dx, offset[0] / dx, nearest)
-        self._rows = Axis(size.height, scale[1] / dy, offset[1] / dy, nearest)
+        self._cols = Axis(size.width, scale[0] / dx, offset[0] / dx, nearest, smooth)
+        self._rows = Axis(size.height, scale[1] / dy, offset[1] / dy, nearest, smooth)
         self._lower: list[int] = []
         if offset == (0.0, 0.0) and not nearest:  # coarser levels of the image serve as they are
             self._lower = [n for n, low in enumerate(image.levels) if low.downsample_x > 1.5 * max(1.0, *scale)]
@@ -134,34 +182,36 @@ class Resampled(Image):
     def _read_inside(self, x: int, y: int, w: int, h: int, level: int) -> Pixels:
         if level:
             return self._image.read(x, y, w, h, self._lower[level - 1])
-        return self._resample(self._image, x, y, w, h)[0]
+        return self._resample(None, x, y, w, h)[0]
 
     def _read_bands(self, bands: tuple[int, ...], x: int, y: int, w: int, h: int, level: int) -> Pixels:
-        source = Select(self._image, bands)
-        return source.read(x, y, w, h, self._lower[level - 1]) if level else self._resample(source, x, y, w, h)[0]
+        if level:
+            return Select(self._image, bands).read(x, y, w, h, self._lower[level - 1])
+        return self._resample(bands, x, y, w, h)[0]
 
     def _read_valid_inside(
         self, x: int, y: int, w: int, h: int, level: int, bands: tuple[int, ...] | None = None
     ) -> tuple[Pixels, Mask]:
-        source = self._image if bands is None else Select(self._image, bands)
         if level:
+            source = self._image if bands is None else Select(self._image, bands)
             return source.read_valid(x, y, w, h, self._lower[level - 1])
-        pixels, mask = self._resample(source, x, y, w, h)
+        pixels, mask = self._resample(bands, x, y, w, h)
         return pixels, np.ones((h, w), np.bool_) if mask is None else mask
 
-    def _resample(self, source: Image, x: int, y: int, w: int, h: int) -> tuple[Pixels, Mask | None]:
-        """A window and its validity (None if all of it is valid), in blocks of bounded size."""
+    def _resample(self, bands: tuple[int, ...] | None, x: int, y: int, w: int, h: int) -> tuple[Pixels, Mask | None]:
+        """A window of all or some bands and its validity (None if all of it is valid), in blocks of bounded size."""
         rows, cols = self._rows.taps(y, h), self._cols.taps(x, w)
         left, top = int(cols.index.min()), int(rows.index.min())
         right, bottom = int(cols.index.max()) + 1, int(rows.index.max()) + 1
         if (right - left) * (bottom - top) > _BLOCK and w * h > 1:
             if (bottom - top > right - left and h > 1) or w == 1:
-                parts = [self._resample(source, x, y, w, h // 2), self._resample(source, x, y + h // 2, w, h - h // 2)]
+                parts = [self._resample(bands, x, y, w, h // 2), self._resample(bands, x, y + h // 2, w, h - h // 2)]
             else:
-                parts = [self._resample(source, x, y, w // 2, h), self._resample(source, x + w // 2, y, w - w // 2, h)]
+                parts = [self._resample(bands, x, y, w // 2, h), self._resample(bands, x + w // 2, y, w - w // 2, h)]
             axis = 0 if parts[0][0].shape[0] < h else 1
             masks = [mask for _, mask in parts if mask is not None]
             return np.concatenate([part for part, _ in parts], axis), np.concatenate(masks, axis) if masks else None
+        source = self._image if bands is None else Select(self._image, bands)
         # Whether to weigh by validity is decided by the image, never by the window: rounding must not tell them apart.
         pixels, mask = (
             (source.read(left, top, right - left, bottom - top, self._level), None)

@@ -8,26 +8,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gigaxt.cases import Cases
 from gigaxt.config import from_dict
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image
+from gigaxt.inputs import InputConfig
 from gigaxt.nested import stream_nested
 from gigaxt.nn.context import ContextConfig, build_context
 from gigaxt.nn.heads import ClassifyHead, HeadConfig, SegmentHead, build_head
 from gigaxt.nn.keyed import key_dropout
-from gigaxt.nn.region_encoder import RegionEncoder, RegionEncoderConfig
+from gigaxt.nn.ready import NONE_READY, Ready, check_logits, check_ready, check_told
+from gigaxt.nn.region_encoder import RegionEncoderConfig
+from gigaxt.nn.stages import Logits, LossSums, TokensOnly
+from gigaxt.nn.stages import RegionTokens as RegionTokens
 from gigaxt.replay import draw_seed
 from gigaxt.rows import Reader
-from gigaxt.scenes import InputConfig, SceneBatch
+from gigaxt.scenes import SceneBatch
 from gigaxt.streaming import Streaming, stream
+from gigaxt.xt_release.context import KIND, POOLED_KIND
 
 
 @dataclass(kw_only=True)
@@ -53,80 +59,53 @@ class ModelConfig:
         return from_dict(cls, data)
 
 
-def build_model(config: ModelConfig) -> GigaXT:
-    """The model that `config` describes, freshly initialised (or with pretrained backbone weights, if it says so)."""
-    return GigaXT(config)
+def build_model(
+    config: ModelConfig,
+    *,
+    region_encoder: nn.Module | None = None,
+    context: nn.Module | None = None,
+    head: nn.Module | None = None,
+) -> GigaXT:
+    """The model that `config` describes, freshly initialised (or with pretrained backbone weights, if it says so).
+
+    A ready module takes the place of what its section would build. Of that section only what surrounds the module
+    counts then: `region` and `in_channels`, `dim`, the head's `kind` and `classes`. Each must be a pure function of its
+    arguments, parameters and constant buffers; its dropout is replaced in place by `key_dropout`.
+
+    Args:
+        config: the whole model.
+        region_encoder: `forward(pixels (n, in_channels, region, region)) -> (tokens (n, t, t, dim), feature maps)`,
+            each region on its own. Attributes: `dim`, and `tokens_per_side`, the t. Maps (n, c, h, w) are for dense
+            heads, fine to coarse; then also `map_channels` and `map_strides` in px.
+        context: `forward(tokens (B, N, dim), coords (B, N, 2) as (row, col), validity (B, N)) -> (tokens, state)`, such
+            as a ContextEncoder. `dim`, or `config.dim`, if it has one, is `config.context.dim`.
+        head: of kind classify: `forward(context (B, N, dim), validity (B, N)) -> logits (B, classes)` and
+            `loss(logits, targets) -> scalar`. Of kind segment, with core = region - 2 * halo: `forward(maps, context
+            (n, t, t, dim)) -> logits (n, classes, core, core)` and `loss_sums(logits, target (n, core, core), valid)
+            -> (sum of losses, sum of weights, confusion (classes, classes))` in float64, the first differentiable.
+
+    Raises:
+        ConfigError: settings that do not go together, or a ready module that lacks something.
+    """
+    return GigaXT(config, Ready(region_encoder, context, head))
 
 
-class RegionTokens(nn.Module):
-    """Loaded regions to tokens of the context's width, and feature maps for dense heads; both cut to the core."""
+def build_parts(config: ModelConfig, ready: Ready) -> tuple[RegionTokens, nn.Module, nn.Module]:
+    """Region encoder, context and head; those of the published models where the context is one of theirs."""
+    if config.context.kind in (KIND, POOLED_KIND):
+        from gigaxt.xt_release.parts import released_parts  # made of RegionTokens: a cycle at import
 
-    def __init__(self, config: ModelConfig, *, maps: bool) -> None:
-        super().__init__()
-        self.encoder = RegionEncoder(config.region_encoder, maps=maps)
-        self.norm = nn.LayerNorm(self.encoder.dim)
-        self.project = nn.Linear(self.encoder.dim, config.context.dim)
-        levels = len(config.input.overview)
-        self.level = nn.Embedding(1 + levels, config.context.dim) if levels else None
-        region, halo, side = config.region_encoder.region, config.input.halo, self.encoder.tokens_per_side
-        if side * halo % region:
-            raise ConfigError(
-                f"input.halo: {halo} px are {side * halo / region:g} tokens of {region // side} px, not whole ones"
-            )
-        self.halo_tokens, self.halo_px = side * halo // region, halo
-        self.tokens_per_core = side - 2 * self.halo_tokens
-
-    def forward(self, loaded: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See `SceneBatch.load` for `loaded`.
-
-        Returns:
-            tokens (n, t * t, dim), row by row; feature maps (n, c_i, h_i, w_i), fine to coarse.
-        """
-        tokens, maps = self.encoder(self._network_input(loaded))
-        k = self.halo_tokens
-        if k:
-            tokens = tokens[:, k:-k, k:-k]
-            cuts = [self.halo_px // stride for stride in self.encoder.map_strides]
-            maps = [m[:, :, cut:-cut, cut:-cut] for m, cut in zip(maps, cuts, strict=True)]
-        tokens = self.project(self.norm(tokens.flatten(1, 2)))  # (n, t, t, dim) -> (n, t * t, dim)
-        if self.level is not None:
-            tokens = tokens + self.level(loaded["level"])[:, None]
-        return tokens, tuple(maps)
-
-    def _network_input(self, loaded: Mapping[str, Tensor]) -> Tensor:
-        """(n, h, w, C) as stored -> (n, C, h, w) normalised, zeros where not valid. A view: channels stay last."""
-        dtype = self.norm.weight.dtype
-        scale, shift = (loaded[key].to(dtype)[:, None, None] for key in ("scale", "shift"))
-        x = torch.where(loaded["valid"], loaded["pixels"].to(dtype) * scale + shift, 0)
-        return x.permute(0, 3, 1, 2)
-
-
-class _TokensOnly(nn.Module):
-    def __init__(self, encode: RegionTokens) -> None:
-        super().__init__()
-        self.encode = encode
-
-    def forward(self, loaded: Mapping[str, Tensor]) -> Tensor:
-        return self.encode(loaded)[0]  # type: ignore[no-any-return]  # nn.Module calls are untyped
-
-
-class _Logits(nn.Module):
-    """Regions' maps and context to class logits of their cores."""
-
-    def __init__(self, head: SegmentHead, tokens_per_core: int) -> None:
-        super().__init__()
-        self.head, self.t = head, tokens_per_core
-
-    def forward(self, maps: Sequence[Tensor], context: Tensor, targets: object = None) -> tuple[Tensor]:
-        return (self.head(maps, context.unflatten(1, (self.t, self.t))),)  # (n, t * t, dim) -> (n, t, t, dim)
-
-
-class _LossSums(_Logits):
-    """The same, to the sums that the loss over all scenes is made of."""
-
-    def forward(self, maps: Sequence[Tensor], context: Tensor, targets: Any = None) -> tuple[Tensor, ...]:  # type: ignore[override]  # sums instead of logits
-        (logits,) = super().forward(maps, context)
-        return self.head.loss_sums(logits, targets["target"], targets["valid"])
+        if ready.given():
+            raise ConfigError(f"{', '.join(ready.given())}: a published model has its own; choose another context.kind")
+        return released_parts(config)
+    check_ready(ready, config)
+    encode = RegionTokens(config, maps=config.head.kind == "segment", encoder=ready.region_encoder)
+    context = build_context(config.context) if ready.context is None else ready.context
+    if ready.head is not None:
+        return encode, context, ready.head
+    encoder = encode.encoder
+    dense = (encoder.map_channels, encoder.map_strides) if encode.maps else ()
+    return encode, context, build_head(config.head, config.context.dim, *dense)
 
 
 class RegionAnswer(NamedTuple):
@@ -146,29 +125,26 @@ class GigaXT(nn.Module):
 
     Attributes:
         config: what it was built from.
+        ready: sections whose modules were given ready (see `build_model`), each with the name of the module's class.
         streaming: chunk size and budgets; not part of the model, may be changed at any time.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ready: Ready = NONE_READY) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ready = config, ready.names()
         self.streaming = Streaming()
         self.dense = config.head.kind == "segment"
-        self.encode = RegionTokens(config, maps=self.dense)
-        self.context = build_context(config.context)
-        encoder = self.encode.encoder
-        self.head = build_head(config.head, config.context.dim, encoder.map_channels, encoder.map_strides)
+        self.encode, self.context, self.head = build_parts(config, ready)
         key_dropout(self)
 
-    def forward(
-        self, images: Sequence[Image] | Tensor, targets: Any = None, *, seed: int | None = None
-    ) -> Tensor | list[Tensor]:
+    def forward(self, images: Cases, targets: Any = None, *, seed: int | None = None) -> Tensor | list[Tensor]:
         """Answers, or with targets their loss.
 
         Args:
-            images: Images of any sizes, or a normalised float tensor (B, C, H, W).
-            targets: classification: B class numbers (or (B, classes) labels or numbers); segmentation: B masks
-                (Images, or integer arrays or tensors (H, W)) on the grids of the images.
+            images: Images of any sizes, or a normalised float tensor (B, C, H, W). Classification: a list of Images in
+                place of one is a case, with one answer: each has a context of its own, the head pools all their tokens.
+            targets: classification: B class numbers (or (B, classes) labels or numbers, or (B, 2) times and events);
+                segmentation: B masks (Images, or integer arrays or tensors (H, W)) on the grids of the images.
             seed: of dropout and stochastic depth; None draws one from PyTorch's default generator.
 
         Returns:
@@ -191,13 +167,13 @@ class GigaXT(nn.Module):
         loss, weight, _ = self._segment_sums(images, targets, seed, linear=True)
         return (loss / weight.clamp(min=torch.finfo(weight.dtype).tiny)).to(_loss_dtype(self.encode))
 
-    def loss(self, images: Sequence[Image] | Tensor, targets: Any, *, seed: int | None = None) -> Tensor:
+    def loss(self, images: Cases, targets: Any, *, seed: int | None = None) -> Tensor:
         """The mean loss, as `model(images, targets)`."""
         loss: Tensor = self(images, targets, seed=seed)
         return loss
 
     @torch.no_grad()
-    def evaluate(self, images: Sequence[Image] | Tensor, targets: Any) -> dict[str, Tensor]:
+    def evaluate(self, images: Cases, targets: Any) -> dict[str, Tensor]:
         """Loss and what metrics are made of.
 
         Returns:
@@ -222,10 +198,10 @@ class GigaXT(nn.Module):
             x and y of the region's core in px of that image, logits (classes, h, w) cut at the image's border, and
             valid (h, w), False where the image has no data. Regions without data are left out.
         """
-        encode = _TokensOnly(self.encode)
+        encode = TokensOnly(self.encode)
         tokens = stream(encode, batch.load, self._all_chunks(batch), seed=0)
         context = self._join(batch, tokens[: batch.full_size], tokens[batch.full_size :])
-        decode = _Logits(self._segment_head, self.encode.tokens_per_core)
+        decode = Logits(self._segment_head, self.encode, self.config.head.classes)
         reader = Reader(batch.load, tokens.device, 0)
         halo = self.config.input.halo
         for rows in reader.rows(batch.chunks(self.streaming.chunk_regions)):
@@ -246,15 +222,13 @@ class GigaXT(nn.Module):
 
     @property
     def _classify_head(self) -> ClassifyHead:
-        assert isinstance(self.head, ClassifyHead)
-        return self.head
+        return cast(ClassifyHead, self.head)  # or a ready module that offers the same
 
     @property
     def _segment_head(self) -> SegmentHead:
-        assert isinstance(self.head, SegmentHead)
-        return self.head
+        return cast(SegmentHead, self.head)
 
-    def batch(self, images: Sequence[Image] | Tensor, targets: Sequence[Image] | None = None) -> SceneBatch:
+    def batch(self, images: Cases, targets: Sequence[Image] | None = None) -> SceneBatch:
         """Scenes as this model sees them, cut into its regions. See `SceneBatch`."""
         encoder = self.config.region_encoder
         return SceneBatch(
@@ -270,27 +244,31 @@ class GigaXT(nn.Module):
         n = self.streaming.chunk_regions
         return [*batch.chunks(n), *batch.overview_chunks(n)]
 
-    def _classify(self, images: Sequence[Image] | Tensor, seed: int) -> Tensor:
+    def _classify(self, images: Cases, seed: int) -> Tensor:
         batch = self.batch(images)
-        encode = _TokensOnly(self.encode)
+        encode = TokensOnly(self.encode)
         tokens = stream(encode, batch.load, self._all_chunks(batch), seed=seed, streaming=self.streaming)
         answers: dict[int, Tensor] = {}
         for group in _alike(batch):
-            rows, coords, valid = self._tokens_of(batch, group, tokens.device)
-            joined, _ = self.context(_gather(tokens, rows), coords, valid)
-            answers.update(zip(group, self._classify_head(joined, valid), strict=True))
-        return torch.stack([answers[scene] for scene in range(len(batch.scenes))])
+            parts = []
+            for scenes in zip(*(batch.cases[case] for case in group), strict=True):  # the first image of each, ...
+                rows, coords, valid = self._tokens_of(batch, list(scenes), tokens.device)
+                parts.append((self._tell(_gather(tokens, rows), coords, valid), valid))
+            # Images one after the other: (b, N of all, dim); without a copy where there is one.
+            joined, valid = parts[0] if len(parts) == 1 else (torch.cat(part, 1) for part in zip(*parts, strict=True))
+            logits = self._classify_head(joined, valid)
+            check_logits(logits, (len(group), self.config.head.classes))
+            answers.update(zip(group, logits, strict=True))
+        return torch.stack([answers[case] for case in range(len(batch.cases))])
 
-    def _segment_sums(
-        self, images: Sequence[Image] | Tensor, targets: Any, seed: int, *, linear: bool
-    ) -> tuple[Tensor, ...]:
+    def _segment_sums(self, images: Cases, targets: Any, seed: int, *, linear: bool) -> tuple[Tensor, ...]:
         batch = self.batch(images, [_as_mask(target) for target in targets])
-        decode = _LossSums(self._segment_head, self.encode.tokens_per_core)
+        decode = LossSums(self._segment_head, self.encode, self.config.head.classes)
         return self._decode(batch, decode, batch.load_targets, "sum", linear, seed)
 
-    def _masks(self, images: Sequence[Image] | Tensor, seed: int) -> Tensor | list[Tensor]:
+    def _masks(self, images: Cases, seed: int) -> Tensor | list[Tensor]:
         batch = self.batch(images)
-        decode = _Logits(self._segment_head, self.encode.tokens_per_core)
+        decode = Logits(self._segment_head, self.encode, self.config.head.classes)
         (logits,) = self._decode(batch, decode, None, "cat", False, seed)
         stitched = []
         for s, scene in enumerate(batch.scenes):
@@ -307,11 +285,13 @@ class GigaXT(nn.Module):
     def _decode(
         self, batch: SceneBatch, decode: nn.Module, load_targets: Any, reduce: Any, linear: bool, seed: int
     ) -> tuple[Tensor, ...]:
+        if len(batch.cases) < len(batch.scenes):
+            raise DataError("expected one image a mask; several images as one case are for classification")
         chunk = self.streaming.chunk_regions
         coarse = batch.overview_chunks(chunk)
         overview: Tensor | None = None
         if coarse:
-            encode = _TokensOnly(self.encode)
+            encode = TokensOnly(self.encode)
             overview = stream(encode, batch.load, coarse, seed=seed, streaming=self.streaming)
         return stream_nested(
             self.encode,
@@ -333,7 +313,7 @@ class GigaXT(nn.Module):
         order: list[Tensor] = []
         for group in _alike(batch):
             rows, coords, valid = self._tokens_of(batch, group, tokens.device)
-            joined, _ = self.context(_gather(everything, rows), coords, valid)
+            joined = self._tell(_gather(everything, rows), coords, valid)
             joined = joined.unflatten(1, (rows.shape[1], -1)).flatten(0, 1)  # (b, N, dim) -> (b * regions, t * t, dim)
             full = rows.flatten() < len(tokens)
             parts.append(joined[full] if len(overview) else joined)
@@ -341,6 +321,12 @@ class GigaXT(nn.Module):
         if len(parts) == 1 and _in_order(order[0]):
             return parts[0]
         return torch.cat(parts)[torch.cat(order).argsort()]
+
+    def _tell(self, tokens: Tensor, coords: Tensor, valid: Tensor) -> Tensor:
+        """Tokens (b, N, dim) told of each other; a classifier's context may sum them up in fewer."""
+        found = self.context(tokens, coords, valid)
+        check_told(found, tokens, all_of_them=self.dense)
+        return cast(Tensor, found[0])
 
     def _tokens_of(self, batch: SceneBatch, group: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Of scenes with equal grids: rows (b, regions), coords (b, N, 2) and validity (b, N) of their tokens."""
@@ -356,11 +342,11 @@ class GigaXT(nn.Module):
 
 
 def _alike(batch: SceneBatch) -> Iterator[list[int]]:
-    """Scenes with the same regions at the same places, whose contexts are computed as one batch."""
+    """Cases whose images have the same regions at the same places, so that their contexts are computed as one batch."""
     groups: dict[Any, list[int]] = {}
-    for s, scene in enumerate(batch.scenes):
-        grid = scene.grid
-        groups.setdefault((grid.rows, grid.cols, grid.places), []).append(s)
+    for case, scenes in enumerate(batch.cases):
+        grids = [batch.scenes[scene].grid for scene in scenes]
+        groups.setdefault(tuple((grid.rows, grid.cols, grid.places) for grid in grids), []).append(case)
     yield from groups.values()
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from gigaxt.config import from_dict, nearest
+from gigaxt.config import from_dict, merged, nearest, to_dict
+from gigaxt.datasets.split import Fold, check_fold
 from gigaxt.errors import ConfigError
 from gigaxt.nn.xt import ModelConfig
 from gigaxt.rows import Streaming
@@ -20,12 +21,27 @@ class DataConfig:
     """Which images, and how they are divided."""
 
     csv: str
-    """The manifest: `image,label[,split][,group]` or `image,mask[,...]`, paths relative to the CSV. In a YAML file the
-    CSV's own path is relative to that file."""
+    """The manifest: `image,label[,split][,group][,case]` or `image,mask[,...]`, paths relative to the CSV. In a YAML
+    file the CSV's own path is relative to that file."""
     split_seed: int = 0
-    """Divides the groups into train, val and test where the CSV has no `split` column."""
+    """Divides the groups into train, val and test where the CSV has no `split` column, and into folds."""
+    folds: int | None = None
+    """Divide train and val anew into so many folds, of which `fold` is val; `gigaxt train --folds 5` runs them all."""
+    fold: int | None = None
+    """The fold that is val, from 1."""
     verify_sha256: bool = False
     """Compare each file with the CSV's `sha256` column when it is first opened."""
+
+    def __post_init__(self) -> None:
+        if (self.folds is None) != (self.fold is None):
+            raise ConfigError("data: expected `folds` and `fold` together, got one of them")
+        if self.part is not None:
+            check_fold(self.part)
+
+    @property
+    def part(self) -> Fold | None:
+        """The fold that is val; None where the CSV or `split_seed` says what is."""
+        return None if self.folds is None or self.fold is None else Fold(self.fold, self.folds)
 
 
 @dataclass(kw_only=True)
@@ -34,18 +50,40 @@ class AugmentConfig:
 
     dihedral: bool = False
     """Flips and quarter turns, on coordinates: for images without an up, such as maps and slides."""
+    mirror: bool = False
+    """Left and right changed, half of the time: for photographs."""
+    crop_area: float | None = None
+    """A random window of at least this share of the image, such as 0.08, with an aspect ratio of 3:4 to 4:3, in place
+    of the image. Cut before `model.input.resize_px`, so that both are what timm calls a random resized crop."""
+    randaugment: float | None = None
+    """RandAugment of this magnitude, 0 to 10: 9 is timm's `rand-m9-mstd0.5-inc1`. For classes of RGB pictures of 8
+    bits; each is held in memory, at the size of `model.input.resize_px`."""
     colour: float = 0.0
     """Strength of random gain and offset per band, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        if self.crop_area is not None and not 0 < self.crop_area <= 1:
+            raise ConfigError(f"train.augment.crop_area: expected a share above 0 and up to 1, got {self.crop_area}")
+        if self.randaugment is not None and not 0 <= self.randaugment <= 10:
+            raise ConfigError(f"train.augment.randaugment: expected a magnitude from 0 to 10, got {self.randaugment}")
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is changed at all."""
+        return self != AugmentConfig()
 
 
 @dataclass(kw_only=True)
 class TrainConfig:
     """How weights are learnt. One step is one update of the weights."""
 
+    init: str | None = None
+    """Folder of a model to start from: one of `gigaxt import-xt`, or `model/` of another run. Sections that `model` in
+    the YAML leaves out are those of this model. In a YAML file the path is relative to that file."""
     epochs: int = 50
     """Passes over the training images."""
     batch: int = 4
-    """Images in one forward pass."""
+    """Images in one forward pass; cases, where several images are one."""
     accumulate: int = 1
     """Forward passes in one step: a step sees batch x accumulate images."""
     optimizer: str = "adamw"
@@ -118,10 +156,20 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     """How."""
 
+    def __post_init__(self) -> None:
+        augment, dense = self.train.augment, self.model.head.kind == "segment"
+        if dense and augment.randaugment is not None:
+            raise ConfigError(
+                "train.augment.randaugment: knows nothing of masks; for segmentation use colour, dihedral"
+            )
+        if self.model.input.foreground is not None and augment.crop_area is not None:
+            raise ConfigError("train.augment.crop_area and model.input.foreground exclude each other; remove one")
+
 
 FREE_TO_CHANGE = (
     "data.csv",
     "data.verify_sha256",
+    "train.init",
     "train.device",
     "train.streaming",
     "train.checkpoint_minutes",
@@ -138,25 +186,60 @@ def known_optimizers() -> list[str]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The plain data of a run's YAML file, with `data.csv` made absolute.
+    """The plain data of a run's YAML file, with `data.csv` and `train.init` made absolute.
+
+    A file may name another one that it is based on, `base: other.yaml`, relative to itself. What both set is taken from
+    the file that names the base, key by key.
 
     Raises:
-        ConfigError: the file is missing, is no YAML, or holds no keys.
+        ConfigError: a file is missing, is no YAML, holds no keys, or is based on itself.
     """
+    data: dict[str, Any] = {}
+    for _, part in reversed(_files(path)):
+        data = merged(data, part)
+    return data
+
+
+def named_files(path: Path) -> str:
+    """A run's YAML file and those that it is based on, for messages; raises as `read_yaml`."""
+    return ", based on ".join(str(file) for file, _ in _files(path))
+
+
+def _files(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """A YAML file, its base, the base of that and so on, each with what it says itself."""
+    found: list[tuple[Path, dict[str, Any]]] = []
+    next_one: Path | None = path
+    while next_one is not None:
+        above = f"{found[-1][0]}: base: " if found else ""
+        if any(next_one.resolve() == file.resolve() for file, _ in found):
+            raise ConfigError(f"{above}{next_one} is based on itself; remove one `base`")
+        data = _read_one(next_one, above)
+        base = data.pop("base", None)
+        if base is not None and not isinstance(base, str):
+            raise ConfigError(f"{next_one}: base: expected the path of a YAML file, got {base!r}")
+        found.append((next_one, data))
+        next_one = None if base is None else next_one.parent / base
+    return found
+
+
+def _read_one(path: Path, above: str) -> dict[str, Any]:
+    """The keys of one file, with its paths made absolute; `above` begins messages."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read the config: {getattr(error, 'strerror', None) or error}") from error
+        cause = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{above}{path}: cannot read the config: {cause}") from error
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         where = f" at line {place.line + 1}" if place else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{path}: expected YAML, but{where}: {problem}") from error
+        raise ConfigError(f"{above}{path}: expected YAML, but{where}: {problem}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected the keys data, model and train, got {type(data).__name__}")
-    section = data.get("data")
-    if isinstance(section, dict) and isinstance(section.get("csv"), str):
-        section["csv"] = str((path.parent / section["csv"]).resolve())
+        raise ConfigError(f"{above}{path}: expected the keys data, model and train, got {type(data).__name__}")
+    for name, key in (("data", "csv"), ("train", "init")):
+        section = data.get(name)
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = str((path.parent / section[key]).resolve())
     return data
 
 
@@ -165,11 +248,24 @@ def run_config(data: Mapping[str, Any]) -> RunConfig:
 
     Raises:
         ConfigError: unknown keys (with the nearest right one), wrong types, values out of range.
+        CheckpointError: there is no model at `train.init`, and sections of `model` are left to it.
     """
-    data = dict(data)
+    data = _with_initial_model(data)
     if isinstance(data.get("model"), Mapping):
         data["model"] = ModelConfig.from_dict(data["model"])
     return from_dict(RunConfig, data)
+
+
+def _with_initial_model(data: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` with the sections of its model that only the model at `train.init` has."""
+    data, sections = dict(data), [section.name for section in fields(ModelConfig)]
+    train, model = data.get("train") or {}, data.get("model") or {}
+    init = train.get("init") if isinstance(train, Mapping) else None
+    if isinstance(init, str) and isinstance(model, Mapping) and not set(sections) <= model.keys():
+        from gigaxt.pretrained import read_config
+
+        data["model"] = {**to_dict(read_config(Path(init))), **model}
+    return data
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gigaxt.augment import colour_augmented, dihedral, draw_augmentation
-from gigaxt.datasets.manifest import Row
+from gigaxt.augment import colour_augmented, dihedral, draw_augmentation, random_crop
+from gigaxt.datasets.manifest import Case, Row
 from gigaxt.errors import ConfigError, DataError, ImageError
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image
+from gigaxt.randaugment import RandAugmented, draw_operations
 from gigaxt.tasks import Classification, Task
 from gigaxt.training.config import AugmentConfig
 
@@ -45,73 +46,95 @@ def epoch_order(seed: int, epoch: int, count: int, weights: Sequence[float] | No
 
 
 def balanced_weights(task: Task) -> list[float]:
-    """The chance of each training image, such that every class that occurs is drawn equally often.
+    """The chance of each training case, such that every class that occurs is drawn equally often.
 
     Raises:
-        ConfigError: the images do not have one class each.
+        ConfigError: the cases do not have one class each.
     """
     if not isinstance(task, Classification):
         raise ConfigError("train.sampling balanced needs a label for each image, and these have masks")
     counts = task.class_counts("train")
-    return [1.0 / counts[task.manifest.class_indices(row)[0]] for row in task.manifest.split("train")]
+    return [1.0 / counts[task.manifest.class_indices(case[0])[0]] for case in task.manifest.cases("train")]
 
 
 class Sample(NamedTuple):
-    """An image with its target, ready for the model."""
+    """The images of a case with its target, ready for the model."""
 
-    row: Row
-    image: Image
+    case: Case
+    images: tuple[Image, ...]
     target: Any
+
+    @property
+    def given(self) -> Image | list[Image]:
+        """What the model is given: the image, or the list of several."""
+        return self.images[0] if len(self.images) == 1 else list(self.images)
 
 
 class Samples:
-    """The rows of one split, opened when asked.
+    """The cases of one split, opened when asked.
 
     Args:
-        rows: of the manifest.
+        cases: of the manifest.
         task: makes the targets.
         verify_sha256: compare files with the manifest's digests when they are first opened.
+        rgb: see `InputConfig.rgb`.
     """
 
-    def __init__(self, rows: Sequence[Row], task: Task, *, verify_sha256: bool = False) -> None:
-        self.rows, self.task, self.verify_sha256 = list(rows), task, verify_sha256
+    def __init__(self, cases: Sequence[Case], task: Task, *, verify_sha256: bool = False, rgb: bool = False) -> None:
+        self.cases, self.task, self.verify_sha256, self.rgb = list(cases), task, verify_sha256, rgb
         self._verified: set[int] = set()
         self._open: OrderedDict[int, tuple[Image, Any]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.cases)
+
+    @property
+    def size(self) -> str:
+        """How many, in words."""
+        images = sum(map(len, self.cases))
+        return f"{images} images" if images == len(self) else f"{len(self)} cases of {images} images"
 
     def plain(self, index: int) -> Sample:
         """The sample as it is on disk.
 
         Raises:
-            ImageError: the image cannot be opened, or is not the file that the manifest's digest describes.
+            ImageError: an image cannot be opened, or is not the file that the manifest's digest describes.
             DataError: the target does not fit.
         """
-        row = self.rows[index]
-        if index not in self._open:
-            if self.verify_sha256 and index not in self._verified:
-                self._verify(row)
-                self._verified.add(index)
-            image = open_image(row.image)
-            self._open[index] = (image, self.task.target(row, image))
-            if len(self._open) > OPEN_IMAGES:
-                self._open.popitem(last=False)
-        self._open.move_to_end(index)
-        return Sample(row, *self._open[index])
+        case = self.cases[index]
+        opened = [self._opened(row) for row in case]
+        return Sample(case, tuple(image for image, _ in opened), opened[0][1])
 
     def augmented(self, index: int, seed: int, config: AugmentConfig) -> Sample:
-        """The sample with the random changes that `seed` draws; raises as `plain`."""
-        row, image, target = self.plain(index)
-        if not config.dihedral and not config.colour:
-            return Sample(row, image, target)
-        k, gain, offset = draw_augmentation(seed, image.channels, dihedral=config.dihedral, colour=config.colour)
-        if config.dihedral:
-            image = dihedral(image, k)
-            target = dihedral(target, k) if isinstance(target, Image) else target
-        if config.colour:
-            image = colour_augmented(image, gain, offset)
-        return Sample(row, image, target)
+        """The sample with the random changes that `seed` draws, others for each image; raises as `plain`."""
+        case, images, target = self.plain(index)
+        if not config.changes:
+            return Sample(case, images, target)
+        changed = []
+        for i, image in enumerate(images):
+            own_seed = derive_seed(seed, i) if i else seed
+            k, gain, offset = draw_augmentation(
+                own_seed, image.channels, dihedral=config.dihedral, mirror=config.mirror, colour=config.colour
+            )
+            image = _moved(image, own_seed, k, config)
+            target = _moved(target, own_seed, k, config) if isinstance(target, Image) else target  # it is the only one
+            if config.randaugment is not None:
+                image = RandAugmented(image, draw_operations(own_seed, config.randaugment))
+            changed.append(colour_augmented(image, gain, offset) if config.colour else image)
+        return Sample(case, tuple(changed), target)
+
+    def _opened(self, row: Row) -> tuple[Image, Any]:
+        """An image and its target; those used last are kept open."""
+        if row.line not in self._open:
+            if self.verify_sha256 and row.line not in self._verified:
+                self._verify(row)
+                self._verified.add(row.line)
+            image = open_image(row.image, rgb=self.rgb)
+            self._open[row.line] = (image, self.task.target(row, image))
+            if len(self._open) > OPEN_IMAGES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(row.line)
+        return self._open[row.line]
 
     def _verify(self, row: Row) -> None:
         try:
@@ -120,10 +143,20 @@ class Samples:
             raise ImageError(row.image, str(error)) from error
 
 
-def guilty(samples: Sequence[Sample], error: ImageError) -> int | None:
-    """Which of `samples` an error is about, by its image or its target; None where it is about something else."""
-    for position, (row, image, target) in enumerate(samples):
-        names = {str(row.image), image.name, str(row.mask), target.name if isinstance(target, Image) else ""}
-        if error.path in names:
-            return position
+def _moved(image: Image, seed: int, k: int, config: AugmentConfig) -> Image:
+    """What is changed of an image and its mask alike: which part of it is seen, and how it is turned."""
+    return dihedral(image if config.crop_area is None else random_crop(image, seed, config.crop_area), k)
+
+
+def guilty(samples: Sequence[Sample], error: ImageError) -> tuple[int, Row] | None:
+    """Which of `samples` an error is about, and which of its rows, by image or target; None: about something else."""
+    for position, (case, images, target) in enumerate(samples):
+        for row, image in zip(case, images, strict=True):
+            if error.path in {
+                str(row.image),
+                image.name,
+                str(row.mask),
+                target.name if isinstance(target, Image) else "",
+            }:
+                return position, row
     return None

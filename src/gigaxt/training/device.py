@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
 from gigaxt.errors import ConfigError
+from gigaxt.rows import Streaming
 
 
 def pick_device(name: str) -> torch.device:
@@ -31,3 +33,13 @@ def autocast(device: torch.device, amp: Literal["auto", "off", "bf16"]) -> Abstr
     """bfloat16 autocast as `amp` says; `auto`: on CUDA devices that have it."""
     fits = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16" or (amp == "auto" and fits))
+
+
+def smaller(streaming: Streaming) -> tuple[Streaming, str] | None:
+    """What to go on with after CUDA ran out of memory, and what that is called; None: nothing is left to give up."""
+    if streaming.chunk_regions > 1:
+        half = streaming.chunk_regions // 2
+        return replace(streaming, chunk_regions=half), f"{half} regions a chunk"
+    if streaming.budget_gib != 0:
+        return replace(streaming, budget_gib=0.0), "no activations kept"
+    return None

@@ -106,6 +106,7 @@ class RunLog:
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
         self.times: list[float] = []
         self._last_line = 0.0
+        self._told: set[str] = set()
         self._bar: Progress | None = None
         self._task = TaskID(0)
         if self.console.is_terminal:
@@ -174,14 +175,20 @@ class RunLog:
             self._last_line = time.monotonic()
             self.line(f"evaluated {done}/{total} images")
 
-    def evaluation(self, step: int, epoch: int, loss: float, metrics: Mapping[str, float]) -> None:
-        """Record an evaluation after `step`."""
+    def evaluation(
+        self, step: int, epoch: int, loss: float, metrics: Mapping[str, float], notes: Sequence[str] = ()
+    ) -> None:
+        """Record an evaluation after `step`; each of its notes is told once."""
         self._write({"step": step, "epoch": epoch, "split": "val", "loss": loss, **metrics})
         for name, value in {"loss": loss, **metrics}.items():
             if math.isfinite(value):
                 self.board.add_scalar(f"val/{name}", value, step)
-        text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self.line(f"epoch {epoch}  val loss {loss:.4f}  {text}")
+        text = "  ".join(f"{name} {decimals(value)}" for name, value in metrics.items())
+        self.line(f"epoch {epoch}  val loss {decimals(loss)}  {text}")
+        for note in notes:
+            if note not in self._told:
+                self._told.add(note)
+                self.line(f"val: {note}")
 
     def seconds_per_step(self) -> float:
         """Median of the last steps, without the first, which is slower."""
@@ -201,6 +208,11 @@ def memory_gib() -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB on Linux
+
+
+def decimals(value: float) -> str:
+    """A score with four decimals, or that it has no value."""
+    return f"{value:.4f}" if math.isfinite(value) else "undefined"
 
 
 def duration(seconds: float) -> str:

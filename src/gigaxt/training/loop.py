@@ -6,10 +6,10 @@ a stopped run continue to the same numbers.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -36,9 +36,10 @@ from gigaxt.training.checkpoint import (
 )
 from gigaxt.training.config import RunConfig
 from gigaxt.training.data import Sample, Samples, balanced_weights, derive_seed, epoch_order
-from gigaxt.training.device import autocast, pick_device
+from gigaxt.training.device import autocast, pick_device, smaller
 from gigaxt.training.evaluate import Stopping, evaluate, named, open_samples, without_guilty
-from gigaxt.training.log import RunLog, duration
+from gigaxt.training.initial import start_from
+from gigaxt.training.log import RunLog, decimals, duration
 from gigaxt.training.optim import make_optimizer, set_lr
 from gigaxt.training.report import answers, write_report
 from gigaxt.training.run_folder import RunFolder, prepare_run
@@ -95,7 +96,8 @@ class Run:
         self.settings = settings = config.train
         manifest = task.manifest
         self.train_samples, self.val_samples = (
-            Samples(manifest.split(name), task, verify_sha256=config.data.verify_sha256) for name in ("train", "val")
+            Samples(manifest.cases(name), task, verify_sha256=config.data.verify_sha256, rgb=config.model.input.rgb)
+            for name in ("train", "val")
         )
         if not len(self.train_samples):
             raise DataError(f"{manifest.path}: expected images in the split `train`, got none")
@@ -107,6 +109,10 @@ class Run:
         self.model: nn.Module = build_model(self._first_model()).to(device)
         self.model.config = config.model
         self.model.streaming = settings.streaming
+        self.fresh: list[str] = []
+        """Weights that differ in shape from those of `train.init`, and so start at random."""
+        if settings.init is not None and not checkpoints(folder.checkpoints):
+            self.fresh = start_from(self.model, Path(settings.init))
         self.optimizer = make_optimizer(self.model, settings)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         # use_warmup: a plain average would hold the first, random weights for 1 / (1 - decay) steps.
@@ -179,7 +185,7 @@ class Run:
         self.log.train(state.step, epoch + 1, loss, lr, norm, images, seconds)
 
     def gradients(self) -> tuple[float, int]:
-        """The mean loss over the images of this step and their number; gradients are left in the parameters.
+        """The mean loss over the cases of this step and their images' number; gradients are left in the parameters.
 
         A pure function of the weights, the seed and the step: whatever fails in between is simply done again.
         """
@@ -187,10 +193,10 @@ class Run:
         while samples:
             self.optimizer.zero_grad()
             try:
-                return self._accumulate(samples), len(samples)
+                return self._accumulate(samples), sum(len(sample.images) for sample in samples)
             except ImageError as error:
                 samples = without_guilty(samples, error, self.skipped)
-        if len(self.state.skipped) >= len(self.train_samples):
+        if all(any(str(row.image) in self.state.skipped for row in case) for case in self.train_samples.cases):
             raise TrainingError(f"step {self.state.step + 1}: no image is left, all were skipped; try `gigaxt check`")
         return math.nan, 0
 
@@ -202,7 +208,7 @@ class Run:
             seed = derive_seed(self.settings.seed, "model", self.state.step, start // self.settings.batch)
             with autocast(self.device, self.settings.amp):
                 try:
-                    loss = self.model([s.image for s in group], [s.target for s in group], seed=seed)
+                    loss = self.model([s.given for s in group], [s.target for s in group], seed=seed)
                 except DataError as error:
                     raise named(error, group) from error
             value = float(loss.detach())  # sync: a loss that is not finite must not reach the weights
@@ -224,7 +230,7 @@ class Run:
             index = int(self._order[1][at])
             # Seeded by the place in the epoch, so that an image that is drawn twice is changed in two ways.
             change = (derive_seed(seed, "augment", epoch, at), self.settings.augment)
-            wanted.append((self.train_samples.rows[index], partial(self.train_samples.augmented, index, *change)))
+            wanted.append((self.train_samples.cases[index], partial(self.train_samples.augmented, index, *change)))
         return open_samples(wanted, self.skipped)
 
     def retried(self, attempt: Callable[[], T]) -> T:
@@ -240,18 +246,13 @@ class Run:
             torch.cuda.empty_cache()
 
     def _shrink(self, reason: str) -> None:
-        streaming: Any = self.model.streaming
-        if streaming.chunk_regions > 1:
-            streaming = dataclasses.replace(streaming, chunk_regions=streaming.chunk_regions // 2)
-            what = f"{streaming.chunk_regions} regions a chunk"
-        elif streaming.budget_gib != 0:
-            streaming = dataclasses.replace(streaming, budget_gib=0.0)
-            what = "no activations kept"
-        else:
+        found = smaller(cast(Streaming, self.model.streaming))
+        if found is None:
             raise TrainingError(
                 f"step {self.state.step + 1}: out of memory with one region a chunk and nothing kept ({reason}); "
                 "use a smaller region encoder or context, `train.amp bf16`, or a larger device"
             )
+        streaming, what = found
         self._set_streaming(streaming)
         self.log.line(f"step {self.state.step + 1}: out of memory, going on with {what} ({reason})")
 
@@ -276,9 +277,11 @@ class Run:
             return  # done again by the run that continues
         self._tell_skipped()
         state.evaluated, state.last = state.step, evaluation
-        self.log.evaluation(state.step, epoch, evaluation.loss, evaluation.metrics)
+        self.log.evaluation(state.step, epoch, evaluation.loss, evaluation.metrics, evaluation.notes)
         name = self.task.best
-        if state.best is None or self.task.better(evaluation.metrics[name], state.best.evaluation.metrics[name]):
+        old = state.best.evaluation.metrics[name] if state.best else math.nan
+        # A score that is never defined cannot choose: then the newest model is kept, as without a val split.
+        if math.isnan(old) or self.task.better(evaluation.metrics[name], old):
             state.best = Best(step=state.step, evaluation=evaluation)
             self.save_model()
 
@@ -328,7 +331,8 @@ class Run:
         # Where the weights come from:
         # 1. the newest checkpoint in the run folder;
         # 2. the one before, if that cannot be read;
-        # 3. without any: pretrained weights of the region encoder, if the config names them, and the seed.
+        # 3. without any: the model at `train.init`, if there is one;
+        # 4. else pretrained weights of the region encoder, if the config names them, and the seed.
         found = checkpoints(self.folder.checkpoints)
         failed: CheckpointError | None = None
         for path in reversed(found):
@@ -364,11 +368,11 @@ class Run:
         return self.state.skipped if self.settings.on_bad_image == "skip" else None
 
     def _first_model(self) -> ModelConfig:
-        """The model's config, without pretrained weights where a checkpoint holds better ones."""
+        """The model's config, without pretrained weights where a checkpoint or `train.init` holds better ones."""
         model = self.config.model
-        if not checkpoints(self.folder.checkpoints):
+        if self.settings.init is None and not checkpoints(self.folder.checkpoints):
             return model
-        return dataclasses.replace(model, region_encoder=dataclasses.replace(model.region_encoder, pretrained=False))
+        return replace(model, region_encoder=replace(model.region_encoder, pretrained=False))
 
     def _tell_skipped(self) -> None:
         for reason in list(self.state.skipped.values())[self._told_skipped :]:
@@ -376,7 +380,7 @@ class Run:
         self._told_skipped = len(self.state.skipped)
 
     def _not_finite(self, what: str, samples: list[Sample]) -> TrainingError:
-        names = ", ".join(sample.image.name for sample in samples)
+        names = ", ".join(image.name for sample in samples for image in sample.images)
         return TrainingError(
             f"step {self.state.step + 1}: {what}, and no weight was changed; images: {names}; "
             "look for values that are not finite in them, or lower train.lr"
@@ -385,9 +389,12 @@ class Run:
     def _headline(self) -> str:
         count = sum(p.numel() for p in self.parameters)
         done = f"continuing after step {self.state.step}: " if self.state.step else ""
+        if not done and self.settings.init is not None:
+            fresh = f" but for {', '.join(self.fresh)}" if self.fresh else ""
+            done = f"starting from the weights of {self.settings.init}{fresh}: "
         return (
-            f"{done}{self.folder.path}: {len(self.train_samples)} images to train on, {len(self.val_samples)} to "
-            f"evaluate on, {count / 1e6:.2f} M weights, {self.total_steps} steps on {self.device}"
+            f"{done}{self.folder.path}: {self.train_samples.size} to train on, {self.val_samples.size} to evaluate on, "
+            f"{count / 1e6:.2f} M weights, {self.total_steps} steps on {self.device}"
         )
 
     def _farewell(self) -> str:
@@ -396,5 +403,5 @@ class Run:
             where = f"stopped by {self.signals.caught.name} after step {state.step} of {self.total_steps}"
             return f"{where}; all is saved, the same command continues"
         best, name = state.best, self.task.best
-        score = f"; best {name} {best.evaluation.metrics[name]:.4f} (step {best.step})" if best else ""
+        score = f"; best {name} {decimals(best.evaluation.metrics[name])} (step {best.step})" if best else ""
         return f"{self.total_steps} steps done in {duration(state.seconds)}{score}; the model is {self.folder.model}"

@@ -25,6 +25,9 @@ from gigaxt.image.open import open_image
 from gigaxt.inference import predict
 from gigaxt.pretrained import load
 from gigaxt.tasks import Evaluation, Segmentation, Task, WorstCase
+from gigaxt.tasks.base import COUNT_COLUMNS
+from gigaxt.tasks.bootstrap import DRAWS
+from gigaxt.tasks.metrics import CALIBRATION_BINS
 from gigaxt.training.checkpoint import one_line
 from gigaxt.training.config import RunConfig
 from gigaxt.training.data import derive_seed
@@ -38,6 +41,8 @@ ANSWER_PIXELS = 1 << 26
 CURVE_POINTS = 500
 CONFUSION_CLASSES = 30
 """Larger confusion matrices are left out of the report."""
+CASE_SHOWN = 4
+"""Images of a case that are shown."""
 SKIPPED_SHOWN = 100
 
 Answer = Callable[[str], Image | None]
@@ -75,7 +80,10 @@ def write_report(folder: RunFolder, config: RunConfig, task: Task, state: State,
         ("Confusion", _confusion(evaluation, task.class_names)),
         ("Worst images", _worst(evaluation, config, answer)),
         ("Images left out", _skipped(state.skipped)),
-        ("Next", _commands(folder, config, "test" if task.manifest.split("test") else "val")),
+        (
+            "Next",
+            _commands(folder, config, "test" if task.manifest.split("test") else "val", isinstance(task, Segmentation)),
+        ),
         ("Settings", f"<pre>{_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))}</pre>"),
         ("Environment", table(["", ""], list(environment().items()))),
     ]
@@ -105,7 +113,7 @@ def answers(folder: RunFolder, task: Task, device: torch.device) -> Iterator[Ans
     with tempfile.TemporaryDirectory() as temporary:
 
         def answer(path: str) -> Image | None:
-            image = open_image(path)
+            image = open_image(path, rgb=model.config.input.rgb)
             if image.height * image.width > ANSWER_PIXELS:
                 return None
             return open_image(predict(model, image, Path(temporary) / f"{derive_seed(path)}.tif"))
@@ -128,15 +136,23 @@ def _result(task: Task, state: State) -> str:
     chosen = f" <code>model/</code> is the model after step {state.best.step}, the best by {task.best}.</p>"
     names = ["loss", *task.metric_names]
     values = [{"loss": found.loss, **found.metrics} for found in (best, last)]
-    rows = [[name, *(value.get(name, math.nan) for value in values)] for name in names]
-    return f"{steps}{chosen}{table([f'{best.images} images', 'best', 'last'], rows)}"
+    rows = [[n, values[0].get(n, math.nan), best.interval(n), values[1].get(n, math.nan)] for n in names]
+    explained = [f"95%: of {DRAWS:,} draws of groups (without a group: cases or images)"] if best.intervals else []
+    if "calibration_error" in task.metric_names:
+        explained.append(f"calibration_error: expected calibration error over {CALIBRATION_BINS} equal bins")
+    notes = "".join(f"<li>{_text(note)}</li>" for note in [*best.notes, *explained])
+    return f"{steps}{chosen}{table([best.size, 'best', '95%', 'last'], rows)}<ul>{notes}</ul>"
 
 
 def _classes(evaluation: Evaluation | None) -> str:
     if evaluation is None or not evaluation.per_class:
         return ""
     columns = list(next(iter(evaluation.per_class.values())))
-    return table(["class", *columns], [[name, *row.values()] for name, row in evaluation.per_class.items()])
+    rows = [
+        [name, *(int(x) if key in COUNT_COLUMNS and math.isfinite(x) else x for key, x in row.items())]
+        for name, row in evaluation.per_class.items()
+    ]
+    return table(["class", *columns], rows)
 
 
 def _confusion(evaluation: Evaluation | None, names: Sequence[str]) -> str:
@@ -211,6 +227,7 @@ def _worst(evaluation: Evaluation | None, config: RunConfig, answer: Answer | No
 def _pictures(case: WorstCase, colours: Sequence[Colour], answer: Answer | None) -> list[tuple[str, Picture]]:
     picture = thumbnail(open_image(case.image), THUMBNAIL_PX)
     pictures = [("image", picture)]
+    pictures += [(Path(path).name, thumbnail(open_image(path), THUMBNAIL_PX)) for path in case.others[: CASE_SHOWN - 1]]
     masks = {} if case.mask is None else {"target": open_image(case.mask)}
     if masks and answer is not None and (given := answer(case.image)) is not None:
         masks["answer"] = given
@@ -232,12 +249,12 @@ def _skipped(skipped: Mapping[str, str]) -> str:
     return f"<p>{len(lines)} images could not be read.</p><ul>{items}{more}</ul>"
 
 
-def _commands(folder: RunFolder, config: RunConfig, split: str) -> str:
+def _commands(folder: RunFolder, config: RunConfig, split: str, dense: bool) -> str:
     out, csv = shlex.quote(str(folder.path)), shlex.quote(config.data.csv)
     lines = [
         f"gigaxt train --config {out}/config.yaml --out {out}    # continue, if it was stopped",
         f"gigaxt eval {out} {csv} --split {split}",
-        f"gigaxt predict {out} scene.tif",
+        f"gigaxt predict {out} {'scene.tif --out mask.tif' if dense else f'{csv} --out scores.csv'}",
         f"tensorboard --logdir {out}",
     ]
     return f"<pre>{_text(chr(10).join(lines))}</pre>"

@@ -10,9 +10,11 @@ from pathlib import Path
 import yaml
 
 from gigaxt.config import to_dict
+from gigaxt.datasets.labels import LABEL
 from gigaxt.datasets.manifest import Manifest
 from gigaxt.errors import CheckpointError, ConfigError
-from gigaxt.tasks import Task, make_task, read_manifest
+from gigaxt.nn.heads import ClassifyConfig
+from gigaxt.tasks import Task, fitted, make_task, read_manifest
 from gigaxt.training.checkpoint import checkpoints, one_line, recover_folder
 from gigaxt.training.config import RunConfig, differences, read_yaml, run_config
 
@@ -44,15 +46,16 @@ def prepare_run(config: RunConfig, out: Path) -> tuple[RunFolder, RunConfig, Tas
         DataError: the manifest does not fit; files are missing and `on_bad_image` is `stop`.
         CheckpointError: the folder cannot be written.
     """
-    manifest = read_manifest(config.model.head, config.data.csv, split_seed=config.data.split_seed)
+    data = config.data
+    manifest = read_manifest(config.model.head, data.csv, split_seed=data.split_seed, fold=data.part)
     if config.train.on_bad_image == "stop":
         manifest.check_files()
     folder = RunFolder(out, rows_digest(manifest))
     stored = run_config(read_yaml(folder.config)) if folder.config.exists() else None
     if stored is None and out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out}: expected a new folder or one of a run (with config.yaml); use another --out")
+    config = _resolved(config, manifest, stored)
     task = make_task(config.model.head, manifest)
-    config = _resolved(config, task, stored)
     if stored is not None and checkpoints(folder.checkpoints):
         changed = differences(to_dict(stored), to_dict(config))
         if changed:
@@ -74,20 +77,37 @@ def rows_digest(manifest: Manifest) -> str:
     """A digest of the rows that training sees; the folder of the CSV does not count, so that data may be moved."""
     base = manifest.path.parent
     rows = [
-        [*(str(path and _relative(path, base)) for path in (row.image, row.mask)), row.label, row.split]
+        [
+            *(str(path and _relative(path, base)) for path in (row.image, row.mask)),
+            *([row.label] if manifest.answer_columns == LABEL else row.answer.numbers),
+            row.split,
+            *([row.case] if row.case else []),
+        ]
         for row in manifest.rows
         if row.split in ("train", "val")
     ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
+def trained_rows(run: Path) -> str | None:
+    """The `rows_digest` of the data of a run; None where it has no checkpoint that says so."""
+    try:
+        newest = checkpoints(run / "checkpoints")[-1]
+        return str(json.loads((newest / "state.json").read_text(encoding="utf-8"))["state"]["rows"])
+    except (IndexError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _relative(path: Path, base: Path) -> Path:
     return path.relative_to(base) if path.is_relative_to(base) else path
 
 
-def _resolved(config: RunConfig, task: Task, stored: RunConfig | None) -> RunConfig:
-    """The config with class names and, where asked, class weights in its head."""
+def _resolved(config: RunConfig, manifest: Manifest, stored: RunConfig | None) -> RunConfig:
+    """The config with what its head has from the data: class names, units or bins, and, where asked, class weights."""
     head = config.model.head
+    if isinstance(head, ClassifyConfig):
+        head = fitted(head, manifest)
+    task = make_task(head, manifest)
     if head.class_names is None:
         head = replace(head, class_names=list(task.class_names))
     if config.train.class_weights == "balanced":
