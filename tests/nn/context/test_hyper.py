@@ -10,7 +10,7 @@ from torch import Tensor
 
 import gigaxt
 from gigaxt.errors import ConfigError
-from gigaxt.nn.context import ContextConfig, ContextEncoder, HyperOptions, build_context
+from gigaxt.nn.context import ContextConfig, ContextEncoder, HyperOptions, build_context, hyper
 from gigaxt.nn.context.hyper import DRAW_STEPS, HyperMixer, hash_order, hyper_attention, sample_places, score_bias
 from gigaxt.nn.context.layers import Run
 from gigaxt.nn.context.ordering import find_places
@@ -279,3 +279,19 @@ def test_looks_both_ways_only() -> None:
         ContextConfig(kind="hyper", bidirectional=False)
     with pytest.raises(ConfigError, match="4 x heads"):
         ContextConfig(kind="hyper", dim=36, heads=2)
+
+
+def test_blocks_in_groups_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 45, 4, dtype=torch.float64, generator=generator) for _ in range(3))
+    directions = torch.randn(3, 4, 5, dtype=torch.float64, generator=generator)
+    draws = torch.randint(DRAW_STEPS, (3, 6), generator=generator)
+    results = []
+    for most in (2**22, 2 * 6 * (8 + 6) * 4, 1):  # all blocks, two, one
+        monkeypatch.setattr(hyper, "AT_ONCE", most)
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        found = hyper_attention(*leaves, directions, draws, 8)
+        found.square().sum().backward()
+        results.append([found, *(t.grad for t in leaves)])
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-12, atol=1e-12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -14,6 +15,8 @@ from gigaxt.nn.context.layers import Norm, Run, largest_divisor, linear
 
 Attend = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
 """q, k, v (batch, h, n, head_dim) of the heads in a slice -> what they find, likewise. A pure function."""
+PART = 8192
+"""Tokens that are projected at once: on a CPU, memory above 32 MiB is mapped anew each time."""
 
 
 class HeadByHead(nn.Module):
@@ -52,11 +55,12 @@ class HeadByHead(nn.Module):
         rows = slice(heads.start * size, heads.stop * size)
         # (3 * dim, dim) -> (3, h * head_dim, dim) -> (3 * h * head_dim, dim)
         weight = self.qkv.weight.unflatten(0, (3, -1))[:, rows].flatten(0, 1)
-        projected = F.linear(self.norm(x), weight)
+        projected = torch.cat([F.linear(self.norm(part), weight) for part in x.split(PART, dim=1)], dim=1)
         # (batch, n, 3 * h * head_dim) -> three of (batch, h, n, head_dim)
         q, k, v = projected.unflatten(-1, (3, -1, size)).permute(2, 0, 3, 1, 4).unbind(0)
         found = attend(q, k, v, heads).transpose(1, 2).flatten(2)  # -> (batch, n, h * head_dim)
-        return F.linear(found, self.out.weight[:, rows]).to(x.dtype)
+        out = self.out.weight[:, rows]
+        return torch.cat([F.linear(part, out).to(x.dtype) for part in found.split(PART, dim=1)], dim=1)
 
 
 def attention_heads(config: ContextConfig) -> int:

@@ -22,6 +22,9 @@ from gigaxt.recurrence import State
 DRAW_STEPS = 2**24
 """Resolution of the draws. They are kept as integers, which `model.to(torch.bfloat16)` does not round."""
 
+AT_ONCE = 2**22
+"""Most numbers of keys that are copied for blocks at once: on a CPU, memory above 32 MiB is mapped anew each time."""
+
 
 @dataclass(kw_only=True)
 class HyperOptions:
@@ -165,20 +168,35 @@ def hyper_attention(q: Tensor, k: Tensor, v: Tensor, directions: Tensor, draws: 
     query_order, key_order = hash_order(q, directions), hash_order(k, directions)  # (batch, heads, n)
     key_samples = key_order.gather(2, sampled.expand(batch, -1, -1))  # (batch, heads, samples)
 
-    def seen(x: Tensor) -> Tensor:
-        """(batch, heads, n, head_dim) -> (batch * heads, blocks, block + samples, head_dim); kernels know four axes."""
-        # (batch, heads, samples, head_dim) -> (batch, heads, blocks, samples, head_dim)
-        of_all = _take(x, key_samples).unsqueeze(2).expand(-1, -1, len(starts), -1, -1)
-        return torch.cat((_take(x, key_order[..., members]), of_all), dim=3).flatten(0, 1)
-
-    queries = _take(q, query_order[..., members]).flatten(0, 1)  # (batch * heads, blocks, block, head_dim)
-    found = F.scaled_dot_product_attention(queries, seen(k), seen(v), attn_mask=bias.repeat(batch, 1, 1, 1))
+    queries, keys, values = (
+        # (batch, heads, blocks, block, head_dim) -> (batch * heads, blocks, block, head_dim); kernels know four axes
+        _take(x, order[..., members]).flatten(0, 1)
+        for x, order in ((q, query_order), (k, key_order), (v, key_order))
+    )
+    # (batch * heads, 1, samples, head_dim)
+    sampled_keys, sampled_values = (_take(x, key_samples).flatten(0, 1).unsqueeze(1) for x in (k, v))
+    count = max(1, AT_ONCE // (len(keys) * bias.shape[-1] * q.shape[-1]))
+    groups = zip(*(t.split(count, dim=1) for t in (queries, keys, values, bias.repeat(batch, 1, 1, 1))), strict=True)
+    found = torch.cat(
+        [
+            F.scaled_dot_product_attention(
+                some, _with(own, sampled_keys), _with(of_own, sampled_values), attn_mask=added
+            )
+            for some, own, of_own, added in groups
+        ],
+        dim=1,
+    )
     # (batch * heads, blocks, block, head_dim) -> (batch, heads, blocks * block, head_dim)
     found = found.unflatten(0, (batch, -1)).flatten(2, 3)
     # Tokens of the last block lie at its end, behind those that it reached back for.
     place = torch.arange(n, device=q.device)
     row = place + (place >= (len(starts) - 1) * block) * (len(starts) * block - n)
     return _take(found, torch.empty_like(query_order).scatter_(2, query_order, row.expand_as(query_order)))
+
+
+def _with(own: Tensor, sampled: Tensor) -> Tensor:
+    """The sampled keys behind those of each block: (batch * heads, blocks, block + samples, head_dim)."""
+    return torch.cat((own, sampled.expand(-1, own.shape[1], -1, -1)), dim=2)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
