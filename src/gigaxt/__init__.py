@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gigaxt import metrics as metrics
     from gigaxt import testing as testing
     from gigaxt.errors import CheckpointError, ConfigError, DataError, GigaxtError, ImageError, TrainingError
     from gigaxt.image import Image, open_bands, open_image
@@ -72,8 +73,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "testing":
-        return import_module("gigaxt.testing")
+    if name in ("metrics", "testing"):
+        return import_module(f"gigaxt.{name}")
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module 'gigaxt' has no attribute {name!r}")
