@@ -67,6 +67,8 @@ def test_area_and_box() -> None:
         [10, 20],
         [10, -5, H * W - 5],
         [1.5, H * W - 1.5],
+        [2**70, 3],
+        "".join(chr(48 + 32) for _ in range(9)) + "1",
         ["1", "2"],
         None,
         7,
@@ -112,3 +114,8 @@ def test_no_segmentation(segmentation: object) -> None:
 
 def test_polygons_may_leave_the_image() -> None:
     assert area_and_box(to_rle([[-50, -50, 90, -50, 90, 70, -50, 70]], H, W)) == (H * W, [0, 0, W, H])
+
+
+def test_images_beyond_32_bits() -> None:
+    with pytest.raises(ValueError, match=r"expected an image of at most 2147483647 px for masks, got 50000 x 50000 px"):
+        to_rle([[1, 1, 9, 1, 9, 9]], 50_000, 50_000)

@@ -84,7 +84,7 @@ def _random_case(seed: int) -> tuple[Item, list[Item]]:
 
 
 def test_equals_plain_loops() -> None:
-    for seed in range(30):
+    for seed in range(15):
         truth, results = _random_case(seed)
         for limits in ((1, 10, 100), (1, 2)):
             got = coco_score(truth, results, max_dets=limits)["stats"]
@@ -322,7 +322,8 @@ def test_options_out_of_range(options: Item, message: str) -> None:
         coco_score(_truth([1, 2, 3, 4]), [], **options)
 
 
-def test_without_faster_coco_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("iou", ["bbox", "segm"])
+def test_without_faster_coco_eval(iou: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(GigaxtError, match="coco_score needs faster-coco-eval: pip install"):
-        coco_score(_truth([1, 2, 3, 4]), [])
+        coco_score(_truth([1, 2, 3, 4], segmentation=SQUARE), [], iou=iou)

@@ -275,6 +275,8 @@ def test_tables_that_do_not_fit(tmp_path: Path) -> None:
         xview3_score(truth, truth, scenes="z")
     with pytest.raises(DataError, match="one cell a row in column `vessel_length_m`, got shape"):
         xview3_score(truth | {"vessel_length_m": [[1, 2]]}, truth)
+    with pytest.raises(DataError, match="one cell a row in column `is_vessel`"):
+        xview3_score(truth | {"is_vessel": True}, truth)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gigaxt.errors import ConfigError, GigaxtError
-from gigaxt.metrics.coco_json import Iou, read_predictions, read_truth
+from gigaxt.metrics.coco_json import Iou, Json, Numbering, read_predictions, read_truth
+from gigaxt.metrics.coco_split import is_large, split, take_best
 
 SIZES = ("small", "medium", "large")
 """Objects of up to 32 x 32 px, up to 96 x 96 px, and larger ones; "all" comes before them in the arrays."""
@@ -39,8 +41,7 @@ def coco_score(
             width, height) or `segmentation`. What has no box has that of its mask, what has no mask that of its box.
         iou: overlap of boxes or of masks.
         max_dets: numbers of predictions for each image and category, best first, at which recall is measured; the rest
-            is at the largest. It must be raised where an image has more than 100 objects of a category. Memory grows
-            with its product with the objects: 10,000 x 10,000 take 0.8 GB.
+            is at the largest. It must be raised where an image has more than 100 objects of a category.
         use_categories: False: all objects are of one category.
 
     Returns:
@@ -54,11 +55,40 @@ def coco_score(
         GigaxtError: faster-coco-eval is not installed.
     """
     limits = _check_options(iou, max_dets)
-    coco, evaluator = _faster_coco_eval()
+    api = _faster_coco_eval()
     numbering, objects = read_truth(truth, iou)
     found = read_predictions(predictions, numbering, iou)
+    evaluate = partial(_evaluate, api, numbering, iou=iou, use_categories=use_categories)
+    best = [take_best(found, limit, by_category=use_categories) for limit in limits]
+    if is_large(objects, best[-1]):
+        each = [evaluate(*split(objects, items), limits=[len(items)]) for items in best]
+        precision, recall = (np.concatenate(arrays, axis=-1) for arrays in zip(*each, strict=True))
+    else:
+        precision, recall = evaluate(objects, found, {image: image for image in numbering.sizes}, limits=limits)
+    categories = list(numbering.categories) if use_categories else []
+    by_category = {str(id_): _mean(precision[:, :, k, _ALL_SIZES, -1]) for k, id_ in enumerate(categories)}
+    return {"stats": _summary(precision, recall, limits), "per_category_AP": by_category}
+
+
+def _evaluate(
+    api: tuple[Any, Any],
+    numbering: Numbering,
+    objects: list[Json],
+    found: list[Json],
+    images: Mapping[int, int],
+    *,
+    iou: Iou,
+    use_categories: bool,
+    limits: list[int],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Precision (IoU, recall, categories, sizes, limits) and recall (IoU, categories, sizes, limits).
+
+    `images` are numbers of images and, for each, the one of the truth whose size it has.
+    """
+    coco, evaluator = api
+    sizes = {image: numbering.sizes[old] for image, old in images.items()}
     frame = {
-        "images": [{"id": number, "height": h, "width": w} for number, (h, w) in numbering.sizes.items()],
+        "images": [{"id": image, "height": h, "width": w} for image, (h, w) in sizes.items()],
         "categories": [{"id": number} for number in numbering.categories.values()],
     }
     log = logging.getLogger(__name__).debug
@@ -68,11 +98,7 @@ def coco_score(
     evaluation.params.useCats = int(use_categories)
     evaluation.evaluate()
     evaluation.accumulate()
-    # (IoU, recall, categories, sizes, limits) and (IoU, categories, sizes, limits)
-    precision, recall = (np.asarray(evaluation.eval[key]) for key in ("precision", "recall"))
-    categories = list(numbering.categories) if use_categories else []
-    by_category = {str(id_): _mean(precision[:, :, k, _ALL_SIZES, -1]) for k, id_ in enumerate(categories)}
-    return {"stats": _summary(precision, recall, limits), "per_category_AP": by_category}
+    return np.asarray(evaluation.eval["precision"]), np.asarray(evaluation.eval["recall"])
 
 
 def _summary(precision: NDArray[np.float64], recall: NDArray[np.float64], limits: list[int]) -> dict[str, float]:
@@ -101,6 +127,7 @@ def _check_options(iou: str, max_dets: Sequence[int]) -> list[int]:
 
 
 def _faster_coco_eval() -> tuple[Any, Any]:
+    """Its dataset and its evaluation."""
     try:
         from faster_coco_eval import COCO, COCOeval_faster
     except ImportError as error:

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 FAR_OUTSIDE = 10
 """A polygon may leave its image by this many of its sides; the rasteriser's memory grows with the outline."""
+MAX_PIXELS = 2**31 - 1
+"""Of an image with masks: the compiled code counts pixels with 32 bits."""
+_MAX_GROUPS = 7  # 35 bits
 
 
 def to_rle(segmentation: object, height: int, width: int) -> dict[str, Any]:
@@ -26,6 +29,10 @@ def to_rle(segmentation: object, height: int, width: int) -> dict[str, Any]:
     """
     from faster_coco_eval import mask as api
 
+    if height * width > MAX_PIXELS:
+        raise ValueError(
+            f"expected an image of at most {MAX_PIXELS} px for masks, got {height} x {width} px; score boxes"
+        )
     if isinstance(segmentation, Mapping):
         _check_runs(segmentation, height, width)
     elif isinstance(segmentation, Sequence) and segmentation and not isinstance(segmentation, (str, bytes)):
@@ -60,7 +67,7 @@ def decode_runs(counts: str | bytes) -> NDArray[np.int64]:
         raise ValueError(f"expected compressed run lengths as counts, got {counts!r:.60}")
     ends = np.flatnonzero(is_last) + 1
     groups = np.diff(ends, prepend=0)
-    if groups.max() > 12:  # 60 bits
+    if groups.max() > _MAX_GROUPS:
         raise ValueError(f"expected run lengths within the image, got {counts!r:.60}")
     starts = ends - groups
     shift = 5 * (np.arange(len(codes)) - np.repeat(starts, groups))
@@ -76,10 +83,12 @@ def _check_runs(rle: Mapping[str, Any], height: int, width: int) -> None:
         raise ValueError(f"expected run lengths of the image's size, {[height, width]}, got {size!r:.60}")
     if isinstance(counts, (str, bytes)):
         runs = decode_runs(counts)
-    elif isinstance(counts, Sequence) and all(isinstance(run, (int, np.integer)) for run in counts):
+    elif isinstance(counts, Sequence) and all(
+        isinstance(run, (int, np.integer)) and 0 <= run <= MAX_PIXELS for run in counts
+    ):
         runs = np.array(counts, dtype=np.int64)
     else:
-        raise ValueError(f"expected text or whole numbers as counts, got {counts!r:.60}")
+        raise ValueError(f"expected text or numbers of pixels as counts, got {counts!r:.60}")
     if (runs < 0).any() or runs.sum() != height * width:
         raise ValueError(f"expected run lengths that add up to {height * width} pixels, got {int(runs.sum())}")
 

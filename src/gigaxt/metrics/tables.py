@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ class Table:
             return
         self.name, self._row_word = name, "row"
         self._names, self._columns = _column_names(source, name), source
-        lengths = {column: len(source[column]) for column in self._names}  # type: ignore[index]  # checked: has columns
+        columns = {column: self._columns[column] for column in self._names}
+        lengths = {name: len(column) for name, column in columns.items() if isinstance(column, Sized)}
         if len(set(lengths.values())) > 1:
             raise DataError(f"{name}: expected columns of one length, got {lengths}")
         self._numbers = range(max(lengths.values(), default=0))
