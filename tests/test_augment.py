@@ -13,8 +13,8 @@ from gigaxt.augment import (
     compose,
     dihedral,
     draw_augmentation,
+    draw_crop,
     inverse,
-    random_crop,
     resample_below,
     turn,
 )
@@ -227,12 +227,12 @@ def test_mirror_images_are_drawn_half_of_the_time() -> None:
 
 
 def test_random_crops_are_inside_and_spread_as_asked() -> None:
-    image = ArrayImage(np.zeros((300, 400), np.uint8))
-    crops = [random_crop(image, seed, 0.25) for seed in range(2000)]
-    again = random_crop(image, 3, 0.25)
-    assert (again.name, again.width, again.height) == (crops[3].name, crops[3].width, crops[3].height)
-    areas = np.array([crop.width * crop.height for crop in crops]) / image.height / image.width
-    ratios = np.array([crop.width / crop.height for crop in crops])
+    x, y, w, h = np.array([draw_crop(300, 400, seed, 0.25) for seed in range(2000)]).T
+    assert draw_crop(300, 400, 3, 0.25) == (x[3], y[3], w[3], h[3])
+    assert min(x.min(), y.min()) == 0
+    assert (x + w).max() == 400
+    assert (y + h).max() == 300
+    areas, ratios = w * h / 300 / 400, w / h
     assert 0.24 < areas.min() < 0.26
     assert areas.max() > 0.9
     assert 0.74 < ratios.min() < 0.77
@@ -248,7 +248,7 @@ def test_random_crops_are_inside_and_spread_as_asked() -> None:
 )
 def test_crops_of_narrow_images_are_the_middle(size: tuple[int, int], expected: tuple[int, int]) -> None:
     """(height, width) of the image; (width, height) of the crop."""
-    image = ArrayImage(np.arange(size[0] * size[1]).reshape(size))
     for seed in range(20):
-        crop = random_crop(image, seed, 1.0)
-        assert (crop.width, crop.height) == expected
+        x, y, *crop = draw_crop(*size, seed, 1.0)
+        assert tuple(crop) == expected
+        assert (x, y) == ((size[1] - crop[0]) // 2, (size[0] - crop[1]) // 2)

@@ -9,10 +9,12 @@ import torch
 from PIL import Image as Pillow
 
 import gigaxt
-from gigaxt.augment import ColourAugmented, colour_augmented, dihedral, random_crop
+from gigaxt.augment import ColourAugmented, colour_augmented, dihedral, draw_crop
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image import open_image
+from gigaxt.image.views import Cropped
 from gigaxt.inputs import InputConfig, resized, to_size
+from gigaxt.targets import MaskTarget, as_mask
 from tiny_models import classifier, segmenter, tiny_model
 
 RGB = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}
@@ -39,9 +41,11 @@ def test_sizes(size: tuple[int, int], side: Any, expected: tuple[int, int]) -> N
 
 
 def test_nothing_is_touched_without() -> None:
-    image, mask = open_image(noise(30, 40, 3)), open_image(noise(30, 40))
-    assert to_size(image, mask, InputConfig()) == (image, mask)
-    assert to_size(image, mask, InputConfig(resize_px=40)) == (image, mask)  # it has that size
+    image, target = open_image(noise(30, 40, 3)), as_mask(noise(30, 40))
+    assert to_size(image, target, InputConfig()) == (image, target)
+    same, moved = to_size(image, target, InputConfig(resize_px=40))  # it has that size
+    assert isinstance(moved, MaskTarget)
+    assert (same, moved.mask) == (image, target.mask)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +120,6 @@ def test_a_crop_is_resized_as_a_picture_of_its_own() -> None:
     model.config.input.resize_px, model.config.input.resize_side = 64, "both"
     pixels = noise(90, 120, 3)
     for seed in range(5):
-        part = random_crop(open_image(pixels), seed, 0.08)
+        part = Cropped(open_image(pixels), *draw_crop(*pixels.shape[:2], seed, 0.08))
         cut = part.read(0, 0, part.width, part.height)
         torch.testing.assert_close(model([part]), model([open_image(cut)]), rtol=0, atol=0)

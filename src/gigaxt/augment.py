@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from gigaxt.errors import ConfigError
 from gigaxt.image.base import Image, Level, Mask, Pixels
 from gigaxt.image.resize import resize
-from gigaxt.image.views import Cropped, band_index, copy_description, resample
+from gigaxt.image.views import band_index, copy_description, resample
 from gigaxt.randaugment import RandAugmented
 
 Array = TypeVar("Array", bound=NDArray[np.generic])
@@ -125,28 +125,29 @@ def draw_augmentation(seed: int, channels: int, *, dihedral: bool, colour: float
     return Augmentation(k, np.exp(log_gain).astype(np.float32), offset.astype(np.float32))
 
 
-def random_crop(image: Image, seed: int, min_area: float) -> Image:
-    """A window of `image` of random size, shape and place (Szegedy et al., Going deeper with convolutions, 2014).
+def draw_crop(height: int, width: int, seed: int, min_area: float) -> tuple[int, int, int, int]:
+    """A window (x, y, w, h) of an image, of random size, shape and place.
 
-    Its area is uniform between `min_area` and 1 of the image's, the logarithm of its aspect ratio between 3:4 and 4:3.
+    Szegedy et al.: Going deeper with convolutions, 2014. Its area is uniform between `min_area` and 1 of the image's,
+    the logarithm of its aspect ratio between 3:4 and 4:3.
     Where ten draws in turn do not fit into the image, it is the largest window in the middle with the nearest ratio.
     timm and torchvision resize it at once and call it a random resized crop; here that is up to the model's `input`.
 
     Args:
-        image: of any size.
+        height: of the image, px.
+        width: of the image, px.
         seed: any integer from 0.
         min_area: smallest share of the image, 0 to 1.
     """
     random, (low, high) = np.random.default_rng([seed, _CROP]), (3 / 4, 4 / 3)
     for area, log_ratio, across, down in random.random((10, 4)):
-        pixels = image.height * image.width * (min_area + (1 - min_area) * area)
+        pixels = height * width * (min_area + (1 - min_area) * area)
         ratio = float(np.exp(np.log(low) + (np.log(high) - np.log(low)) * log_ratio))
-        width, height = round(float(np.sqrt(pixels * ratio))), round(float(np.sqrt(pixels / ratio)))
-        if 0 < width <= image.width and 0 < height <= image.height:
-            x, y = int(across * (image.width - width + 1)), int(down * (image.height - height + 1))
-            return Cropped(image, x, y, width, height)
-    width, height = min(image.width, round(image.height * high)), min(image.height, round(image.width / low))
-    return Cropped(image, (image.width - width) // 2, (image.height - height) // 2, max(1, width), max(1, height))
+        w, h = round(float(np.sqrt(pixels * ratio))), round(float(np.sqrt(pixels / ratio)))
+        if 0 < w <= width and 0 < h <= height:
+            return int(across * (width - w + 1)), int(down * (height - h + 1)), w, h
+    w, h = max(1, min(width, round(height * high))), max(1, min(height, round(width / low)))
+    return (width - w) // 2, (height - h) // 2, w, h
 
 
 _CROP = 1

@@ -187,7 +187,7 @@ def _write_mask(output: Path, model: GigaXT, image: Image, progress: Progress | 
         categorical=True,
     ) as writer:
         empty_cores = _left_out(batch.scenes[0].grid)
-        for done, (x, y, logits, valid) in enumerate(model.predict_regions(batch), start=1):
+        for done, (x, y, (logits,), valid) in enumerate(model.predict_regions(batch), start=1):
             # In turn with the others: the writer holds what waits for its neighbours.
             while empty_cores and (empty_cores[0][1], empty_cores[0][0]) < (y, x):
                 writer.leave_out(*empty_cores.popleft())

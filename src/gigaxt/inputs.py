@@ -8,6 +8,7 @@ from typing import Literal
 from gigaxt.augment import resample_below, resize_below
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image.base import Image
+from gigaxt.targets import SceneTarget
 
 SAME_SIZE = 0.01
 """Pixel sizes that differ by less than this share are the same."""
@@ -59,8 +60,10 @@ class InputConfig:
             raise ConfigError("input: `resize_px` and a pixel size (`mpp`, `gsd_m`) exclude each other; give one")
 
 
-def to_pixel_size(image: Image, config: InputConfig, target: Image | None = None) -> tuple[Image, Image | None]:
-    """An image, and its mask with it, on the model's pixel size.
+def to_pixel_size(
+    image: Image, config: InputConfig, target: SceneTarget | None = None
+) -> tuple[Image, SceneTarget | None]:
+    """An image, and its target with it, on the model's pixel size.
 
     Raises:
         DataError: the image has no pixel size though the model has one, or its pixels are far too coarse.
@@ -80,17 +83,17 @@ def to_pixel_size(image: Image, config: InputConfig, target: Image | None = None
             f"{image.name}: the model works at {wanted} {unit} a pixel, "
             f"the image has only {own[0]:.4g} x {own[1]:.4g} {unit}"
         )
-    mask = None if target is None else resample_below(target, scale_x, scale_y, nearest=True)
-    return resample_below(image, scale_x, scale_y), mask
+    moved = None if target is None else target.resampled(scale_x, scale_y)
+    return resample_below(image, scale_x, scale_y), moved
 
 
-def to_size(image: Image, target: Image | None, config: InputConfig) -> tuple[Image, Image | None]:
-    """An image, and its mask with it, at the size that the model wants, if it wants one."""
+def to_size(image: Image, target: SceneTarget | None, config: InputConfig) -> tuple[Image, SceneTarget | None]:
+    """An image, and its target with it, at the size that the model wants, if it wants one."""
     if config.resize_px is None:
         return image, target
     width, height = resized(image.width, image.height, config.resize_px, config.resize_side)
-    mask = None if target is None else resize_below(target, width, height, nearest=True)
-    return resize_below(image, width, height), mask
+    moved = None if target is None else target.resized(width, height)
+    return resize_below(image, width, height), moved
 
 
 def resized(width: int, height: int, px: int, side: Literal["longest", "shortest", "both"]) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from gigaxt.image.open import PICTURE_SUFFIXES
 from gigaxt.image.views import resample
 from gigaxt.inputs import InputConfig, to_pixel_size, to_size
 from gigaxt.regions import Place, RegionGrid, keep_valid
+from gigaxt.targets import SceneTarget
 
 
 class TensorImage:
@@ -62,16 +63,16 @@ class Chunk:
 
 
 class Scene:
-    """One image at the model's pixel size or size, its grid, and its mask if there is one."""
+    """One image at the model's pixel size or size, its grid, and its target if it is dense."""
 
     def __init__(
-        self, image: Image | TensorImage, config: InputConfig, region: int, channels: int, target: Image | None
+        self, image: Image | TensorImage, config: InputConfig, region: int, channels: int, target: SceneTarget | None
     ):
+        if target is not None:
+            target.check(image)
         if isinstance(image, Image):
             if config.band_names is not None and list(image.band_names) != config.band_names:
                 image = self._select(image, config.band_names)
-            if target is not None:
-                check_mask(image, target)
             image, target = to_size(*to_pixel_size(image, config, target), config)
         if image.channels != channels:
             picture = channels == 3 and image.name.lower().endswith(PICTURE_SUFFIXES)
@@ -108,6 +109,15 @@ class Scene:
         )
         return TensorImage(shrunk[0], self.image.name)
 
+    def core_validity(self, x: int, y: int) -> Mask:
+        """Which pixels of the core at (x, y) lie in the image and have data: (core, core)."""
+        core = self.grid.core
+        if isinstance(self.image, Image) and not self.image.all_valid:
+            return self.image.validity(x, y, core, core)
+        valid = np.zeros((core, core), dtype=np.bool_)
+        valid[: self.image.height - y, : self.image.width - x] = True
+        return valid
+
     def _normalisation(self, config: InputConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(scale, shift) a band: normalised = pixel * scale + shift, colour augmentation included."""
         channels = self.image.channels
@@ -134,7 +144,7 @@ class SceneBatch:
         region: px on a side.
         channels: bands that the model takes.
         tokens_per_core: t, tokens along a side of a region's core.
-        targets: mask Images, for dense models.
+        targets: of the images, for dense models.
     """
 
     def __init__(
@@ -145,7 +155,7 @@ class SceneBatch:
         region: int,
         channels: int,
         tokens_per_core: int,
-        targets: Sequence[Image] | None = None,
+        targets: Sequence[SceneTarget] | None = None,
     ) -> None:
         sources: Sequence[Image | TensorImage]
         if isinstance(images, Tensor):
@@ -160,11 +170,13 @@ class SceneBatch:
             sources, self.cases = by_case(images)
         if not sources:
             raise DataError("expected at least one image, got none")
-        masks: Sequence[Image | None] = [None] * len(sources) if targets is None else list(targets)
-        if len(masks) != len(sources):
-            raise DataError(f"{len(sources)} images, {len(masks)} targets: expected one target an image")
+        wanted: Sequence[SceneTarget | None] = [None] * len(sources) if targets is None else list(targets)
+        if len(wanted) != len(sources):
+            raise DataError(f"{len(sources)} images, {len(wanted)} targets: expected one target an image")
         self.config, self.region, self.t = config, region, tokens_per_core
-        self.scenes = [Scene(image, config, region, channels, mask) for image, mask in zip(sources, masks, strict=True)]
+        self.scenes = [
+            Scene(image, config, region, channels, target) for image, target in zip(sources, wanted, strict=True)
+        ]
         placed = [(s, i, place) for s, scene in enumerate(self.scenes) for i, place in enumerate(scene.grid.places)]
         self.places = [p for p in placed if p[2].level == 0] + [p for p in placed if p[2].level > 0]
         self.full_size = sum(place.level == 0 for _, _, place in self.places)
@@ -205,25 +217,22 @@ class SceneBatch:
         }
 
     def load_targets(self, chunk: Chunk) -> dict[str, Tensor]:
-        """Masks of the regions' cores.
+        """What the targets draw of the regions' cores, and where it counts.
 
         Returns:
-            target (n, core, core) int64; valid (n, core, core) bool, False outside the image, at its nodata and at the
-            mask's.
+            What `SceneTarget.draw` gives, with the regions as first dimension, and valid (n, core, core) bool: False
+            outside the image, at its nodata, and where the target says so.
         """
-        masks, valid = [], []
+        drawn: list[dict[str, NDArray[Any]]] = []
         for s, _, place in chunk.places:
             scene = self.scenes[s]
             assert scene.target is not None
-            x, y = place.col * scene.grid.core, place.row * scene.grid.core
-            window = (x, y, scene.grid.core, scene.grid.core)
-            pixels, mask = scene.target.read_valid(*window)
-            if not scene.image.all_valid and isinstance(scene.image, Image):
-                # As in regions that are left out: where there is no data, nothing is learnt, whatever the mask says.
-                mask = mask & scene.image.validity(*window)
-            masks.append(pixels[..., 0].astype(np.int64))
-            valid.append(mask)
-        return {"target": torch.from_numpy(np.stack(masks)), "valid": torch.from_numpy(np.stack(valid))}
+            core = scene.grid.core
+            x, y = place.col * core, place.row * core
+            found = scene.target.draw(x, y, core, core)
+            # As in regions that are left out: where there is no data, nothing is learnt, whatever the target says.
+            drawn.append({**found, "valid": scene.core_validity(x, y) & found.get("valid", True)})
+        return {name: torch.from_numpy(np.stack([found[name] for found in drawn])) for name in drawn[0]}
 
     def _cut(self, start: int, stop: int, regions: int) -> list[Chunk]:
         return [Chunk(self, first, min(first + regions, stop)) for first in range(start, stop, regions)]
@@ -292,21 +301,6 @@ def _file_identity(name: str) -> tuple[str, int, int] | None:
     except (OSError, ValueError):
         return None
     return None if stat is None else (str(path), stat.st_mtime_ns, stat.st_size)
-
-
-def check_mask(image: Image, mask: Image) -> None:
-    """A mask must lie on the image's grid.
-
-    Raises:
-        DataError: it has another size, or several bands.
-    """
-    if (mask.height, mask.width) != (image.height, image.width):
-        raise DataError(
-            f"{mask.name}: the mask has {mask.width} x {mask.height} px, "
-            f"its image {image.name} has {image.width} x {image.height}"
-        )
-    if mask.channels != 1:
-        raise DataError(f"{mask.name}: expected a mask of one band with class numbers, got {mask.channels} bands")
 
 
 def _crop(tensor: Tensor, x: int, y: int, w: int, h: int) -> Tensor:

@@ -80,7 +80,7 @@ def test_survival(write) -> None:
     assert (manifest.task, manifest.target, manifest.classes) == ("classification", "survival", ())
     assert manifest.target_of(manifest.rows[0]).tolist() == [12.5, 1]
     assert manifest.target_of(manifest.rows[2]).tolist() == [100000000.25, 1]  # no two times become equal
-    with pytest.raises(DataError, match="got neither; `time` and `event` are of target survival"):
+    with pytest.raises(DataError, match="got none; `time` and `event` are of target survival"):
         Manifest.read(path)
     with_label = write("image,time,event,label", "a,1,1,x", "b,1,1,y")
     assert Manifest.read(with_label, target=None).target == "single"

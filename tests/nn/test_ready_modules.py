@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import gigaxt
 from gigaxt import CheckpointError, ConfigError, GigaXT, ModelConfig, build_model, open_image
 from gigaxt.image.memory import ArrayImage
 from gigaxt.nn.context import ContextConfig, Full
+from gigaxt.nn.heads.dense import Answers, DenseHead
 from gigaxt.nn.keyed import KeyedDropout
 from gigaxt.streaming import Streaming
+from gigaxt.targets import MaskTarget, as_mask
 
 DIM, CLASSES = 16, 3
 BUDGETS = [Streaming(chunk_regions=1), Streaming(host_gib=1.0), Streaming(budget_gib=1.0, chunk_regions=3)]
@@ -68,7 +70,7 @@ class ClassifyHead(nn.Module):
         return F.cross_entropy(logits, targets)
 
 
-class SegmentHead(nn.Module):
+class SegmentHead(DenseHead):
     def __init__(self) -> None:
         super().__init__()
         self.of_map, self.of_context = nn.Conv2d(6, CLASSES, 1), nn.Conv2d(DIM, CLASSES, 1)
@@ -78,10 +80,23 @@ class SegmentHead(nn.Module):
         fine = self.of_map(maps[0])
         return F.interpolate(fine * F.interpolate(coarse, size=fine.shape[2:]), scale_factor=4)
 
-    def loss_sums(self, logits: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        losses = F.cross_entropy(logits, target.long().clamp(max=CLASSES - 1), reduction="none") * valid
-        confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.float64)
-        return losses.sum(dtype=torch.float64), valid.sum(dtype=torch.float64), confusion
+    def shapes(self, core_px: int) -> list[tuple[int, int, int]]:
+        return [(CLASSES, core_px, core_px)]
+
+    def as_target(self, target: Any) -> MaskTarget:
+        return as_mask(target)
+
+    def loss_sums(self, answers: Answers, targets: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        assert isinstance(answers, Tensor)
+        valid = targets["valid"]
+        losses = F.cross_entropy(answers, targets["target"].clamp(max=CLASSES - 1), reduction="none") * valid
+        return losses.sum(dtype=torch.float64), valid.sum(dtype=torch.float64)
+
+    def loss(self, sums: Sequence[Tensor]) -> Tensor:
+        return sums[0] / sums[1]
+
+    def scores(self, sums: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {"loss_sum": sums[0], "weight_sum": sums[1], "confusion": torch.zeros(CLASSES, CLASSES)}
 
 
 SECTIONS: dict[str, Callable[[ModelConfig], nn.Module]] = {
@@ -305,7 +320,17 @@ class Returns(nn.Module):
     def __init__(self, module: nn.Module, change: Callable[[Any], Any]) -> None:
         super().__init__()
         self.module, self.change = module, change
-        for name in ("dim", "tokens_per_side", "map_channels", "map_strides", "loss"):
+        for name in (
+            "dim",
+            "tokens_per_side",
+            "map_channels",
+            "map_strides",
+            "loss",
+            "scores",
+            "as_target",
+            "shapes",
+            "linear",
+        ):
             if hasattr(module, name):
                 setattr(self, name, getattr(module, name))
 
@@ -332,8 +357,8 @@ class Returns(nn.Module):
             r"context: expected tokens \(1, 144, 16\), got \(1, 143,",
         ),
         ("head", "classify", lambda y: y[:, 1:], r"head: expected logits \(1, 3\), got \(1, 2\)"),
-        ("head", "segment", lambda y: y[..., 1:], r"head: expected logits \(\d, 3, 64, 64\), got \(\d, 3, 64, 63\)"),
-        ("head", "segment", lambda y: y, r"all in float64, got \(\), \(\), \(3, 3\)"),
+        ("head", "segment", lambda y: y[..., 1:], r"head: expected a map \(\d, 3, 64, 64\), got \(\d, 3, 64, 63\)"),
+        ("head", "segment", lambda y: y, r"in float64, got \(\) float32, \(\) float32"),
     ],
 )
 def test_refused_when_called(section: str, head: str, change: Callable[[Any], Any], message: str) -> None:

@@ -30,7 +30,7 @@ def manifest(tmp_path: Path) -> Manifest:
 def test_targets(manifest: Manifest) -> None:
     task = Segmentation(manifest, 3, 255)
     rows, image = manifest.rows, open_image(manifest.rows[0].image)
-    mask = task.target(rows[0], image)
+    mask = task.target(rows[0], image).mask
     assert (mask.height, mask.width, mask.channels) == (20, 30, 1)
     with pytest.raises(DataError, match=r"small\.tif.*29 x 20 px.*image\.tif has 30 x 20"):
         task.target(rows[1], image)

@@ -73,7 +73,8 @@ def test_masks_are_cut_and_turned_alike(folder: Path) -> None:
     samples = Samples(manifest.cases("train"), Segmentation(manifest, 250, None, None))
     config = AugmentConfig(dihedral=True, crop_area=0.2)
     for seed in range(12):
-        _, (image,), mask = samples.augmented(0, seed, config)
+        _, (image,), target = samples.augmented(0, seed, config)
+        mask = target.mask
         assert (image.height, image.width) == (mask.height, mask.width)
         window = (0, 0, image.width, image.height)
         np.testing.assert_array_equal(image.read(*window)[..., 0], mask.read(*window)[..., 0])

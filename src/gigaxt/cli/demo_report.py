@@ -133,8 +133,8 @@ of 64 px at a time cannot know: it guesses. A model whose regions tell each othe
 
 
 def _small_panels(row: Row, models: Mapping[str, GigaXT], colours: Sequence[Colour]) -> Iterator[tuple[str, Picture]]:
-    assert row.mask is not None
-    image, target = open_image(row.image), open_image(row.mask)
+    assert row.target_path is not None
+    image, target = open_image(row.image), open_image(row.target_path)
     picture = thumbnail(image, max(image.height, image.width))
     yield "input", _enlarged(picture)
     yield "target", _enlarged(overlay_mask(picture, mask_thumbnail(target, len(picture)), colours, opacity=OPACITY))

@@ -66,7 +66,9 @@ def check_manifest(
     manifest = Manifest.read(csv, task=task, target=target, label_columns=label_columns)
     missing = [Problem(row.line, path, "does not exist") for row, path in manifest.missing_files()]
     gone = {problem.line for problem in missing}
-    rows = list({(row.image, row.mask): row for row in reversed(manifest.rows) if row.line not in gone}.values())[::-1]
+    rows = list(
+        {(row.image, row.target_path): row for row in reversed(manifest.rows) if row.line not in gone}.values()
+    )[::-1]
     looker = _Looker(
         manifest=manifest,
         windows=int(np.clip(WINDOWS_IN_ALL // max(len(rows), 1), 2, 16)),
@@ -113,8 +115,8 @@ class _Looker:
     def look(self, row: Row) -> _Finding:
         finding = _Finding()
         image, mask = self._open(row, row.image, finding), None
-        if row.mask is not None:
-            mask = self._open(row, row.mask, finding)
+        if row.target_path is not None:
+            mask = self._open(row, row.target_path, finding)
         try:
             self.manifest.verify(row)
         except GigaxtError as error:
@@ -155,15 +157,15 @@ class _Looker:
             finding.empty.append(Problem(row.line, row.image, "no valid pixel in what was read"))
 
     def _look_at_mask(self, row: Row, image: Image | None, mask: Image, finding: _Finding) -> None:
-        assert row.mask is not None
+        assert row.target_path is not None
         wrong = _wrong_mask(image, mask)
         if wrong:
-            finding.mismatched.append(Problem(row.line, row.mask, wrong))
+            finding.mismatched.append(Problem(row.line, row.target_path, wrong))
             return
         try:
             finding.values, finding.values_sampled = class_values(mask, self.mask_pixels)
         except (GigaxtError, OSError) as error:
-            finding.unreadable.append(Problem(row.line, row.mask, _cause(error)))
+            finding.unreadable.append(Problem(row.line, row.target_path, _cause(error)))
 
     def _draw(self, row: Row, image: Image, keep: NDArray[np.bool_] | None, finding: _Finding) -> None:
         from gigaxt import draw
@@ -175,8 +177,8 @@ class _Looker:
         picture = draw.thumbnail(image)
         if keep is not None:
             picture = draw.outline_regions(picture, keep, WINDOW * picture.shape[1] / image.width)
-        if row.mask is not None:
-            picture = draw.with_mask(picture, open_image(row.mask))
+        if row.target_path is not None:
+            picture = draw.with_mask(picture, open_image(row.target_path))
         finding.overlay = draw.save_png(picture, path)
 
 

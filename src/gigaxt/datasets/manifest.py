@@ -50,6 +50,8 @@ Task = Literal["classification", "segmentation"]
 
 TARGET_COLUMNS: dict[str, Task] = {"label": "classification", "mask": "segmentation"}
 """The column that holds what is to be learnt, and the task that it stands for."""
+DENSE_COLUMNS: dict[Task, str] = {task: column for column, task in TARGET_COLUMNS.items() if task != "classification"}
+"""Tasks that learn from a file, and the column with its path."""
 OPTIONAL_COLUMNS = ("split", "group", "case", "sha256", "label_id")
 KNOWN_COLUMNS = frozenset(("image", *TARGET_COLUMNS, *OPTIONAL_COLUMNS))
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -64,9 +66,10 @@ class Row:
     """Line of the CSV, from 1; the header is line 1."""
     label: str | None = None
     """As written, stripped; None where answers stand in other columns."""
-    mask: Path | None = None
+    target_path: Path | None = None
+    """The file that a dense task learns from, such as a mask."""
     answer: Answer = field(default_factory=Answer)
-    """What the row says; that of its case where its own is not known. Empty in a segmentation manifest."""
+    """What the row says; that of its case where its own is not known. Empty where there is a target_path."""
     split: str = ""
     """train, val or test."""
     group: str | None = None
@@ -118,7 +121,7 @@ class Manifest:
 
         Args:
             path: the CSV.
-            task: which column counts where the CSV has both `label` and `mask`; None: the only one.
+            task: which column counts where the CSV has several, such as `label` and `mask`; None: the only one.
             target: `single`: a label is one class; `multi`: several, separated by `|`, or none; `regression`: numbers,
                 separated by `|`; `survival`: `time` until the `event` (1) or until it had not come yet (0). None: what
                 the columns suggest.
@@ -140,7 +143,7 @@ class Manifest:
             check_fold(fold)
         header, lines = read_cells(path)
         target = target or default_target(header, label_columns or ())
-        columns = LABEL if task == "segmentation" else answer_columns(path, header, target, label_columns or ())
+        columns = LABEL if task in DENSE_COLUMNS else answer_columns(path, header, target, label_columns or ())
         task = _task_of(path, header, task, columns)
         rows = [_row(path, header, task, target, columns, line, cells) for line, cells in lines]
         if not rows:
@@ -175,7 +178,7 @@ class Manifest:
     def cases(self, split: str | None = None) -> list[Case]:
         """The samples of a split, or of all: rows that share `case` together, in the order of their first line.
 
-        In a segmentation manifest every row is its own, since every image has its own mask.
+        In the manifest of a dense task every row is its own, since every image has its own target.
         """
         return _cases(self.rows if split is None else self.split(split), self.task)
 
@@ -212,11 +215,11 @@ class Manifest:
 
         Returns:
             `single`: the class index. `multi`: (classes,) float32 of 0 and 1, NaN where a label column is empty.
-            `regression`: (numbers,) float32, likewise. `survival`: (time, event), float64. Segmentation: the path of
-            the mask.
+            `regression`: (numbers,) float32, likewise. `survival`: (time, event), float64. Dense tasks: the path
+            of the target.
         """
-        if row.mask is not None:
-            return row.mask
+        if row.target_path is not None:
+            return row.target_path
         if row.answer.numbers:
             dtype = np.float64 if self.target == "survival" else np.float32  # times must not be made equal
             return np.asarray(row.answer.numbers, dtype=dtype)
@@ -234,11 +237,11 @@ class Manifest:
         return {name: counts[index] for index, name in enumerate(self.classes)}
 
     def missing_files(self) -> list[tuple[Row, Path]]:
-        """Images and masks that are not there, with their rows."""
-        return [(row, path) for row in self.rows for path in (row.image, row.mask) if path and not path.exists()]
+        """Images and target files that are not there, with their rows."""
+        return [(row, path) for row in self.rows for path in (row.image, row.target_path) if path and not path.exists()]
 
     def check_files(self) -> None:
-        """Raise where images or masks are not there.
+        """Raise where images or target files are not there.
 
         Raises:
             DataError: how many are missing, and the first of them.
@@ -287,10 +290,18 @@ def _task_of(path: Path, header: list[str], task: Task | None, columns: tuple[st
         hint = nearest("label", others) if others else ""
         if default_target(header, ()) == "survival":
             hint = "; `time` and `event` are of target survival"
-        raise DataError(f"{path}: expected a column `label` or `mask`, got neither{hint}")
+        raise DataError(f"{path}: expected a column {_or(TARGET_COLUMNS)}, got none{hint}")
     if len(found) > 1:
-        raise DataError(f"{path}: has both `label` and `mask`; say which counts with `task`, or remove one")
+        raise DataError(f"{path}: has {_and(found)}; say which counts with `task`, or remove one")
     return TARGET_COLUMNS[found[0]]
+
+
+def _or(names: Iterable[str]) -> str:
+    return " or ".join(f"`{name}`" for name in names)
+
+
+def _and(names: Iterable[str]) -> str:
+    return " and ".join(f"`{name}`" for name in names)
 
 
 def _row(
@@ -305,8 +316,9 @@ def _row(
     here = f"{path} line {line}"
     if not cells["image"]:
         raise DataError(f"{here}: `image` is empty; expected a path")
-    if task == "segmentation" and not cells["mask"]:
-        raise DataError(f"{here}: `mask` is empty; expected a path")
+    labelled = task == "classification"
+    if not labelled and not cells[DENSE_COLUMNS[task]]:
+        raise DataError(f"{here}: `{DENSE_COLUMNS[task]}` is empty; expected a path")
     split = cells.get("split", "")
     if "split" in header and split.lower() not in SPLIT_NAMES:
         hint = nearest(split.lower(), SPLITS) if split else f"; expected one of {', '.join(SPLITS)}"
@@ -314,12 +326,11 @@ def _row(
     digest = cells.get("sha256", "").lower()
     if digest and not re.fullmatch("[0-9a-f]{64}", digest):
         raise DataError(f"{here}: sha256 is {digest!r}; expected 64 hexadecimal digits")
-    labelled = task == "classification"
     return Row(
         image=path.parent / cells["image"],
         line=line,
         label=cells["label"] if labelled and columns == LABEL else None,
-        mask=None if labelled else path.parent / cells["mask"],
+        target_path=None if labelled else path.parent / cells[DENSE_COLUMNS[task]],
         answer=parse_answer(here, target, columns, cells) if labelled else Answer(),
         split=SPLIT_NAMES[split.lower()] if split else "",
         group=cells.get("group") or None,
@@ -330,7 +341,7 @@ def _row(
 
 
 def _cases(rows: Iterable[Row], task: Task) -> list[Case]:
-    if task == "segmentation":
+    if task in DENSE_COLUMNS:
         return [(row,) for row in rows]
     found: dict[str | int, list[Row]] = {}
     for row in rows:
@@ -356,7 +367,7 @@ def _divided(
 ) -> list[Case]:
     """The cases with the splits that seed and fold give them; each counts once, however many images it has."""
     answers = [case[0].answer for case in cases]
-    words = strata(target, columns, answers) if cases[0][0].mask is None else [""] * len(cases)
+    words = strata(target, columns, answers) if cases[0][0].target_path is None else [""] * len(cases)
     units = [(_placed(path, case[0]).unit, word) for case, word in zip(cases, words, strict=True)]
     if fold is None:
         splits = divide(units, seed, dict(zip(SPLITS, fractions, strict=True)))

@@ -46,7 +46,7 @@ def check_ready(ready: Ready, config: ModelConfig) -> None:
     for section, module in ready.given().items():
         if not isinstance(module, nn.Module):
             raise ConfigError(f"{section}: expected a ready nn.Module, got {module!r}")
-    dense = config.head.kind == "segment"
+    dense = config.head.kind != "classify"
     if ready.region_encoder is not None:
         _check_region_encoder(ready.region_encoder, config, dense)
     if ready.context is not None:
@@ -57,10 +57,11 @@ def check_ready(ready: Ready, config: ModelConfig) -> None:
                 "make them equal"
             )
     if ready.head is not None:
-        method = "loss_sums" if dense else "loss"
-        if not callable(getattr(ready.head, method, None)):
+        methods = ("loss_sums", "loss", "scores", "as_target", "shapes") if dense else ("loss",)
+        missing = [method for method in methods if not callable(getattr(ready.head, method, None))]
+        if missing:
             raise ConfigError(
-                f"head: a ready module for kind `{config.head.kind}` needs a method `{method}`, "
+                f"head: a ready module for kind `{config.head.kind}` needs a method `{missing[0]}`, "
                 f"{_name(ready.head)} has none"
             )
 
@@ -106,17 +107,30 @@ def check_logits(found: Any, shape: Sequence[int]) -> None:
     _check_shape("head: expected logits", found, shape)
 
 
+def check_answers(found: Any, regions: int, shapes: Sequence[tuple[int, int, int]]) -> None:
+    """What a dense head returned: maps of these shapes, one a region.
+
+    Raises:
+        ConfigError: something else.
+    """
+    maps = (found,) if isinstance(found, Tensor) else tuple(found)
+    if len(maps) != len(shapes):
+        raise ConfigError(f"head: expected {len(shapes)} maps, got {len(maps)}")
+    for answer, shape in zip(maps, shapes, strict=True):
+        _check_shape("head: expected a map", answer, (regions, *shape))
+
+
 def check_sums(found: Any) -> None:
     """What a dense head's `loss_sums` returned.
 
     Raises:
-        ConfigError: not three tensors in float64, the first two of them numbers.
+        ConfigError: no tuple of tensors in float64.
     """
-    good = isinstance(found, tuple) and len(found) == 3 and all(isinstance(t, Tensor) for t in found)
-    if not good or any(t.dtype != torch.float64 for t in found) or found[0].ndim or found[1].ndim:
+    good = isinstance(found, tuple) and found and all(isinstance(t, Tensor) for t in found)
+    if not good or any(t.dtype != torch.float64 for t in found):
         raise ConfigError(
-            "head: expected `loss_sums` to return the sums of losses, of weights, and a confusion matrix, all in "
-            f"float64, got {', '.join(map(_shown, found)) if isinstance(found, tuple) else _shown(found)}"
+            "head: expected `loss_sums` to return a tuple of sums in float64, got "
+            f"{', '.join(map(_shown, found)) if isinstance(found, tuple) else _shown(found)}"
         )
 
 
@@ -154,7 +168,11 @@ def _check_shape(what: str, found: Any, shape: Sequence[int]) -> None:
 
 
 def _shown(value: Any) -> str:
-    return f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    return (
+        f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        if isinstance(value, Tensor)
+        else type(value).__name__
+    )
 
 
 def _name(module: nn.Module) -> str:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gigaxt.errors import ConfigError
-from gigaxt.nn.heads import SegmentHead
-from gigaxt.nn.ready import check_encoded, check_logits, check_sums
+from gigaxt.nn.heads.dense import DenseHead
+from gigaxt.nn.ready import check_answers, check_encoded, check_sums
 from gigaxt.nn.region_encoder import RegionEncoder
 
 if TYPE_CHECKING:
@@ -78,33 +78,34 @@ class TokensOnly(nn.Module):
         return self.encode(loaded)[0]  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
-class Logits(nn.Module):
-    """Regions' maps and context to class logits of their cores.
+class Answers(nn.Module):
+    """Regions' maps and context to a dense head's answers for their cores.
 
     Args:
-        head: of kind segment.
+        head: a dense one.
         encode: where maps and tokens come from.
-        classes: of the head.
     """
 
-    def __init__(self, head: SegmentHead, encode: RegionTokens, classes: int) -> None:
+    def __init__(self, head: DenseHead, encode: RegionTokens) -> None:
         super().__init__()
-        self.head, self.t = head, encode.tokens_per_core
-        self.shape = (classes, encode.core_px, encode.core_px)
+        self.head, self.t, self.shapes = head, encode.tokens_per_core, head.shapes(encode.core_px)
 
-    def forward(self, maps: Sequence[Tensor], context: Tensor, targets: object = None) -> tuple[Tensor]:
-        """(n, classes, core, core); `targets` are not used."""
-        logits = self.head(maps, context.unflatten(1, (self.t, self.t)))  # (n, t * t, dim) -> (n, t, t, dim)
-        check_logits(logits, (len(context), *self.shape))
-        return (logits,)
+    def forward(self, maps: Sequence[Tensor], context: Tensor, targets: object = None) -> tuple[Tensor, ...]:
+        """Maps (n, channels, side, side), one or several; `targets` are not used."""
+        answers = self._answers(maps, context)
+        return (answers,) if isinstance(answers, Tensor) else answers
+
+    def _answers(self, maps: Sequence[Tensor], context: Tensor) -> Tensor | tuple[Tensor, ...]:
+        found = self.head(maps, context.unflatten(1, (self.t, self.t)))  # (n, t * t, dim) -> (n, t, t, dim)
+        check_answers(found, len(context), self.shapes)
+        return cast("Tensor | tuple[Tensor, ...]", found)
 
 
-class LossSums(Logits):
+class LossSums(Answers):
     """The same, to the sums that the loss over all scenes is made of."""
 
-    def forward(self, maps: Sequence[Tensor], context: Tensor, targets: Any = None) -> tuple[Tensor, ...]:  # type: ignore[override]  # sums instead of logits
-        """The sums of losses, of weights, and the confusion matrix; see `SceneBatch.load_targets`."""
-        (logits,) = super().forward(maps, context)
-        sums = self.head.loss_sums(logits, targets["target"], targets["valid"])
+    def forward(self, maps: Sequence[Tensor], context: Tensor, targets: Any = None) -> tuple[Tensor, ...]:
+        """See `DenseHead.loss_sums`, and `SceneBatch.load_targets` for `targets`."""
+        sums = self.head.loss_sums(self._answers(maps, context), targets)
         check_sums(sums)
         return sums

@@ -19,20 +19,21 @@ from gigaxt.cases import Cases
 from gigaxt.config import from_dict
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image.base import Image
-from gigaxt.image.open import open_image
 from gigaxt.inputs import InputConfig
 from gigaxt.nested import stream_nested
 from gigaxt.nn.context import ContextConfig, build_context
-from gigaxt.nn.heads import ClassifyHead, HeadConfig, SegmentHead, build_head
+from gigaxt.nn.heads import ClassifyHead, HeadConfig, build_head
+from gigaxt.nn.heads.dense import DenseHead
 from gigaxt.nn.keyed import key_dropout
 from gigaxt.nn.ready import NONE_READY, Ready, check_logits, check_ready, check_told
 from gigaxt.nn.region_encoder import RegionEncoderConfig
-from gigaxt.nn.stages import Logits, LossSums, TokensOnly
+from gigaxt.nn.stages import Answers, LossSums, TokensOnly
 from gigaxt.nn.stages import RegionTokens as RegionTokens
 from gigaxt.replay import draw_seed
 from gigaxt.rows import Reader
 from gigaxt.scenes import SceneBatch
 from gigaxt.streaming import Streaming, stream
+from gigaxt.targets import SceneTarget
 from gigaxt.xt_release.context import KIND, POOLED_KIND
 
 
@@ -80,9 +81,8 @@ def build_model(
         context: `forward(tokens (B, N, dim), coords (B, N, 2) as (row, col), validity (B, N)) -> (tokens, state)`, such
             as a ContextEncoder. `dim`, or `config.dim`, if it has one, is `config.context.dim`.
         head: of kind classify: `forward(context (B, N, dim), validity (B, N)) -> logits (B, classes)` and
-            `loss(logits, targets) -> scalar`. Of kind segment, with core = region - 2 * halo: `forward(maps, context
-            (n, t, t, dim)) -> logits (n, classes, core, core)` and `loss_sums(logits, target (n, core, core), valid)
-            -> (sum of losses, sum of weights, confusion (classes, classes))` in float64, the first differentiable.
+            `loss(logits, targets) -> scalar`. Of a dense kind: what `gigaxt.nn.heads.dense.DenseHead` says; of kind
+            segment with core = region - 2 * halo logits (n, classes, core, core).
 
     Raises:
         ConfigError: settings that do not go together, or a ready module that lacks something.
@@ -99,7 +99,7 @@ def build_parts(config: ModelConfig, ready: Ready) -> tuple[RegionTokens, nn.Mod
             raise ConfigError(f"{', '.join(ready.given())}: a published model has its own; choose another context.kind")
         return released_parts(config)
     check_ready(ready, config)
-    encode = RegionTokens(config, maps=config.head.kind == "segment", encoder=ready.region_encoder)
+    encode = RegionTokens(config, maps=config.head.kind != "classify", encoder=ready.region_encoder)
     context = build_context(config.context) if ready.context is None else ready.context
     if ready.head is not None:
         return encode, context, ready.head
@@ -113,8 +113,13 @@ class RegionAnswer(NamedTuple):
 
     x: int
     y: int
-    logits: Tensor
+    answers: tuple[Tensor, ...]
     valid: NDArray[np.bool_]
+
+    @property
+    def logits(self) -> Tensor:
+        """Of a segmentation: (classes, h, w)."""
+        return self.answers[0]
 
 
 class GigaXT(nn.Module):
@@ -133,24 +138,25 @@ class GigaXT(nn.Module):
         super().__init__()
         self.config, self.ready = config, ready.names()
         self.streaming = Streaming()
-        self.dense = config.head.kind == "segment"
+        self.dense = config.head.kind != "classify"
         self.encode, self.context, self.head = build_parts(config, ready)
         key_dropout(self)
 
-    def forward(self, images: Cases, targets: Any = None, *, seed: int | None = None) -> Tensor | list[Tensor]:
+    def forward(self, images: Cases, targets: Any = None, *, seed: int | None = None) -> Any:
         """Answers, or with targets their loss.
 
         Args:
             images: Images of any sizes, or a normalised float tensor (B, C, H, W). Classification: a list of Images in
                 place of one is a case, with one answer: each has a context of its own, the head pools all their tokens.
             targets: classification: B class numbers (or (B, classes) labels or numbers, or (B, 2) times and events);
-                segmentation: B masks (Images, or integer arrays or tensors (H, W)) on the grids of the images.
+                dense heads: B of what the head's `as_target` takes, on the grids of the images; segmentation: masks
+                (Images, or integer arrays or tensors (H, W)).
             seed: of dropout and stochastic depth; None draws one from PyTorch's default generator.
 
         Returns:
             Without targets, classification: (B, classes) logits. Segmentation: logits (B, classes, H, W) for a tensor,
             a list of (classes, H, W) for Images (whole scenes in memory: use `gigaxt.predict` for large ones);
-            regions without data have zeros.
+            regions without data have zeros. Heads of several maps: a tuple of such tensors, or a list of tuples.
             With targets: a scalar, the mean loss.
 
         Raises:
@@ -160,12 +166,12 @@ class GigaXT(nn.Module):
             raise DataError("expected a list of Images, got one Image: model([image])")
         seed = draw_seed() if seed is None else seed
         if targets is None:
-            return self._masks(images, seed) if self.dense else self._classify(images, seed)
+            return self._dense_answers(images, seed) if self.dense else self._classify(images, seed)
         if not self.dense:
             logits = self._classify(images, seed)
             return self._classify_head.loss(logits, self._labels(targets, logits))
-        loss, weight, _ = self._segment_sums(images, targets, seed, linear=True)
-        return (loss / weight.clamp(min=torch.finfo(weight.dtype).tiny)).to(_loss_dtype(self.encode))
+        sums = self._sums(images, targets, seed, linear=self._dense_head.linear)
+        return self._dense_head.loss(sums).to(_loss_dtype(self.encode))
 
     def loss(self, images: Cases, targets: Any, *, seed: int | None = None) -> Tensor:
         """The mean loss, as `model(images, targets)`."""
@@ -177,42 +183,44 @@ class GigaXT(nn.Module):
         """Loss and what metrics are made of.
 
         Returns:
-            Classification: logits (B, classes), loss. Segmentation: loss_sum, weight_sum, and confusion (classes,
-            classes) with the true class as row; float64 sums over all pixels that count.
+            Classification: logits (B, classes), loss. Dense: the head's sums by name, float64; of a segmentation
+            loss_sum, weight_sum, and confusion (classes, classes) with the true class as row.
         """
         if self.dense:
-            sums = self._segment_sums(images, targets, seed=0, linear=False)
-            return dict(zip(("loss_sum", "weight_sum", "confusion"), sums, strict=True))
+            return self._dense_head.scores(self._sums(images, targets, seed=0, linear=False))
         logits = self._classify(images, seed=0)
         return {"logits": logits, "loss": self._classify_head.loss(logits, self._labels(targets, logits))}
 
     @torch.no_grad()
     def predict_regions(self, batch: SceneBatch) -> Iterator[RegionAnswer]:
-        """Logits of one scene, region by region, row by row; memory does not grow with the scene but for its tokens.
+        """A dense head's answers for one scene, region by region; memory grows with the scene's tokens alone.
+
+        The regions come row by row.
 
         Args:
             batch: of one scene, from `model.batch([image])`; its `scenes[0].image` is the image as the model sees it,
                 in its bands and at its pixel size.
 
         Yields:
-            x and y of the region's core in px of that image, logits (classes, h, w) cut at the image's border, and
-            valid (h, w), False where the image has no data. Regions without data are left out.
+            x and y of the region's core in px of that image, the head's maps cut at the image's border (of a
+            segmentation logits (classes, h, w); at a stride s (channels, ceil(h / s), ceil(w / s))), and valid (h, w),
+            False where the image has no data. Regions without data are left out.
         """
         encode = TokensOnly(self.encode)
         tokens = stream(encode, batch.load, self._all_chunks(batch), seed=0)
         context = self._join(batch, tokens[: batch.full_size], tokens[batch.full_size :])
-        decode = Logits(self._segment_head, self.encode, self.config.head.classes)
+        decode = Answers(self._dense_head, self.encode)
         reader = Reader(batch.load, tokens.device, 0)
         halo = self.config.input.halo
         for rows in reader.rows(batch.chunks(self.streaming.chunk_regions)):
-            for part, (logits,) in reader.run(
-                rows, lambda part: decode(self.encode(part.loaded)[1], part.of([context])[0])
-            ):
-                for i, answer in enumerate(logits):
+            for part, maps in reader.run(rows, lambda part: decode(self.encode(part.loaded)[1], part.of([context])[0])):
+                for i, answers in enumerate(zip(*maps, strict=True)):
                     scene, _, place = batch.places[part.start + i]
-                    x, y, w, h = batch.scenes[scene].grid.core_xywh(place)
+                    grid = batch.scenes[scene].grid
+                    x, y, w, h = grid.core_xywh(place)
                     valid = part.loaded["valid"][i].any(dim=2)[halo : halo + h, halo : halo + w]
-                    yield RegionAnswer(x, y, answer[:, :h, :w], valid.cpu().numpy())
+                    cut = tuple(_cut(answer, h, w, grid.core // answer.shape[-1]) for answer in answers)
+                    yield RegionAnswer(x, y, cut, valid.cpu().numpy())
 
     def save(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `config.json`; see `gigaxt.load`."""
@@ -225,10 +233,10 @@ class GigaXT(nn.Module):
         return cast(ClassifyHead, self.head)  # or a ready module that offers the same
 
     @property
-    def _segment_head(self) -> SegmentHead:
-        return cast(SegmentHead, self.head)
+    def _dense_head(self) -> DenseHead:
+        return cast(DenseHead, self.head)
 
-    def batch(self, images: Cases, targets: Sequence[Image] | None = None) -> SceneBatch:
+    def batch(self, images: Cases, targets: Sequence[SceneTarget] | None = None) -> SceneBatch:
         """Scenes as this model sees them, cut into its regions. See `SceneBatch`."""
         encoder = self.config.region_encoder
         return SceneBatch(
@@ -261,26 +269,19 @@ class GigaXT(nn.Module):
             answers.update(zip(group, logits, strict=True))
         return torch.stack([answers[case] for case in range(len(batch.cases))])
 
-    def _segment_sums(self, images: Cases, targets: Any, seed: int, *, linear: bool) -> tuple[Tensor, ...]:
-        batch = self.batch(images, [_as_mask(target) for target in targets])
-        decode = LossSums(self._segment_head, self.encode, self.config.head.classes)
+    def _sums(self, images: Cases, targets: Any, seed: int, *, linear: bool) -> tuple[Tensor, ...]:
+        batch = self.batch(images, [self._dense_head.as_target(target) for target in targets])
+        decode = LossSums(self._dense_head, self.encode)
         return self._decode(batch, decode, batch.load_targets, "sum", linear, seed)
 
-    def _masks(self, images: Cases, seed: int) -> Tensor | list[Tensor]:
+    def _dense_answers(self, images: Cases, seed: int) -> Any:
         batch = self.batch(images)
-        decode = Logits(self._segment_head, self.encode, self.config.head.classes)
-        (logits,) = self._decode(batch, decode, None, "cat", False, seed)
-        stitched = []
-        for s, scene in enumerate(batch.scenes):
-            grid, core = scene.grid, scene.grid.core
-            whole = logits.new_zeros(grid.rows, grid.cols, *logits.shape[1:])
-            rows = [row for row, place in enumerate(batch.places[: batch.full_size]) if place[0] == s]
-            places = torch.tensor([batch.places[row][2][:2] for row in rows])
-            whole = whole.index_put((places[:, 0], places[:, 1]), logits[rows])
-            # (rows, cols, classes, core, core) -> (classes, rows * core, cols * core)
-            image = whole.permute(2, 0, 3, 1, 4).reshape(-1, grid.rows * core, grid.cols * core)
-            stitched.append(image[:, : scene.image.height, : scene.image.width])
-        return torch.stack(stitched) if isinstance(images, Tensor) else stitched
+        maps = self._decode(batch, Answers(self._dense_head, self.encode), None, "cat", False, seed)
+        scenes = [tuple(_stitched(batch, s, answers) for answers in maps) for s in range(len(batch.scenes))]
+        if isinstance(images, Tensor):
+            stacked = tuple(torch.stack(same) for same in zip(*scenes, strict=True))
+            return stacked[0] if len(maps) == 1 else stacked
+        return [scene[0] for scene in scenes] if len(maps) == 1 else scenes
 
     def _decode(
         self, batch: SceneBatch, decode: nn.Module, load_targets: Any, reduce: Any, linear: bool, seed: int
@@ -360,13 +361,22 @@ def _in_order(rows: Tensor) -> bool:
     return torch.equal(rows, torch.arange(len(rows), device=rows.device))
 
 
-def _as_mask(target: Any) -> Image:
-    if isinstance(target, Image):
-        return target
-    array = target.detach().cpu().numpy() if isinstance(target, Tensor) else np.asarray(target)
-    if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
-        raise DataError(f"expected a mask (H, W) of integer classes, got {array.dtype} {array.shape}")
-    return open_image(array)
+def _stitched(batch: SceneBatch, s: int, answers: Tensor) -> Tensor:
+    """One scene's map (channels, height / stride, width / stride), of all regions' (n, channels, side, side)."""
+    scene = batch.scenes[s]
+    grid, side = scene.grid, answers.shape[-1]
+    whole = answers.new_zeros(grid.rows, grid.cols, *answers.shape[1:])
+    rows = [row for row, place in enumerate(batch.places[: batch.full_size]) if place[0] == s]
+    places = torch.tensor([batch.places[row][2][:2] for row in rows])
+    whole = whole.index_put((places[:, 0], places[:, 1]), answers[rows])
+    # (rows, cols, channels, side, side) -> (channels, rows * side, cols * side)
+    image = whole.permute(2, 0, 3, 1, 4).reshape(-1, grid.rows * side, grid.cols * side)
+    return _cut(image, scene.image.height, scene.image.width, grid.core // side)
+
+
+def _cut(answer: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """A map (channels, rows, cols) of `stride` px a cell without the cells that lie beyond `height` and `width` px."""
+    return answer[:, : -(-height // stride), : -(-width // stride)]
 
 
 def _loss_dtype(module: nn.Module) -> torch.dtype:

@@ -15,7 +15,7 @@ from gigaxt.datasets.manifest import Manifest, Row
 from gigaxt.errors import DataError
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image
-from gigaxt.scenes import check_mask
+from gigaxt.targets import MaskTarget
 from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase, as_table, worst_first
 from gigaxt.tasks.bootstrap import about_groups, estimate
 
@@ -41,13 +41,14 @@ class Segmentation(Task):
         self.manifest, self.classes, self.ignore = manifest, classes, ignore
         self.class_names = tuple(class_names or map(str, range(classes)))
 
-    def target(self, row: Row, image: Image) -> Image:
-        """The mask as an Image of one band on the grid of `image`."""
+    def target(self, row: Row, image: Image) -> MaskTarget:
+        """The mask, of one band on the grid of `image`."""
         mask = open_image(self._mask(row))
         if mask.dtype.kind not in "uib":
             raise DataError(f"{mask.name}: expected a mask of whole numbers, the classes; got {mask.dtype}")
-        check_mask(image, mask)
-        return mask
+        target = MaskTarget(mask)
+        target.check(image)
+        return target
 
     def tally(self) -> SegmentationTally:
         """A fresh, empty tally."""
@@ -155,7 +156,7 @@ def _worst_case(counted: _Counted) -> WorstCase:
     confusion, row = counted.confusion, counted.row
     iou = float(intersection_over_union(confusion).nanmean())
     caption = f"mean IoU {iou:.3f}, pixel accuracy {float(confusion.diag().sum() / confusion.sum()):.3f}"
-    return WorstCase(image=str(row.image), badness=1 - iou, caption=caption, mask=str(row.mask))
+    return WorstCase(image=str(row.image), badness=1 - iou, caption=caption, mask=str(row.target_path))
 
 
 def intersection_over_union(confusion: Tensor) -> Tensor:

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gigaxt.augment import colour_augmented, dihedral, draw_augmentation, random_crop
+from gigaxt.augment import colour_augmented, dihedral, draw_augmentation, draw_crop
 from gigaxt.datasets.manifest import Case, Row
 from gigaxt.errors import ConfigError, DataError, ImageError
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image
+from gigaxt.image.views import Cropped
 from gigaxt.randaugment import RandAugmented, draw_operations
+from gigaxt.targets import SceneTarget
 from gigaxt.tasks import Classification, Task
 from gigaxt.training.config import AugmentConfig
 
@@ -116,8 +118,12 @@ class Samples:
             k, gain, offset = draw_augmentation(
                 own_seed, image.channels, dihedral=config.dihedral, mirror=config.mirror, colour=config.colour
             )
-            image = _moved(image, own_seed, k, config)
-            target = _moved(target, own_seed, k, config) if isinstance(target, Image) else target  # it is the only one
+            window = (
+                None if config.crop_area is None else draw_crop(image.height, image.width, own_seed, config.crop_area)
+            )
+            image = dihedral(image if window is None else Cropped(image, *window), k)
+            if isinstance(target, SceneTarget):  # dense: there is one image
+                target = (target if window is None else target.cropped(*window)).turned(k)
             if config.randaugment is not None:
                 image = RandAugmented(image, draw_operations(own_seed, config.randaugment))
             changed.append(colour_augmented(image, gain, offset) if config.colour else image)
@@ -143,11 +149,6 @@ class Samples:
             raise ImageError(row.image, str(error)) from error
 
 
-def _moved(image: Image, seed: int, k: int, config: AugmentConfig) -> Image:
-    """What is changed of an image and its mask alike: which part of it is seen, and how it is turned."""
-    return dihedral(image if config.crop_area is None else random_crop(image, seed, config.crop_area), k)
-
-
 def guilty(samples: Sequence[Sample], error: ImageError) -> tuple[int, Row] | None:
     """Which of `samples` an error is about, and which of its rows, by image or target; None: about something else."""
     for position, (case, images, target) in enumerate(samples):
@@ -155,8 +156,8 @@ def guilty(samples: Sequence[Sample], error: ImageError) -> tuple[int, Row] | No
             if error.path in {
                 str(row.image),
                 image.name,
-                str(row.mask),
-                target.name if isinstance(target, Image) else "",
+                str(row.target_path),
+                target.name if isinstance(target, SceneTarget) else "",
             }:
                 return position, row
     return None

@@ -78,7 +78,7 @@ def rows_digest(manifest: Manifest) -> str:
     base = manifest.path.parent
     rows = [
         [
-            *(str(path and _relative(path, base)) for path in (row.image, row.mask)),
+            *(str(path and _relative(path, base)) for path in (row.image, row.target_path)),
             *([row.label] if manifest.answer_columns == LABEL else row.answer.numbers),
             row.split,
             *([row.case] if row.case else []),

@@ -14,6 +14,10 @@ from gigaxt.nn.heads.segment import RANK
 CHANNELS = {2: [4, 8, 12, 16, 24], 4: [8, 12, 16, 24], 1: [4, 8]}
 
 
+def loss_sums(module: SegmentHead, logits: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
+    return module.loss_sums(logits, {"target": target, "valid": valid})
+
+
 def head(first_stride: int = 4, classes: int = 3, **options: object) -> SegmentHead:
     torch.manual_seed(0)
     channels = CHANNELS[first_stride]
@@ -91,7 +95,7 @@ def test_logits_lie_where_the_features_are() -> None:
 def test_all_parameters_learn() -> None:
     maps, context = inputs(4, 64, 64)
     module = head().double()
-    loss, _, _ = module.loss_sums(module(maps, context), torch.randint(3, (2, 64, 64)), torch.ones(2, 64, 64) > 0)
+    loss, _, _ = loss_sums(module, module(maps, context), torch.randint(3, (2, 64, 64)), torch.ones(2, 64, 64) > 0)
     loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in module.parameters())
 
@@ -108,7 +112,7 @@ def test_loss_sums_give_the_mean_cross_entropy(
     target[0, :2] = 255
     valid = torch.rand(2, 9, 7) < 0.7
     garbage = target.masked_fill(~valid, 99)  # what lies on invalid pixels does not matter
-    loss_sum, weight_sum, confusion = module.loss_sums(logits, garbage, valid)
+    loss_sum, weight_sum, confusion = loss_sums(module, logits, garbage, valid)
     assert (loss_sum.dtype, weight_sum.dtype, confusion.dtype) == (torch.float64,) * 3
     assert not weight_sum.requires_grad
     assert not confusion.requires_grad
@@ -128,8 +132,8 @@ def test_sums_over_parts_add_up() -> None:
     module = head(class_weights=[1.0, 2.0, 3.0])
     logits, target = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.randint(3, (4, 8, 8))
     valid = torch.rand(4, 8, 8) < 0.5
-    whole = module.loss_sums(logits, target, valid)
-    parts = [module.loss_sums(logits[i : i + 1], target[i : i + 1], valid[i : i + 1]) for i in range(4)]
+    whole = loss_sums(module, logits, target, valid)
+    parts = [loss_sums(module, logits[i : i + 1], target[i : i + 1], valid[i : i + 1]) for i in range(4)]
     for k in range(3):
         torch.testing.assert_close(sum(part[k] for part in parts), whole[k])
 
@@ -139,14 +143,14 @@ def test_confusion_counts() -> None:
     predicted = torch.tensor([[[0, 1, 1, 0, 2, 2]]])
     valid = torch.tensor([[[True, True, True, True, False, True]]])
     logits = F.one_hot(predicted, 3).permute(0, 3, 1, 2).float()
-    _, weight_sum, confusion = head().loss_sums(logits, target, valid)
+    _, weight_sum, confusion = loss_sums(head(), logits, target, valid)
     assert confusion.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
     assert weight_sum == 4
 
 
 def test_a_region_without_counted_pixels_adds_nothing() -> None:
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)
-    loss_sum, weight_sum, confusion = head().loss_sums(logits, torch.full((1, 4, 4), 255), torch.ones(1, 4, 4) > 0)
+    loss_sum, weight_sum, confusion = loss_sums(head(), logits, torch.full((1, 4, 4), 255), torch.ones(1, 4, 4) > 0)
     assert (loss_sum.item(), weight_sum.item(), confusion.sum().item()) == (0, 0, 0)
     loss_sum.backward()
     assert logits.grad is not None
@@ -156,7 +160,7 @@ def test_a_region_without_counted_pixels_adds_nothing() -> None:
 def test_another_ignore_value_and_unsigned_masks() -> None:
     logits = torch.randn(1, 3, 2, 2)
     target = torch.tensor([[[0, 1], [2, 0]]], dtype=torch.uint8)
-    _, weight_sum, _ = head(ignore=0).loss_sums(logits, target, torch.ones(1, 2, 2) > 0)
+    _, weight_sum, _ = loss_sums(head(ignore=0), logits, target, torch.ones(1, 2, 2) > 0)
     assert weight_sum == 2
 
 
@@ -166,13 +170,13 @@ def test_classes_out_of_range(value: int) -> None:
     target[0, 2, 2] = value
     logits, valid = torch.randn(1, 3, 4, 4), torch.ones(1, 4, 4) > 0
     with pytest.raises(DataError, match=rf"class {value} is out of range 0\.\.2"):
-        head().loss_sums(logits, target, valid)
-    head().loss_sums(logits, target, valid & (target != value))  # left out: nobody looks
+        loss_sums(head(), logits, target, valid)
+    loss_sums(head(), logits, target, valid & (target != value))  # left out: nobody looks
 
 
 def test_wrong_shapes() -> None:
     with pytest.raises(DataError, match="logits' size"):
-        head().loss_sums(torch.randn(1, 3, 4, 4), torch.zeros(1, 8, 8).long(), torch.ones(1, 8, 8) > 0)
+        loss_sums(head(), torch.randn(1, 3, 4, 4), torch.zeros(1, 8, 8).long(), torch.ones(1, 8, 8) > 0)
     with pytest.raises(ConfigError, match="maps"):
         SegmentHead(SegmentConfig(classes=2), 8, [], [])
 
@@ -204,7 +208,7 @@ def test_learns_a_relation_between_features_and_context() -> None:
         ramp = torch.linspace(-1, 1, 6)
         target = (pixels * sign > 0).long()[:, 0]
         logits = module(maps, sign * ramp)
-        loss, weight, _ = module.loss_sums(logits, target, torch.ones_like(target) > 0)
+        loss, weight, _ = loss_sums(module, logits, target, torch.ones_like(target) > 0)
         optimizer.zero_grad()
         (loss / weight).backward()
         optimizer.step()
@@ -248,7 +252,7 @@ def test_relation_learns_without_film_and_vote() -> None:
         ramp = torch.linspace(-1, 1, 4)[:, None, None]
         target = (pixels * sign > 0).long()[:, 0]
         logits = module([pixels * ramp], sign * torch.linspace(-1, 1, 6))
-        loss, weight, _ = module.loss_sums(logits, target, torch.ones_like(target) > 0)
+        loss, weight, _ = loss_sums(module, logits, target, torch.ones_like(target) > 0)
         optimizer.zero_grad()
         (loss / weight).backward()
         optimizer.step()

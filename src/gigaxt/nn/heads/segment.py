@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.nn.heads.base import BaseHeadConfig, at_least_float32, check_class_indices, weights_tensor
+from gigaxt.nn.heads.dense import Answers, DenseHead
+from gigaxt.targets import MaskTarget, as_mask
 
 FILM_GAIN = 0.3
 """Standard deviation of scale and shift at the start: enough to pass gradients, too little to drown the features."""
@@ -43,7 +45,7 @@ class SegmentConfig(BaseHeadConfig):
                 raise ConfigError(f"head.class_colors: expected three numbers in 0..255 each, got {color}")
 
 
-class SegmentHead(nn.Module):
+class SegmentHead(DenseHead):
     """Feature maps and context of regions to class logits of their pixels.
 
     Every map, after a 1 x 1 convolution to `dim` channels and a LayerNorm, is scaled and shifted by the context at its
@@ -63,6 +65,7 @@ class SegmentHead(nn.Module):
         map_strides: px per cell of each, fine to coarse.
     """
 
+    linear = True
     class_weights: Tensor | None
 
     def __init__(
@@ -110,13 +113,21 @@ class SegmentHead(nn.Module):
         logits: Tensor = (weights * self.features(x).unsqueeze(1)).sum(2) * RANK**-0.5
         return logits
 
-    def loss_sums(self, logits: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def shapes(self, core_px: int) -> list[tuple[int, int, int]]:
+        """One map: a logit of each class for every pixel."""
+        return [(self.config.classes, core_px, core_px)]
+
+    def as_target(self, target: Any) -> MaskTarget:
+        """A mask on the grid of the image: an Image, or integers (H, W)."""
+        return as_mask(target)
+
+    def loss_sums(self, answers: Answers, targets: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Sums whose ratio, over all regions of a scene, is its mean cross entropy.
 
         Args:
-            logits: (n, classes, H, W).
-            target: (n, H, W) integer classes, or the `ignore` value.
-            valid: (n, H, W) bool; False for padding and nodata, whatever the target says there.
+            answers: logits (n, classes, H, W).
+            targets: `target` (n, H, W) integer classes, or the `ignore` value; `valid` (n, H, W) bool, False for
+                padding and nodata, whatever the target says there.
 
         Returns:
             The sum of the weighted losses and the sum of the weights, scalars, and the confusion matrix (classes,
@@ -125,6 +136,8 @@ class SegmentHead(nn.Module):
         Raises:
             DataError: shapes that do not fit, or a class out of range.
         """
+        assert isinstance(answers, Tensor)
+        logits, target, valid = answers, targets["target"], targets["valid"]
         classes = self.config.classes
         if target.shape != valid.shape or target.shape != logits.shape[:1] + logits.shape[2:]:
             raise DataError(
@@ -146,6 +159,15 @@ class SegmentHead(nn.Module):
         )
         weights = counted.double() if class_weights is None else class_weights.double()[target] * counted
         return losses.sum(dtype=torch.float64), weights.sum(), _confusion(logits, target, counted)
+
+    def loss(self, sums: Sequence[Tensor]) -> Tensor:
+        """The mean cross entropy; 0 where no pixel counts."""
+        loss, weight = sums[:2]
+        return loss / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+
+    def scores(self, sums: Sequence[Tensor]) -> dict[str, Tensor]:
+        """`loss_sum`, `weight_sum`, `confusion`."""
+        return dict(zip(("loss_sum", "weight_sum", "confusion"), sums, strict=True))
 
 
 class _Level(nn.Module):

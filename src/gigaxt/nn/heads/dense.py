@@ -1,0 +1,74 @@
+"""What every dense head offers: answers for all places of a region, a loss that is a function of scene-level sums."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from gigaxt.targets import SceneTarget
+
+Answers = Tensor | tuple[Tensor, ...]
+"""Maps (n, channels, side, side) of n regions' cores, each at a stride of its own: one, or several in a fixed order."""
+
+
+class DenseHead(nn.Module, ABC):
+    """A head that answers for every place of a scene, region by region, from feature maps and context.
+
+    It sees each region's core alone, so that regions can be streamed in any grouping: no norm over the batch, no
+    neighbour's pixels. Its loss is a function of sums over all regions of the batch, counted in float64, so that the
+    streamed loss is that of the whole scene.
+
+    Attributes:
+        linear: promise that the loss is the first of the sums times what has no gradient. It saves a pass over the
+            region encoder where nothing is kept (see `gigaxt.nested`).
+    """
+
+    linear: bool = False
+
+    @abstractmethod
+    def forward(self, maps: Sequence[Tensor], context: Tensor) -> Answers:
+        """Answer for regions, each on its own.
+
+        Args:
+            maps: (n, c_i, h_i, w_i) each, fine to coarse, of the regions' cores.
+            context: (n, rows, cols, dim), of that area too.
+        """
+
+    @abstractmethod
+    def shapes(self, core_px: int) -> Sequence[tuple[int, int, int]]:
+        """Of the maps that `forward` returns for one region: (channels, side, side) each; a side divides `core_px`."""
+
+    @abstractmethod
+    def as_target(self, target: Any) -> SceneTarget:
+        """The target of one scene, from what a user's own loop or a task gives.
+
+        Raises:
+            DataError: it is none for this head.
+        """
+
+    @abstractmethod
+    def loss_sums(self, answers: Answers, targets: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """The sums that loss and scores are made of.
+
+        Args:
+            answers: of `forward`.
+            targets: what `SceneTarget.draw` gives, with the regions as first dimension, and `valid` (n, core, core).
+
+        Returns:
+            float64 tensors of any shapes that do not depend on the regions. If `linear`, the first is a scalar and the
+            only one with a gradient.
+
+        Raises:
+            DataError: targets that do not fit.
+        """
+
+    @abstractmethod
+    def loss(self, sums: Sequence[Tensor]) -> Tensor:
+        """The scalar loss from the sums over all regions."""
+
+    @abstractmethod
+    def scores(self, sums: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The sums by name, for the metrics of an evaluation."""
