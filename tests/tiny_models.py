@@ -32,7 +32,7 @@ def segmenter(*, classes: int = 4, bands: int = 3, head: dict[str, Any] | None =
     model = tiny_model({"kind": "segment", "classes": classes, "dim": 8, **(head or {})}, bands=bands, **given)
     noise = torch.rand(1, bands, 128, 128, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        model.head.classifier.bias -= model(noise).mean((0, 2, 3))
+        model.head.classifier.shared.bias -= model(noise).mean((0, 2, 3))
     return model
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.nn.heads import SegmentConfig, SegmentHead
-from gigaxt.nn.heads.segment import RANK
+from gigaxt.nn.heads.levels import RANK
 
 CHANNELS = {2: [4, 8, 12, 16, 24], 4: [8, 12, 16, 24], 1: [4, 8]}
 
@@ -220,10 +220,10 @@ def test_relation_equals_a_loop_over_pixels() -> None:
     torch.manual_seed(0)
     module = SegmentHead(SegmentConfig(classes=3, dim=5), 4, [2], [1]).double()
     x, context = torch.randn(2, 5, 3, 4, dtype=torch.float64), torch.randn(2, 4, 3, 4, dtype=torch.float64)
-    found = module._relate(x, context)
+    found = module.classifier.relate(x, context)
     for n, row, col in ((0, 0, 0), (1, 2, 3), (0, 1, 2)):
-        features = module.features.weight[:, :, 0, 0] @ x[n, :, row, col] + module.features.bias
-        weights = module.make_classifier.weight[:, :, 0, 0] @ context[n, :, row, col]
+        features = module.classifier.features.weight[:, :, 0, 0] @ x[n, :, row, col] + module.classifier.features.bias
+        weights = module.classifier.make_classifier.weight[:, :, 0, 0] @ context[n, :, row, col]
         for k in range(3):
             expected = sum(weights[k * RANK + r] * features[r] for r in range(RANK)) / RANK**0.5
             torch.testing.assert_close(found[n, k, row, col], expected)
@@ -234,7 +234,7 @@ def test_relation_equals_a_loop_over_pixels() -> None:
 def test_relation_is_neither_silent_nor_loud_at_the_start(dim: int, context_dim: int) -> None:
     torch.manual_seed(0)
     module = SegmentHead(SegmentConfig(classes=16, dim=dim), context_dim, [2], [4])
-    found = module._relate(torch.randn(64, dim, 2, 2), torch.randn(64, context_dim, 2, 2))
+    found = module.classifier.relate(torch.randn(64, dim, 2, 2), torch.randn(64, context_dim, 2, 2))
     assert 0.5 < found.std().item() < 2
 
 
@@ -243,7 +243,7 @@ def test_relation_learns_without_film_and_vote() -> None:
     # factors start at zero neither ever gets a gradient.
     torch.manual_seed(0)
     module = SegmentHead(SegmentConfig(classes=2, dim=8), 6, [4], [1])
-    for still in (module.levels[0].film, module.vote):
+    for still in (module.levels[0].film, module.classifier.vote):
         still.requires_grad_(False).weight.zero_()
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(60):

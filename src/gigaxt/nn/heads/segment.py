@@ -13,12 +13,8 @@ from torch.nn import functional as F
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.nn.heads.base import BaseHeadConfig, at_least_float32, check_class_indices, weights_tensor
 from gigaxt.nn.heads.dense import Answers, DenseHead
+from gigaxt.nn.heads.levels import ContextClassifier, Level, resize
 from gigaxt.targets import MaskTarget, as_mask
-
-FILM_GAIN = 0.3
-"""Standard deviation of scale and shift at the start: enough to pass gradients, too little to drown the features."""
-RANK = 16
-"""Features of a pixel that its context makes a classifier for."""
 
 
 @dataclass(kw_only=True)
@@ -50,13 +46,8 @@ class SegmentHead(DenseHead):
 
     Every map, after a 1 x 1 convolution to `dim` channels and a LayerNorm, is scaled and shifted by the context at its
     place (FiLM): relations to far content are learnt only through such products (concatenation stays at chance on the
-    `legend` rule). Then from coarse to fine: upsample, add, 3 x 3 convolution. A pixel's logits are the sum of three:
-    a classifier of its features, the same everywhere; a vote of the context through one linear layer, for what does not
-    depend on the pixel (with it `beacon` is learnt in a fraction of the steps); and a classifier whose weights the
-    context makes for its place (dynamic filters, De Brabandere et al. 2016), applied to `RANK` features of the pixel,
-    for what lies in the relation of the two. Neither factor of that product starts at zero, so the relation has a
-    gradient from the first step on; through FiLM alone `legend` stays on its plateau for some seeds. All norms are per
-    pixel, so nothing depends on the other regions, on padding, or on how the maps were cropped.
+    `legend` rule). Then from coarse to fine: upsample, add, 3 x 3 convolution; and logits as `ContextClassifier` gives
+    them. All norms are per pixel, so nothing depends on the other regions, on padding, or on how the maps were cropped.
 
     Args:
         config: see `SegmentConfig`.
@@ -77,14 +68,8 @@ class SegmentHead(DenseHead):
         self.config = config
         self.stride = map_strides[0]
         self.context_norm = nn.LayerNorm(dim)
-        self.levels = nn.ModuleList(_Level(channels, dim, config.dim) for channels in map_channels)
-        self.classifier = nn.Conv2d(config.dim, config.classes, 1)
-        self.vote = nn.Conv2d(dim, config.classes, 1, bias=False)
-        nn.init.normal_(self.vote.weight, std=FILM_GAIN * dim**-0.5)
-        self.features = nn.Conv2d(config.dim, RANK, 1)
-        nn.init.normal_(self.features.weight, std=config.dim**-0.5)
-        self.make_classifier = nn.Conv2d(dim, config.classes * RANK, 1, bias=False)
-        nn.init.normal_(self.make_classifier.weight, std=dim**-0.5)
+        self.levels = nn.ModuleList(Level(channels, dim, config.dim) for channels in map_channels)
+        self.classifier = ContextClassifier(config.dim, dim, config.classes)
         self.register_buffer("class_weights", weights_tensor(config), persistent=False)
 
     def forward(self, maps: Sequence[Tensor], context: Tensor) -> Tensor:
@@ -102,16 +87,8 @@ class SegmentHead(DenseHead):
         for level, features in zip(reversed(self.levels), reversed(maps), strict=True):
             x = level(features, context, x)
         assert x is not None
-        logits: Tensor = self.classifier(x) + self._relate(x, context)
-        logits = logits + _resize(self.vote(context), logits.shape[2:])
-        return logits if self.stride == 1 else _resize(logits, [side * self.stride for side in logits.shape[2:]])
-
-    def _relate(self, x: Tensor, context: Tensor) -> Tensor:
-        """Features (n, config.dim, h, w) under the classifiers that their context (n, dim, rows, cols) makes."""
-        # (n, classes * RANK, rows, cols) -> (n, classes, RANK, h, w)
-        weights = _resize(self.make_classifier(context), x.shape[2:]).unflatten(1, (-1, RANK))
-        logits: Tensor = (weights * self.features(x).unsqueeze(1)).sum(2) * RANK**-0.5
-        return logits
+        logits: Tensor = self.classifier(x, context)
+        return logits if self.stride == 1 else resize(logits, [side * self.stride for side in logits.shape[2:]])
 
     def shapes(self, core_px: int) -> list[tuple[int, int, int]]:
         """One map: a logit of each class for every pixel."""
@@ -168,41 +145,6 @@ class SegmentHead(DenseHead):
     def scores(self, sums: Sequence[Tensor]) -> dict[str, Tensor]:
         """`loss_sum`, `weight_sum`, `confusion`."""
         return dict(zip(("loss_sum", "weight_sum", "confusion"), sums, strict=True))
-
-
-class _Level(nn.Module):
-    """One feature map joins the decoder."""
-
-    def __init__(self, channels: int, context_dim: int, dim: int) -> None:
-        super().__init__()
-        self.lateral = nn.Conv2d(channels, dim, 1)
-        self.norm = _PixelNorm(dim)
-        self.film = nn.Conv2d(context_dim, 2 * dim, 1)
-        nn.init.normal_(self.film.weight, std=FILM_GAIN * context_dim**-0.5)  # its input has a variance of one
-        nn.init.zeros_(self.film.bias)  # type: ignore[arg-type]  # a Conv2d built with bias has one
-        self.fuse = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), _PixelNorm(dim), nn.GELU())
-
-    def forward(self, features: Tensor, context: Tensor, coarser: Tensor | None) -> Tensor:
-        size = features.shape[2:]
-        # The 1 x 1 convolution first: it commutes with the interpolation and is far cheaper on the token lattice.
-        scale, shift = _resize(self.film(context), size).chunk(2, dim=1)  # (n, dim, h, w) each
-        x = F.gelu(self.norm(self.lateral(features)) * (1.0 + scale) + shift)
-        if coarser is not None:
-            x = x + _resize(coarser, size)
-        y: Tensor = self.fuse(x)
-        return y
-
-
-class _PixelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (n, c, h, w), at each place alone."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, cell centres kept in place."""
-    return x if tuple(x.shape[2:]) == tuple(size) else F.interpolate(x, size=list(size), mode="bilinear")
 
 
 def _confusion(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
