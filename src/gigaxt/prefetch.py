@@ -73,4 +73,9 @@ def take_rows(loaded: Any, start: int, stop: int) -> Any:
 
 def _load(load: Callable[[C], Any], chunk: C, pin: bool) -> Any:
     loaded = load(chunk)
-    return tree_map(lambda t: t.pin_memory() if isinstance(t, Tensor) else t, loaded) if pin else loaded
+    return tree_map(_pinned, loaded) if pin else loaded
+
+
+def _pinned(value: Any) -> Any:
+    """A tensor on the host in pinned memory; whatever is on a device already, or no tensor, as it is."""
+    return value.pin_memory() if isinstance(value, Tensor) and value.is_cpu else value

@@ -201,20 +201,24 @@ class SceneBatch:
         """Pixels and what turns them into the network's input.
 
         Returns:
-            pixels (n, region, region, C) as stored; valid (n, region, region, 1 or C) bool; scale and shift (n, C) with
-            input = pixels * scale + shift where valid and 0 elsewhere; level (n,) int64.
+            pixels (n, region, region, C) as stored; level (n,) int64. Pixels of a tensor are the network's input. Of
+            Images there are also scale and shift (n, C), with input = pixels * scale + shift; and where not all pixels
+            are valid, valid (n, region, region, 1 or C) bool, with an input of 0 elsewhere.
         """
         loaded = [self._read(self.scenes[scene], place) for scene, _, place in chunk.places]
-        pixels, valid = (_stack(column) for column in zip(*loaded, strict=True))
-        self._note_validity(chunk, valid)
-        scenes = [self.scenes[scene] for scene, _, _ in chunk.places]
-        return {
-            "pixels": pixels,
-            "valid": valid,
-            "scale": torch.from_numpy(np.stack([scene.scale for scene in scenes])),
-            "shift": torch.from_numpy(np.stack([scene.shift for scene in scenes])),
+        windows, masks = zip(*loaded, strict=True)
+        found = {
+            "pixels": _stack(windows),
             "level": torch.tensor([place.level for _, _, place in chunk.places]),
         }
+        valid = None if all(mask is None for mask in masks) else _stack([self._whole(mask) for mask in masks])
+        self._note_validity(chunk, valid)
+        scenes = [self.scenes[scene] for scene, _, _ in chunk.places]
+        if isinstance(scenes[0].image, TensorImage):
+            return found
+        found["scale"] = torch.from_numpy(np.stack([scene.scale for scene in scenes]))
+        found["shift"] = torch.from_numpy(np.stack([scene.shift for scene in scenes]))
+        return found if valid is None else {**found, "valid": valid}
 
     def load_targets(self, chunk: Chunk) -> dict[str, Tensor]:
         """What the targets draw of the regions' cores, and where it counts.
@@ -237,10 +241,14 @@ class SceneBatch:
     def _cut(self, start: int, stop: int, regions: int) -> list[Chunk]:
         return [Chunk(self, first, min(first + regions, stop)) for first in range(start, stop, regions)]
 
-    def _read(self, scene: Scene, place: Place) -> tuple[NDArray[np.generic] | Tensor, Mask]:
+    def _read(self, scene: Scene, place: Place) -> tuple[NDArray[np.generic] | Tensor, Mask | None]:
+        """A region's window (h, w, C), and which of its pixels are valid (h, w, 1 or C); None: all are."""
         x, y, w, h = scene.grid.window_xywh(place)
         image = scene.levels[place.level]
         if isinstance(image, TensorImage):
+            inside = x >= 0 and y >= 0 and x + w <= image.width and y + h <= image.height
+            if inside:
+                return image.tensor[:, y : y + h, x : x + w].permute(1, 2, 0), None
             return _crop(image.tensor, x, y, w, h), scene.grid.pixel_validity(place)[..., None]
         pixels, mask = image.read_valid(x, y, w, h)
         valid = mask[..., None]
@@ -248,10 +256,16 @@ class SceneBatch:
             # A valid pixel may lack single bands. Integers are left alone: 0 is nodata and a colour in too many files.
             lacking = np.isnan(pixels) if np.isnan(image.nodata) else pixels == pixels.dtype.type(image.nodata)
             valid = valid & ~lacking
-        return pixels, valid
+        return pixels, None if valid.all() else valid
 
-    def _note_validity(self, chunk: Chunk, valid: Tensor) -> None:
-        """A token is valid where its cell holds a valid pixel."""
+    def _whole(self, mask: Mask | None) -> Mask:
+        return np.ones((self.region, self.region, 1), dtype=np.bool_) if mask is None else mask
+
+    def _note_validity(self, chunk: Chunk, valid: Tensor | None) -> None:
+        """A token is valid where its cell holds a valid pixel; all are where `valid` is None."""
+        if valid is None:
+            self.token_validity[chunk.start : chunk.stop] = True
+            return
         halo, core = self.config.halo, self.region - 2 * self.config.halo
         real = valid.any(dim=3)[:, halo : halo + core, halo : halo + core]
         edges = [core * i // self.t for i in range(self.t + 1)]
@@ -260,7 +274,7 @@ class SceneBatch:
             for top, bottom in pairwise(edges)
             for left, right in pairwise(edges)
         ]
-        self.token_validity[chunk.start : chunk.stop] = torch.stack(cells, dim=1).cpu()
+        self.token_validity[chunk.start : chunk.stop] = torch.stack(cells, dim=1)
 
 
 def kept_regions(image: Image, config: InputConfig, region: int) -> Mask:

@@ -37,8 +37,10 @@ class _Key:
     """The step seed and the regions of the forward pass that is running."""
 
     def __init__(self, seed: int, region_ids: Tensor) -> None:
-        self.seed = seed
-        self.region_ids = region_ids
+        self.count = len(region_ids)
+        # Made of the seed at once: a number read inside a compiled module would be a constant there, compiled anew
+        # for every step.
+        self._regions = _mix64(region_ids + _signed64(_mix_int(seed)))
         self._tables: dict[tuple[int, torch.device], Tensor] = {}
 
     def of_layer(self, layer: int, device: torch.device) -> Tensor:
@@ -46,7 +48,7 @@ class _Key:
         block, row = divmod(layer, LAYERS_AT_ONCE)
         table = self._tables.get((block, device))
         if table is None:
-            regions = _mix64(self.region_ids.to(device) + _signed64(_mix_int(self.seed)))
+            regions = self._regions.to(device)
             layers = torch.arange(block * LAYERS_AT_ONCE, (block + 1) * LAYERS_AT_ONCE, device=device)
             table = _mix64(regions[None, :] + layers[:, None] * _GOLDEN64)  # (layers, n)
             self._tables[block, device] = table
@@ -160,7 +162,7 @@ class KeyedDropPath(nn.Module):
 
 def _drop(x: Tensor, key: _Key, layer: int, p: float, shape: tuple[int, ...], *, scale: bool) -> Tensor:
     """`x` with what the mask of `shape` (broadcast over x) drops set to zero, the rest scaled to keep the mean."""
-    n = key.region_ids.numel()
+    n = key.count
     if n == 0 or x.shape[0] % n:
         raise TrainingError(
             f"keyed dropout: the leading dimension of {tuple(x.shape)} is no multiple of the {n} regions of "

@@ -60,9 +60,12 @@ class RegionTokens(nn.Module):
 
     def _network_input(self, loaded: Mapping[str, Tensor]) -> Tensor:
         """(n, h, w, C) as stored -> (n, C, h, w) normalised, zeros where not valid. A view: channels stay last."""
-        dtype = next(self.parameters()).dtype
-        scale, shift = (loaded[key].to(dtype)[:, None, None] for key in ("scale", "shift"))
-        x = torch.where(loaded["valid"], loaded["pixels"].to(dtype) * scale + shift, 0)
+        x = loaded["pixels"].to(next(self.parameters()).dtype)
+        if "scale" in loaded:
+            scale, shift = (loaded[key].to(x.dtype)[:, None, None] for key in ("scale", "shift"))
+            x = torch.addcmul(shift, x, scale)
+        if "valid" in loaded:
+            x = x.masked_fill(~loaded["valid"], 0)
         return x.permute(0, 3, 1, 2)
 
 

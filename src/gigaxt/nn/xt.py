@@ -218,9 +218,11 @@ class GigaXT(nn.Module):
                     scene, _, place = batch.places[part.start + i]
                     grid = batch.scenes[scene].grid
                     x, y, w, h = grid.core_xywh(place)
-                    valid = part.loaded["valid"][i].any(dim=2)[halo : halo + h, halo : halo + w]
+                    valid = np.ones((h, w), dtype=np.bool_)
+                    if "valid" in part.loaded:
+                        valid = part.loaded["valid"][i, halo : halo + h, halo : halo + w].any(dim=2).cpu().numpy()
                     cut = tuple(_cut(answer, h, w, grid.core // answer.shape[-1]) for answer in answers)
-                    yield RegionAnswer(x, y, cut, valid.cpu().numpy())
+                    yield RegionAnswer(x, y, cut, valid)
 
     def save(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `config.json`; see `gigaxt.load`."""
@@ -330,11 +332,14 @@ class GigaXT(nn.Module):
         return cast(Tensor, found[0])
 
     def _tokens_of(self, batch: SceneBatch, group: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Of scenes with equal grids: rows (b, regions), coords (b, N, 2) and validity (b, N) of their tokens."""
+        """Of scenes with equal grids: rows (b, regions), coords (b, N, 2) and validity (b, N) of their tokens.
+
+        Rows stay on the CPU, where looking at them does not wait for the device.
+        """
         rows = torch.stack([batch.rows_of(scene) for scene in group])
         coords = torch.from_numpy(batch.scenes[group[0]].grid.token_coords(self.encode.tokens_per_core)).flatten(0, 1)
         valid = batch.token_validity[rows].flatten(1)
-        return rows.to(device), coords.expand(len(group), -1, -1).to(device), valid.to(device)
+        return rows, coords.expand(len(group), -1, -1).to(device), valid.to(device)
 
     def _labels(self, targets: Any, logits: Tensor) -> Tensor:
         if isinstance(targets, Sequence):
@@ -358,7 +363,7 @@ def _gather(tokens: Tensor, rows: Tensor) -> Tensor:
 
 
 def _in_order(rows: Tensor) -> bool:
-    return torch.equal(rows, torch.arange(len(rows), device=rows.device))
+    return torch.equal(rows, torch.arange(len(rows)))
 
 
 def _stitched(batch: SceneBatch, s: int, answers: Tensor) -> Tensor:
