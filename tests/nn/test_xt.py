@@ -40,7 +40,11 @@ ENCODERS = {
         "options": {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "drop_path_rate": 0.4},
     },
 }
-HEADS = {"classify": {"kind": "classify", "classes": 4}, "segment": {"kind": "segment", "classes": 3, "dim": 8}}
+HEADS = {
+    "classify": {"kind": "classify", "classes": 4},
+    "segment": {"kind": "segment", "classes": 3, "dim": 8},
+    "detect": {"kind": "detect", "classes": 3, "dim": 8, "depth": 1, "max_cells": 4.0},
+}
 BUDGETS = [Streaming(chunk_regions=1), Streaming(), Streaming(host_gib=1.0), Streaming(budget_gib=1.0)]
 
 
@@ -70,6 +74,15 @@ def scenes() -> tuple[list[Image], list[Image]]:
     return images, masks
 
 
+def targets_of(head: str, masks: list[Image]) -> Any:
+    """Boxes lie across borders of regions, in a hole of nodata, and over each other; one is a crowd."""
+    boxes = [
+        {"boxes": [[50, 20, 75, 60], [5, 5, 12, 9], [10, 8, 220, 140], [180, 100, 230, 150]], "labels": [0, 1, 2, 0]},
+        {"boxes": [[30, 50, 64, 80], [2, 70, 30, 100]], "labels": [1, 0], "ignored": [False, True]},
+    ]
+    return {"classify": [1, 3], "segment": masks, "detect": boxes}[head]
+
+
 def loss_and_grads(model: GigaXT, images: Sequence[Image], targets: Any, streaming: Streaming) -> list[Tensor]:
     model.streaming = streaming
     model.zero_grad()
@@ -86,7 +99,7 @@ def test_streamed_equals_ordinary_autograd(encoder: str, head: str) -> None:
     """DESIGN: float64, 1e-10, stochastic depth on, ragged sizes, left-out regions, two images."""
     model = make(encoder, head).train()
     images, masks = scenes()
-    targets = masks if head == "segment" else [1, 3]
+    targets = targets_of(head, masks)
     expected = loss_and_grads(model, images, targets, Streaming(budget_gib=None, chunk_regions=1000))
     assert all(bool(g.any()) for g in expected)
     for streaming in [*BUDGETS, Streaming(chunk_regions=1000)]:
@@ -103,7 +116,7 @@ def test_streamed_equals_ordinary_autograd(encoder: str, head: str) -> None:
 def test_contexts_with_overview_and_halo(context: str, head: str) -> None:
     model = make("convnext", head, context, overview=[2, 4], halo=32, region_encoder={"region": 128}).train()
     images, masks = scenes()
-    targets = masks if head == "segment" else [1, 3]
+    targets = targets_of(head, masks)
     model.streaming = Streaming(budget_gib=None)
     expected = loss_and_grads_allow_none(model, images, targets, Streaming(budget_gib=None))
     for streaming in BUDGETS[:3]:
@@ -172,12 +185,16 @@ def test_regions_come_back_in_order() -> None:
 def test_any_size(size: tuple[int, int], head: str) -> None:
     model = make("convnext", head).train()
     pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
-    target = np.ones(size, dtype=np.uint8) if head == "segment" else 1
+    box = {"boxes": [[0, 0, size[1], size[0]]], "labels": [1]}
+    target = {"segment": np.ones(size, dtype=np.uint8), "classify": 1, "detect": box}[head]
     loss = model.loss([open_image(pixels)], [target])
     loss.backward()
     assert torch.isfinite(loss)
     answer = model([open_image(pixels)])
-    assert answer[0].shape == ((3, *size) if head == "segment" else (4,))
+    if head == "detect":
+        assert [a.shape for a in answer[0]] == [(8, -(-size[0] // s), -(-size[1] // s)) for s in (4, 8, 16, 32)]
+    else:
+        assert answer[0].shape == ((3, *size) if head == "segment" else (4,))
 
 
 def test_far_region_matters_with_context_only() -> None:
@@ -289,7 +306,7 @@ def test_nothing_outlives_the_step(head: str, streaming: Streaming) -> None:
         for backward in (True, False):
             images, masks = scenes()
             alive = [weakref.ref(image) for image in images]
-            loss = model.loss(images, masks if head == "segment" else [1, 3])
+            loss = model.loss(images, targets_of(head, masks))
             if backward:
                 loss.backward()
             del images, masks, loss

@@ -7,7 +7,7 @@ from pathlib import Path
 from gigaxt.datasets.manifest import Manifest
 from gigaxt.datasets.split import Fold
 from gigaxt.errors import ConfigError
-from gigaxt.nn.heads import ClassifyConfig, SegmentConfig
+from gigaxt.nn.heads import DetectConfig, HeadConfig, SegmentConfig
 from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase
 from gigaxt.tasks.classification import Classification
 from gigaxt.tasks.fitting import fitted
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def read_manifest(
-    head: ClassifyConfig | SegmentConfig, csv: str | Path, *, split_seed: int = 0, fold: Fold | None = None
+    head: HeadConfig, csv: str | Path, *, split_seed: int = 0, fold: Fold | None = None
 ) -> Manifest:
     """The manifest as the head of a model understands it.
 
@@ -41,6 +41,8 @@ def read_manifest(
         DataError: the CSV has no column for this head, or labels that are not the model's classes.
         ConfigError: the head has another number of classes than the CSV, and no `class_names` to tell them by.
     """
+    if isinstance(head, DetectConfig):
+        raise ConfigError("model.head: detection learns in a loop of your own as yet, not from a CSV")
     if isinstance(head, SegmentConfig):
         return Manifest.read(csv, task="segmentation", split_seed=split_seed, fold=fold)
 
@@ -70,8 +72,9 @@ def read_manifest(
     return manifest
 
 
-def make_task(head: ClassifyConfig | SegmentConfig, manifest: Manifest) -> Task:
+def make_task(head: HeadConfig, manifest: Manifest) -> Task:
     """The task that goes with a model's head."""
     if isinstance(head, SegmentConfig):
         return Segmentation(manifest, head.classes, head.ignore, head.class_names)
+    assert not isinstance(head, DetectConfig), "refused by read_manifest"
     return Classification(manifest, head.class_names, head.time_bins)

@@ -6,7 +6,7 @@ import pytest
 
 from gigaxt.config import to_dict
 from gigaxt.errors import ConfigError
-from gigaxt.nn.heads import ClassifyConfig, SegmentConfig, SegmentHead, build_head, head_config_from_dict
+from gigaxt.nn.heads import ClassifyConfig, DetectConfig, SegmentConfig, SegmentHead, build_head, head_config_from_dict
 
 
 @pytest.mark.parametrize(
@@ -14,9 +14,10 @@ from gigaxt.nn.heads import ClassifyConfig, SegmentConfig, SegmentHead, build_he
     [
         ClassifyConfig(classes=3, pooling="mean", class_names=["a", "b", "c"]),
         SegmentConfig(classes=2, class_colors=[(0, 0, 0), (255, 0, 9)], class_weights=[0.5, 2.0], ignore=7),
+        DetectConfig(classes=2, strides=[8, 16], category_ids=[3, 7]),
     ],
 )
-def test_config_is_plain_data(config: ClassifyConfig | SegmentConfig) -> None:
+def test_config_is_plain_data(config: ClassifyConfig | DetectConfig | SegmentConfig) -> None:
     data = to_dict(config)
     assert data["kind"] == config.kind
     assert head_config_from_dict(data) == config
@@ -29,7 +30,7 @@ def test_config_is_plain_data(config: ClassifyConfig | SegmentConfig) -> None:
         ({"kind": "segment", "clases": 2}, "head.clases: unknown key; did you mean `classes`"),
         ({"kind": "classify"}, "missing `classes`"),
         ({"kind": "classify", "classes": 2, "pooling": "max"}, "head.pooling: 'max'"),
-        ({"classes": 2}, "expected keys with a `kind`, one of classify, segment"),
+        ({"classes": 2}, "expected keys with a `kind`, one of classify, detect, segment"),
     ],
 )
 def test_wrong_keys(data: dict[str, Any], message: str) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 from gigaxt.config import from_dict, nearest
 from gigaxt.errors import ConfigError
 from gigaxt.nn.heads.classify import ClassifyConfig, ClassifyHead
+from gigaxt.nn.heads.detect import DetectConfig, DetectHead
 from gigaxt.nn.heads.segment import SegmentConfig, SegmentHead
 
-HeadConfig = ClassifyConfig | SegmentConfig
+HeadConfig = ClassifyConfig | DetectConfig | SegmentConfig
 """The settings of any head; `kind` tells which."""
 
-_KINDS: dict[str, type[ClassifyConfig] | type[SegmentConfig]] = {"classify": ClassifyConfig, "segment": SegmentConfig}
+_KINDS: dict[str, type[HeadConfig]] = {"classify": ClassifyConfig, "detect": DetectConfig, "segment": SegmentConfig}
 
 
 def head_config_from_dict(data: Mapping[str, Any], where: str = "head") -> HeadConfig:
@@ -36,7 +37,7 @@ def head_config_from_dict(data: Mapping[str, Any], where: str = "head") -> HeadC
 
 def build_head(
     config: HeadConfig, dim: int, map_channels: Sequence[int] = (), map_strides: Sequence[int] = ()
-) -> ClassifyHead | SegmentHead:
+) -> ClassifyHead | DetectHead | SegmentHead:
     """The head that `config` describes.
 
     Args:
@@ -47,12 +48,16 @@ def build_head(
     """
     if isinstance(config, ClassifyConfig):
         return ClassifyHead(config, dim)
+    if isinstance(config, DetectConfig):
+        return DetectHead(config, dim, map_channels, map_strides)
     return SegmentHead(config, dim, map_channels, map_strides)
 
 
 __all__ = [
     "ClassifyConfig",
     "ClassifyHead",
+    "DetectConfig",
+    "DetectHead",
     "HeadConfig",
     "SegmentConfig",
     "SegmentHead",

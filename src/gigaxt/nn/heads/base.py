@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,7 @@ class BaseHeadConfig:
             if not any(self.class_weights):
                 raise ConfigError("head.class_weights: all are 0, so nothing would be learnt; raise one")
 
-    def _check_length(self, key: str, values: list[str] | list[float] | list[tuple[int, int, int]] | None) -> None:
+    def _check_length(self, key: str, values: Sequence[object] | None) -> None:
         if values is not None and len(values) != self.classes:
             raise ConfigError(f"head.{key}: expected {self.classes} values, one a class, got {len(values)}")
 
