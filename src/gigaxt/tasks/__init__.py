@@ -26,9 +26,7 @@ __all__ = [
 ]
 
 
-def read_manifest(
-    head: HeadConfig, csv: str | Path, *, split_seed: int = 0, fold: Fold | None = None
-) -> Manifest:
+def read_manifest(head: HeadConfig, csv: str | Path, *, split_seed: int = 0, fold: Fold | None = None) -> Manifest:
     """The manifest as the head of a model understands it.
 
     Args:
