@@ -203,7 +203,7 @@ class DetectHead(DenseHead):
 
     def _focal(self, logits: Tensor, classes: Tensor, counted: Tensor, found: Tensor) -> Tensor:
         wanted = F.one_hot(classes.clamp(min=0), self.config.classes) * found[..., None]
-        losses = sigmoid_focal_loss(logits, wanted.to(logits.dtype))  # (n, cells, classes)
+        losses: Tensor = sigmoid_focal_loss(logits, wanted.to(logits.dtype))  # (n, cells, classes)
         if self.class_weights is not None:
             losses = losses * self.class_weights.to(losses.dtype)
         return (losses * counted[..., None]).sum(dtype=torch.float64)
