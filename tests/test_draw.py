@@ -98,12 +98,12 @@ def test_legend_holds_every_colour_or_says_how_many_are_left_out() -> None:
     assert not (many[:, 100:] == colours[9]).all(axis=2).any()
 
 
-def test_draw_mask_writes_a_png(tmp_path: Path) -> None:
+def test_a_mask_over_a_picture_as_png(tmp_path: Path) -> None:
     image = open_image(np.full((60, 80, 3), 120, dtype=np.uint8))
     mask = np.zeros((60, 80, 1), dtype=np.uint8)
     mask[:30] = 2
     mask[0, 0] = 255
-    path = draw.draw_mask(image, open_image(mask), tmp_path / "new" / "overlay.png")
+    path = draw.save_png(draw.with_mask(draw.thumbnail(image), open_image(mask)), tmp_path / "new" / "overlay.png")
     with Pillow.open(path) as drawn:
         picture = np.asarray(drawn)
     assert picture.shape[0] == 60

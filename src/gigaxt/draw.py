@@ -56,7 +56,7 @@ def thumbnail(image: Image, max_px: int = MAX_PX) -> Picture:
     Raises:
         ImageError: the image cannot be read.
     """
-    pixels, valid = _reduced(image, max_px, nearest=False)
+    pixels, valid = reduced(image, max_px, nearest=False)
     bands = _three_bands(pixels)
     if image.dtype != np.uint8:
         bands = _stretched(bands, valid)
@@ -70,7 +70,7 @@ def mask_thumbnail(mask: Image, max_px: int = MAX_PX) -> NDArray[np.int64]:
     Raises:
         ImageError: the mask cannot be read.
     """
-    pixels, _ = _reduced(mask, max_px, nearest=True)
+    pixels, _ = reduced(mask, max_px, nearest=True)
     return pixels[:, :, 0].astype(np.int64)
 
 
@@ -96,6 +96,17 @@ def overlay_mask(
     result = picture.astype(np.float32)
     result[drawn] = (1 - opacity) * result[drawn] + opacity * table[values[drawn]]
     return np.round(result).astype(np.uint8)
+
+
+def shown_numbers(
+    picture: Picture, values: NDArray[np.floating], known: NDArray[np.bool_], low: float, high: float
+) -> Picture:
+    """Numbers (h, w) as colours from blue (`low`) to yellow (`high`) in place of a picture, where they are known."""
+    from matplotlib import colormaps  # takes a while to import
+
+    scaled = np.clip((np.where(known, values, low) - low) / (high - low), 0, 1)
+    colours = np.asarray(colormaps["viridis"](scaled))[..., :3]
+    return np.where(known[..., None], np.round(255 * colours), picture).astype(np.uint8)
 
 
 def outline_regions(
@@ -169,23 +180,6 @@ def with_mask(
     return with_legend(overlay_mask(picture, values[rows[:, None], cols], colours), names, colours)
 
 
-def draw_mask(
-    image: Image,
-    mask: Image,
-    path: str | Path,
-    *,
-    names: Sequence[str] | None = None,
-    colours: Sequence[Colour] | None = None,
-    max_px: int = MAX_PX,
-) -> Path:
-    """Write a PNG of an image with a mask over it and a legend at its side; arguments as of `with_mask`.
-
-    Raises:
-        ImageError: one of the two cannot be read.
-    """
-    return save_png(with_mask(thumbnail(image, max_px), mask, names=names, colours=colours), path)
-
-
 def save_png(picture: Picture, path: str | Path) -> Path:
     """Write a picture as PNG; folders are made."""
     path = Path(path)
@@ -194,8 +188,14 @@ def save_png(picture: Picture, path: str | Path) -> Path:
     return path
 
 
-def _reduced(image: Image, max_px: int, *, nearest: bool) -> tuple[Pixels, NDArray[np.bool_]]:
-    """The whole image, reduced to `max_px`, and its validity; read strip by strip."""
+def reduced(image: Image, max_px: int, *, nearest: bool) -> tuple[Pixels, NDArray[np.bool_]]:
+    """The whole image, its longer side `max_px` at most: pixels (h, w, bands) and validity; read strip by strip.
+
+    Args:
+        image: any.
+        max_px: of the longer side.
+        nearest: pick pixels rather than average them.
+    """
     from gigaxt.image.views import resample
 
     scale = max(image.height, image.width) / max_px

@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gigaxt.draw import class_palette
 from gigaxt.errors import ConfigError, DataError, ImageError
 from gigaxt.image import Image, open_image
 from gigaxt.image.writer import TiffWriter
-from gigaxt.nn.heads import ClassifyConfig
+from gigaxt.nn.heads import ClassifyConfig, SegmentConfig
 from gigaxt.nn.heads.survival import event_probabilities
 from gigaxt.nn.xt import GigaXT
+from gigaxt.pixel_answers import answer_raster, shares
 from gigaxt.regions import Place, RegionGrid
 
 Progress = Callable[[int, int], None]
@@ -45,7 +45,8 @@ def predict(
             `cases` a column `case` stands first, and `image` holds those of the case, separated by `|`. A segmentation
             model writes a tiled pyramidal TIFF of class numbers, with the scene's CRS and
             transform or pixel size and the classes' colours; pixels without data, and regions that the model's
-            `foreground` leaves out, hold 255 as nodata (65535 from 256 classes on).
+            `foreground` leaves out, hold 255 as nodata (65535 from 256 classes on). Labels are bands of 0 and 1 (nodata
+            255), numbers bands of float32 (nodata NaN).
         cases: of a classifier: which case each of the sources belongs to; one answer for all images of a case. Empty:
             the image is its own.
         skipped: images of a list that cannot be read or do not fit the model are left out of the CSV, with their case,
@@ -171,29 +172,18 @@ def _prediction(values: NDArray[np.float64], names: Sequence[str], head: object)
 
 def _write_mask(output: Path, model: GigaXT, image: Image, progress: Progress | None) -> Path:
     head = model.config.head
+    assert isinstance(head, SegmentConfig)
     batch = model.batch([image])
     seen = batch.scenes[0].image
     assert isinstance(seen, Image)
-    dtype, empty = ("uint8", 255) if head.classes <= 255 else ("uint16", 65535)
-    colors = getattr(head, "class_colors", None) or class_palette(head.classes)
-    with TiffWriter(
-        output,
-        seen.height,
-        seen.width,
-        dtype=dtype,
-        like=seen,
-        nodata=empty,
-        colormap=colors if dtype == "uint8" else None,
-        categorical=True,
-    ) as writer:
+    raster = answer_raster(head)
+    with TiffWriter(output, seen.height, seen.width, like=seen, **raster.options) as writer:
         empty_cores = _left_out(batch.scenes[0].grid)
         for done, (x, y, (logits,), valid) in enumerate(model.predict_regions(batch), start=1):
             # In turn with the others: the writer holds what waits for its neighbours.
             while empty_cores and (empty_cores[0][1], empty_cores[0][0]) < (y, x):
                 writer.leave_out(*empty_cores.popleft())
-            classes = logits.argmax(dim=0).cpu().numpy().astype(dtype)
-            classes[~valid] = empty
-            writer.write(x, y, classes)
+            writer.write(x, y, raster.encode(shares(head, logits), valid))
             if progress:
                 progress(done, batch.full_size)
         for window in empty_cores:

@@ -89,21 +89,89 @@ class MaskTarget(SceneTarget):
         pixels, valid = self.mask.read_valid(x, y, w, h)
         return {"target": pixels[..., 0].astype(np.int64), "valid": valid}
 
-    def turned(self, k: int) -> MaskTarget:
+    def turned(self, k: int) -> Self:
         """See `SceneTarget.turned`."""
-        return MaskTarget(dihedral(self.mask, k))
+        return self._of(dihedral(self.mask, k))
 
-    def cropped(self, x: int, y: int, width: int, height: int) -> MaskTarget:
+    def cropped(self, x: int, y: int, width: int, height: int) -> Self:
         """See `SceneTarget.cropped`."""
-        return MaskTarget(Cropped(self.mask, x, y, width, height))
+        return self._of(Cropped(self.mask, x, y, width, height))
 
-    def resampled(self, scale_x: float, scale_y: float) -> MaskTarget:
+    def resampled(self, scale_x: float, scale_y: float) -> Self:
         """See `SceneTarget.resampled`; the nearest pixel's class."""
-        return MaskTarget(resample_below(self.mask, scale_x, scale_y, nearest=True))
+        return self._of(resample_below(self.mask, scale_x, scale_y, nearest=True))
 
-    def resized(self, width: int, height: int) -> MaskTarget:
+    def resized(self, width: int, height: int) -> Self:
         """See `SceneTarget.resized`; the nearest pixel's class."""
-        return MaskTarget(resize_below(self.mask, width, height, nearest=True))
+        return self._of(resize_below(self.mask, width, height, nearest=True))
+
+    def _of(self, mask: Image) -> Self:
+        return type(self)(mask)
+
+
+class BandsTarget(MaskTarget):
+    """A raster of several bands on the grid of its image: labels, or numbers, of every pixel.
+
+    Args:
+        mask: a band for each of them. What is not valid in it is not known.
+        bands: how many there must be.
+        numbers: numbers rather than labels; those that are nodata or NaN in one band are not known in that one.
+    """
+
+    def __init__(self, mask: Image, bands: int, *, numbers: bool) -> None:
+        super().__init__(mask)
+        self.bands, self.numbers = bands, numbers
+
+    def check(self, image: Grid) -> None:
+        """It has the size of its image, and the bands."""
+        check_mask(image, self.mask, self.bands)
+        if not self.numbers and self.mask.dtype.kind not in "iub":
+            raise DataError(f"{self.name}: expected labels 0 and 1 of an integer type, got {self.mask.dtype}")
+
+    def draw(self, x: int, y: int, w: int, h: int) -> dict[str, NDArray[Any]]:
+        """`target` (bands, h, w), int64 or floating with NaN where not known, and `valid` (h, w)."""
+        pixels, valid = self.mask.read_valid(x, y, w, h)
+        values = pixels.transpose(2, 0, 1)  # (h, w, bands) -> (bands, h, w)
+        if not self.numbers:
+            return {"target": values.astype(np.int64), "valid": valid}
+        target = values.astype(np.result_type(values.dtype, np.float32))
+        if self.mask.nodata is not None:
+            target[values == np.asarray(self.mask.nodata).astype(values.dtype)] = np.nan
+        return {"target": target, "valid": valid}
+
+    def resampled(self, scale_x: float, scale_y: float) -> Self:
+        """See `SceneTarget.resampled`; the mean of one band of numbers, else the nearest pixel."""
+        return self._of(resample_below(self.mask, scale_x, scale_y, nearest=self._nearest))
+
+    def resized(self, width: int, height: int) -> Self:
+        """See `SceneTarget.resized`; the mean of one band of numbers, else the nearest pixel."""
+        return self._of(resize_below(self.mask, width, height, nearest=self._nearest))
+
+    @property
+    def _nearest(self) -> bool:
+        # A mean leaves out what is nodata in all bands; what is nodata in one of several would enter it.
+        return not self.numbers or self.bands > 1
+
+    def _of(self, mask: Image) -> Self:
+        return type(self)(mask, self.bands, numbers=self.numbers)
+
+
+def as_bands(target: Any, bands: int, *, numbers: bool) -> BandsTarget:
+    """Labels or numbers from an Image, or from an array or tensor (H, W), of several bands (H, W, bands).
+
+    Raises:
+        DataError: something else.
+    """
+    if isinstance(target, BandsTarget):
+        return target
+    if isinstance(target, Image):
+        return BandsTarget(target, bands, numbers=numbers)
+    array = np.asarray(target.detach().cpu() if hasattr(target, "detach") else target)
+    kinds = "iuf" if numbers else "iub"
+    if array.ndim not in (2, 3) or array.dtype.kind not in kinds:
+        what = "numbers" if numbers else "labels 0 and 1 of an integer type"
+        raise DataError(f"expected {what} (H, W) or (H, W, bands), got {array.dtype} {array.shape}")
+    return BandsTarget(open_image(array), bands, numbers=numbers)
 
 
 def as_mask(target: Any) -> MaskTarget:
@@ -122,16 +190,17 @@ def as_mask(target: Any) -> MaskTarget:
     return MaskTarget(open_image(array))
 
 
-def check_mask(image: Grid, mask: Image) -> None:
+def check_mask(image: Grid, mask: Image, bands: int = 1) -> None:
     """A mask must lie on the image's grid.
 
     Raises:
-        DataError: it has another size, or several bands.
+        DataError: it has another size, or other bands.
     """
     if (mask.height, mask.width) != (image.height, image.width):
         raise DataError(
             f"{mask.name}: the mask has {mask.width} x {mask.height} px, "
             f"its image {image.name} has {image.width} x {image.height}"
         )
-    if mask.channels != 1:
-        raise DataError(f"{mask.name}: expected a mask of one band with class numbers, got {mask.channels} bands")
+    if mask.channels != bands:
+        what = "a mask of one band with class numbers" if bands == 1 else f"{bands} bands, one for each of `classes`"
+        raise DataError(f"{mask.name}: expected {what}, got {mask.channels} bands")

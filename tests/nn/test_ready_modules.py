@@ -96,7 +96,7 @@ class SegmentHead(DenseHead):
         return sums[0] / sums[1]
 
     def scores(self, sums: Sequence[Tensor]) -> dict[str, Tensor]:
-        return {"loss_sum": sums[0], "weight_sum": sums[1], "confusion": torch.zeros(CLASSES, CLASSES)}
+        return {"loss": sums[0] / sums[1], "weight_sum": sums[1], "confusion": torch.zeros(CLASSES, CLASSES)}
 
 
 SECTIONS: dict[str, Callable[[ModelConfig], nn.Module]] = {

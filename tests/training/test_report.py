@@ -9,6 +9,7 @@ import tifffile
 from tiny_run import tiny_config
 
 from gigaxt.image.memory import ArrayImage
+from gigaxt.nn.heads import SegmentConfig
 from gigaxt.tasks import Evaluation, WorstCase, make_task, read_manifest
 from gigaxt.training.report import table, write_report
 from gigaxt.training.run_folder import RunFolder
@@ -45,6 +46,7 @@ def report(csv: Path, out: Path, state: State) -> str:
     (out / "metrics.csv").write_text(CURVES)
     task = make_task(config.model.head, read_manifest(config.model.head, csv))
     answer = ArrayImage(np.ones((40, 32), np.uint8))
+    config.model.head = SegmentConfig(classes=2)  # so that the worst case may have a mask
     return write_report(RunFolder(out), config, task, state, lambda _: answer).read_text()
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -179,19 +179,16 @@ def mask_paths(out: Path, images: Sequence[Path], *, as_file: bool) -> list[Path
 
 def draw(model: GigaXT, image: Path, mask: Path) -> Path:
     """Write the mask over a small picture of its image, beside the TIFF."""
-    from gigaxt.draw import class_palette, draw_mask
+    from gigaxt.draw import save_png, thumbnail, with_legend
     from gigaxt.image import open_image
-    from gigaxt.inference import class_names
+    from gigaxt.pixel_answers import colours_of, names_of, over_picture
 
-    colours = getattr(model.config.head, "class_colors", None) or class_palette(model.config.head.classes)
-    picture = model.batch([open_image(image)]).scenes[0].image  # as the model saw it: three of its bands, its size
-    return draw_mask(
-        picture,  # type: ignore[arg-type]  # a scene of an Image holds an Image
-        open_image(mask),
-        mask.with_suffix(".png"),
-        names=class_names(model),
-        colours=[tuple(colour) for colour in colours],
-    )
+    head: Any = model.config.head
+    seen: Any = model.batch([open_image(image)]).scenes[0].image  # as the model saw it: three of its bands, its size
+    picture = over_picture(thumbnail(seen), open_image(mask), head)
+    if head.target != "regression":
+        picture = with_legend(picture, names_of(head), colours_of(head))
+    return save_png(picture, mask.with_suffix(".png"))
 
 
 def _what_mask(path: Path) -> str:

@@ -88,19 +88,37 @@ def class_values(mask: Image, max_pixels: int) -> tuple[Counter[int], bool]:
         ImageError: the mask cannot be read.
     """
     sampled = mask.height * mask.width > max_pixels
-    windows = (
-        spread_windows(mask.height, mask.width, max(1, max_pixels // WINDOW**2))
-        if sampled
-        else list(_blocks(mask.height, mask.width))
-    )
     counts: Counter[int] = Counter()
-    for x, y, w, h in windows:
+    for x, y, w, h in _windows(mask, max_pixels):
         pixels, valid = mask.read_valid(x, y, w, h)
         values, numbers = np.unique(pixels[:, :, 0][valid], return_counts=True)
         counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
         if len(counts) > MANY_VALUES:
             return counts, True
     return counts, sampled
+
+
+def number_statistics(raster: Image, max_pixels: int) -> BandStatistics:
+    """Mean and standard deviation of the numbers that are known in each band, of the whole raster or of a sample.
+
+    Raises:
+        ImageError: the raster cannot be read.
+    """
+    found = BandStatistics(raster.channels)
+    for x, y, w, h in _windows(raster, max_pixels):
+        pixels, valid = raster.read_valid(x, y, w, h)
+        values = pixels.astype(np.float64)
+        if raster.nodata is not None:  # also in single bands
+            values[pixels == np.asarray(raster.nodata).astype(pixels.dtype)] = np.nan
+        found.add(values, valid)
+    return found
+
+
+def _windows(image: Image, max_pixels: int) -> list[tuple[int, int, int, int]]:
+    """Windows that cover an image, or are spread over it where it has more pixels."""
+    if image.height * image.width > max_pixels:
+        return spread_windows(image.height, image.width, max(1, max_pixels // WINDOW**2))
+    return list(_blocks(image.height, image.width))
 
 
 def _blocks(height: int, width: int, side: int = 2048) -> Iterator[tuple[int, int, int, int]]:

@@ -183,8 +183,8 @@ class GigaXT(nn.Module):
         """Loss and what metrics are made of.
 
         Returns:
-            Classification: logits (B, classes), loss. Dense: the head's sums by name, float64; of a segmentation
-            loss_sum, weight_sum, and confusion (classes, classes) with the true class as row.
+            Classification: logits (B, classes), loss. Dense: what the head's `scores` gives; of a segmentation loss,
+            weight_sum, and confusion (classes, classes) with the true class as row, or counts or moments.
         """
         if self.dense:
             return self._dense_head.scores(self._sums(images, targets, seed=0, linear=False))

@@ -10,7 +10,7 @@ from gigaxt.errors import ConfigError
 from gigaxt.nn.heads import DetectConfig, HeadConfig, SegmentConfig
 from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase
 from gigaxt.tasks.classification import Classification
-from gigaxt.tasks.fitting import fitted
+from gigaxt.tasks.fitting import fitted, fitted_numbers
 from gigaxt.tasks.segmentation import Segmentation
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Task",
     "WorstCase",
     "fitted",
+    "fitted_numbers",
     "make_task",
     "read_manifest",
 ]
@@ -42,7 +43,7 @@ def read_manifest(head: HeadConfig, csv: str | Path, *, split_seed: int = 0, fol
     if isinstance(head, DetectConfig):
         raise ConfigError("model.head: detection learns in a loop of your own as yet, not from a CSV")
     if isinstance(head, SegmentConfig):
-        return Manifest.read(csv, task="segmentation", split_seed=split_seed, fold=fold)
+        return Manifest.read(csv, task="segmentation", target=head.target, split_seed=split_seed, fold=fold)
 
     def read(classes: list[str] | None) -> Manifest:
         return Manifest.read(
@@ -73,6 +74,6 @@ def read_manifest(head: HeadConfig, csv: str | Path, *, split_seed: int = 0, fol
 def make_task(head: HeadConfig, manifest: Manifest) -> Task:
     """The task that goes with a model's head."""
     if isinstance(head, SegmentConfig):
-        return Segmentation(manifest, head.classes, head.ignore, head.class_names)
+        return Segmentation(manifest, head)
     assert not isinstance(head, DetectConfig), "refused by read_manifest"
     return Classification(manifest, head.class_names, head.time_bins)

@@ -8,8 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gigaxt.datasets.manifest import Manifest
+from gigaxt.datasets.statistics import BandStatistics, number_statistics
 from gigaxt.errors import DataError
-from gigaxt.nn.heads import ClassifyConfig
+from gigaxt.image.open import open_image
+from gigaxt.nn.heads import ClassifyConfig, SegmentConfig
 from gigaxt.nn.heads.survival import quantile_edges
 
 
@@ -40,6 +42,36 @@ def fitted(head: ClassifyConfig, manifest: Manifest) -> ClassifyConfig:
         except DataError as error:
             raise DataError(f"{manifest.path}, split train: {error}") from error
     return head
+
+
+def fitted_numbers(head: SegmentConfig, manifest: Manifest) -> SegmentConfig:
+    """The head with mean and standard deviation of the numbers in the training rasters, or in a sample of them.
+
+    Raises:
+        DataError: a raster without the bands that the head has, or no number known. ImageError: one cannot be read.
+    """
+    if head.target != "regression" or head.target_mean is not None:
+        return head
+    rows, found = manifest.split("train"), BandStatistics(head.classes)
+    for row in rows:
+        assert row.target_path is not None
+        raster = open_image(row.target_path)
+        if raster.channels != head.classes:
+            raise DataError(
+                f"{raster.name}: expected {head.classes} bands of numbers (model.head.classes), got {raster.channels}"
+            )
+        found.merge(number_statistics(raster, STATISTICS_PIXELS // len(rows)))
+    if rows and not found.count.all():
+        raise DataError(
+            f"{manifest.path}: no number is known in band {int(found.count.argmin()) + 1} of the rasters of the split "
+            "train; correct them, or set model.head.target_mean and target_std"
+        )
+    std = np.where(found.std > 0, found.std, 1.0)  # equal targets have no unit
+    return replace(head, target_mean=found.mean.tolist(), target_std=std.tolist()) if rows else head
+
+
+STATISTICS_PIXELS = 1 << 28
+"""Of all rasters together, from which the unit of the numbers is found."""
 
 
 def _check_known(manifest: Manifest) -> None:

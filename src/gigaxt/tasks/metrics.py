@@ -162,3 +162,19 @@ def _pairs(weights: Tensor, rows: Tensor, matrix: Callable[[Tensor], Tensor]) ->
     for block in rows.split(max(1, PAIRS_AT_ONCE // len(weights))):
         total += (weights[block] * (matrix(block) @ weights)).sum(dim=0)
     return total
+
+
+def moments_scores(moments: Tensor) -> dict[str, Tensor]:
+    """Root mean square and mean error, and share of the variance explained: (5, ...) -> each (...).
+
+    Args:
+        moments: how many, and sums of squared errors, absolute errors, targets, and squared targets.
+    """
+    count, squares, absolute, total, power = moments
+    spread = power - total.square() / count
+    return {
+        "rmse": (squares / count).sqrt(),
+        "mae": absolute / count,
+        # Without spread (one value, or equal targets) there is nothing to explain.
+        "r2": torch.where(spread > 1e-12 * power, 1 - squares / spread, torch.nan),
+    }

@@ -18,6 +18,7 @@ from gigaxt.tasks.metrics import (
     concordance,
     confusion_scores,
     counts,
+    moments_scores,
     quadratic_kappa,
     rank_of_truth,
 )
@@ -246,15 +247,8 @@ class Numbers(Scoring):
 
     def _columns(self, weights: Tensor) -> dict[str, Tensor]:
         """Root mean square and mean error, and share of the variance explained: (numbers, draws)."""
-        total, squares = self.known.double().T @ weights, self.error.square().T @ weights
-        power = self.centred.square().T @ weights
-        spread = power - (self.centred.T @ weights).square() / total
-        return {
-            "rmse": (squares / total).sqrt(),
-            "mae": self.error.abs().T @ weights / total,
-            # Without spread (one case, or equal targets) there is nothing to explain.
-            "r2": torch.where(spread > 1e-12 * power, 1 - squares / spread, torch.nan),
-        }
+        parts = (self.known.double(), self.error.square(), self.error.abs(), self.centred, self.centred.square())
+        return moments_scores(torch.stack([part.T @ weights for part in parts]))
 
     def per_class(self) -> dict[str, Tensor]:
         """The same of each number."""

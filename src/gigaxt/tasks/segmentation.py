@@ -1,4 +1,4 @@
-"""A class for every pixel of a scene."""
+"""An answer for every pixel of a scene: a class, labels, or numbers."""
 
 from __future__ import annotations
 
@@ -12,41 +12,48 @@ import torch
 from torch import Tensor
 
 from gigaxt.datasets.manifest import Manifest, Row
-from gigaxt.errors import DataError
+from gigaxt.errors import ConfigError, DataError
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image
-from gigaxt.targets import MaskTarget
+from gigaxt.nn.heads.segment_config import SegmentConfig
+from gigaxt.targets import BandsTarget, MaskTarget
 from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase, as_table, worst_first
 from gigaxt.tasks.bootstrap import about_groups, estimate
+from gigaxt.tasks.pixel_scoring import SCORINGS
 
 STRIP_ROWS = 512
 """Rows of a mask that are counted at once."""
 
 
 class Segmentation(Task):
-    """A class for every pixel, from scene-level confusion counts.
+    """An answer for every pixel, scored from sums over whole scenes.
 
     Args:
         manifest: where the masks are.
-        classes: classes of the model.
-        ignore: the mask's value that is not scored.
-        class_names: one name a class; None: numbers.
+        head: of the model.
     """
 
-    best = "mean_iou"
-    metric_names = ("mean_iou", "pixel_accuracy", "f1_macro")
-    images_per_call = 1  # the confusion of each image is wanted, for the worst cases
+    images_per_call = 1  # the sums of each image are wanted, for the worst cases
 
-    def __init__(self, manifest: Manifest, classes: int, ignore: int, class_names: Sequence[str] | None = None) -> None:
-        self.manifest, self.classes, self.ignore = manifest, classes, ignore
-        self.class_names = tuple(class_names or map(str, range(classes)))
+    def __init__(self, manifest: Manifest, head: SegmentConfig) -> None:
+        self.manifest, self.head = manifest, head
+        self.class_names = tuple(head.class_names or map(str, range(head.classes)))
+        self.scoring = SCORINGS[head.target]
+        self.best, self.higher_is_better = self.scoring.best, self.scoring.higher_is_better
+        self.metric_names = self.scoring.metric_names
 
     def target(self, row: Row, image: Image) -> MaskTarget:
-        """The mask, of one band on the grid of `image`."""
+        """The mask, on the grid of `image`."""
         mask = open_image(self._mask(row))
-        if mask.dtype.kind not in "uib":
-            raise DataError(f"{mask.name}: expected a mask of whole numbers, the classes; got {mask.dtype}")
-        target = MaskTarget(mask)
+        if self.head.target == "single":
+            if mask.dtype.kind not in "uib":
+                raise DataError(
+                    f"{mask.name}: expected a mask of whole numbers, the classes; got {mask.dtype} "
+                    "(numbers are learnt with model.head.target: regression)"
+                )
+            target = MaskTarget(mask)
+        else:
+            target = BandsTarget(mask, self.head.classes, numbers=self.head.target == "regression")
         target.check(image)
         return target
 
@@ -56,14 +63,17 @@ class Segmentation(Task):
 
     def class_counts(self, split: str) -> list[float]:
         """Pixels of each class in the masks, read strip by strip."""
-        counts = np.zeros(self.classes, dtype=np.float64)
+        if self.head.target != "single":
+            raise ConfigError(f"balancing classes needs one class a pixel; the target is {self.head.target!r}")
+        classes = self.head.classes
+        counts = np.zeros(classes, dtype=np.float64)
         for row in self.manifest.split(split):
             mask = open_image(self._mask(row))
             for y in range(0, mask.height, STRIP_ROWS):
-                values = mask.read(0, y, mask.width, min(STRIP_ROWS, mask.height - y))
-                classes = values.astype(np.int64)
-                scored = (classes != self.ignore) & (classes >= 0) & (classes < self.classes)
-                counts += np.bincount(classes[scored], minlength=self.classes)
+                pixels, valid = mask.read_valid(0, y, mask.width, min(STRIP_ROWS, mask.height - y))
+                values = pixels[valid].astype(np.int64)
+                scored = (values != self.head.ignore) & (values >= 0) & (values < classes)
+                counts += np.bincount(values[scored], minlength=classes)
         return [float(count) for count in counts]
 
     def _mask(self, row: Row) -> Path:
@@ -76,14 +86,15 @@ class _Counted(NamedTuple):
     """What came of one image."""
 
     row: Row
-    confusion: Tensor
-    """(classes, classes) float64; rows: true class."""
-    loss_sum: float
-    weight_sum: float
+    sums: Tensor
+    """What scores are made of, float64."""
+    loss: float
+    weight: float
+    """By which the loss of the image enters that of the split."""
 
 
 class SegmentationTally(Tally):
-    """Confusion counts of each image of a split."""
+    """The sums of each image of a split."""
 
     def __init__(self, task: Segmentation) -> None:
         self.task: Segmentation = task
@@ -95,10 +106,10 @@ class SegmentationTally(Tally):
         return [counted.row for counted in self.counted]
 
     def update(self, rows: Sequence[Row], targets: Sequence[Any], output: Mapping[str, Any]) -> None:
-        """Add `{"loss_sum", "weight_sum", "confusion": (classes, classes)}` of one image."""
+        """Add `SegmentHead.scores` of one image."""
         (row,) = rows
-        confusion = output["confusion"].detach().double().cpu()
-        self.counted.append(_Counted(row, confusion, float(output["loss_sum"]), float(output["weight_sum"])))
+        sums = output[self.task.scoring.key].detach().double().cpu()
+        self.counted.append(_Counted(row, sums, float(output["loss"]), float(output["weight_sum"])))
 
     def select(self, keep: Callable[[Row], bool]) -> Self:
         """The tally of some images."""
@@ -113,53 +124,30 @@ class SegmentationTally(Tally):
         return both
 
     def compute(self) -> Evaluation:
-        """Mean IoU over the classes that occur or were answered, pixel accuracy, macro F1; IoU and F1 per class."""
+        """Scores with their intervals, and those of each class; the loss is the mean over images, by their pixels."""
         if not self.counted:
             raise DataError("there is no image to evaluate")
-        each = torch.stack([counted.confusion for counted in self.counted])  # (images, classes, classes)
+        scoring = self.task.scoring
+        each = torch.stack([counted.sums for counted in self.counted])  # (images, ...)
         groups = [counted.row.group or counted.row.case or str(counted.row.image) for counted in self.counted]
-        metrics, intervals = estimate(partial(_scores, each), groups)
-        confusion = each.sum(dim=0)
-        right, true, answered = confusion.diag(), confusion.sum(1), confusion.sum(0)
-        columns = {
-            "iou": intersection_over_union(confusion),
-            "f1": 2 * right / (true + answered),
-            "recall": right / true,
-            "precision": right / answered,
-            "pixels": true,
-        }
-        weight = sum(counted.weight_sum for counted in self.counted)
+        metrics, intervals = estimate(partial(scoring.scores, each), groups)
+        total = each.sum(dim=0)
+        weight = sum(counted.weight for counted in self.counted)
+        loss = sum(counted.loss * counted.weight for counted in self.counted)
         return Evaluation(
             images=len(self.counted),
-            loss=sum(counted.loss_sum for counted in self.counted) / weight if weight else float("nan"),
+            loss=loss / weight if weight else float("nan"),
             metrics=metrics,
             intervals=intervals,
             notes=about_groups(len(set(groups))),
-            per_class=as_table(columns, self.task.class_names),
-            confusion=confusion.tolist(),
-            worst=worst_first([_worst_case(counted) for counted in self.counted if counted.confusion.sum() > 0]),
+            per_class=as_table(scoring.per_class(total), self.task.class_names),
+            confusion=scoring.confusion(total),
+            worst=worst_first([case for case in map(self._worst_case, self.counted) if case is not None]),
         )
 
-
-def _scores(each: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """Scores (draws,) of images weighted by (images, draws), from their confusions (images, classes, classes)."""
-    parts = each.diagonal(dim1=1, dim2=2), each.sum(2), each.sum(1)
-    right, true, answered = (part.T @ weights for part in parts)  # (classes, draws)
-    return {
-        "mean_iou": (right / (true + answered - right)).nanmean(dim=0),
-        "pixel_accuracy": right.sum(dim=0) / true.sum(dim=0),
-        "f1_macro": (2 * right / (true + answered)).nanmean(dim=0),
-    }
-
-
-def _worst_case(counted: _Counted) -> WorstCase:
-    confusion, row = counted.confusion, counted.row
-    iou = float(intersection_over_union(confusion).nanmean())
-    caption = f"mean IoU {iou:.3f}, pixel accuracy {float(confusion.diag().sum() / confusion.sum()):.3f}"
-    return WorstCase(image=str(row.image), badness=1 - iou, caption=caption, mask=str(row.target_path))
-
-
-def intersection_over_union(confusion: Tensor) -> Tensor:
-    """IoU per class, (classes,), from counts (classes, classes); NaN where a class neither occurs nor was answered."""
-    right = confusion.diag()
-    return right / (confusion.sum(0) + confusion.sum(1) - right)
+    def _worst_case(self, counted: _Counted) -> WorstCase | None:
+        found, row = self.task.scoring.worst(counted.sums), counted.row
+        if found is None:
+            return None
+        badness, caption = found
+        return WorstCase(image=str(row.image), badness=badness, caption=caption, mask=str(row.target_path))

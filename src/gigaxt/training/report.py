@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +19,12 @@ import yaml
 from PIL import Image as Pillow
 
 from gigaxt.config import to_dict
-from gigaxt.draw import Colour, Picture, class_palette, mask_thumbnail, overlay_mask, thumbnail
+from gigaxt.draw import Picture, thumbnail
 from gigaxt.errors import CheckpointError, GigaxtError
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image
 from gigaxt.inference import predict
+from gigaxt.pixel_answers import over_picture
 from gigaxt.pretrained import load
 from gigaxt.tasks import Evaluation, Segmentation, Task, WorstCase
 from gigaxt.tasks.base import COUNT_COLUMNS
@@ -206,12 +208,10 @@ def _series(rows: Sequence[Mapping[str, str]], column: str) -> tuple[list[int], 
 def _worst(evaluation: Evaluation | None, config: RunConfig, answer: Answer | None) -> str:
     if evaluation is None or not evaluation.worst:
         return ""
-    head = config.model.head
-    colours = getattr(head, "class_colors", None) or class_palette(head.classes)
     figures = []
     for case in evaluation.worst:
         try:
-            pictures = _pictures(case, [tuple(colour) for colour in colours], answer)
+            pictures = _pictures(case, config.model.head, answer)
         except GigaxtError as error:
             figures.append(f"<figure><figcaption>{_text(str(error))}</figcaption></figure>")
             continue
@@ -224,20 +224,14 @@ def _worst(evaluation: Evaluation | None, config: RunConfig, answer: Answer | No
     return f'{note}<div class="cases">{"".join(figures)}</div>'
 
 
-def _pictures(case: WorstCase, colours: Sequence[Colour], answer: Answer | None) -> list[tuple[str, Picture]]:
+def _pictures(case: WorstCase, head: Any, answer: Answer | None) -> list[tuple[str, Picture]]:
     picture = thumbnail(open_image(case.image), THUMBNAIL_PX)
     pictures = [("image", picture)]
     pictures += [(Path(path).name, thumbnail(open_image(path), THUMBNAIL_PX)) for path in case.others[: CASE_SHOWN - 1]]
-    masks = {} if case.mask is None else {"target": open_image(case.mask)}
-    if masks and answer is not None and (given := answer(case.image)) is not None:
-        masks["answer"] = given
-    for name, mask in masks.items():
-        values = mask_thumbnail(mask, THUMBNAIL_PX)
-        # A mask may be a pixel smaller or larger than the picture where the image was resampled.
-        rows = np.arange(picture.shape[0]) * values.shape[0] // picture.shape[0]
-        cols = np.arange(picture.shape[1]) * values.shape[1] // picture.shape[1]
-        pictures.append((name, overlay_mask(picture, values[rows[:, None], cols], colours)))
-    return pictures
+    rasters = {} if case.mask is None else {"target": open_image(case.mask)}
+    if rasters and answer is not None and (given := answer(case.image)) is not None:
+        rasters["answer"] = given
+    return pictures + [(name, over_picture(picture, raster, head)) for name, raster in rasters.items()]
 
 
 def _skipped(skipped: Mapping[str, str]) -> str:

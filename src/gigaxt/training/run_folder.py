@@ -13,8 +13,8 @@ from gigaxt.config import to_dict
 from gigaxt.datasets.labels import LABEL
 from gigaxt.datasets.manifest import Manifest
 from gigaxt.errors import CheckpointError, ConfigError
-from gigaxt.nn.heads import ClassifyConfig
-from gigaxt.tasks import Task, fitted, make_task, read_manifest
+from gigaxt.nn.heads import ClassifyConfig, SegmentConfig
+from gigaxt.tasks import Task, fitted, fitted_numbers, make_task, read_manifest
 from gigaxt.training.checkpoint import checkpoints, one_line, recover_folder
 from gigaxt.training.config import RunConfig, differences, read_yaml, run_config
 
@@ -107,6 +107,8 @@ def _resolved(config: RunConfig, manifest: Manifest, stored: RunConfig | None) -
     head = config.model.head
     if isinstance(head, ClassifyConfig):
         head = fitted(head, manifest)
+    elif isinstance(head, SegmentConfig):
+        head = _in_units(head, manifest, stored)
     task = make_task(head, manifest)
     if head.class_names is None:
         head = replace(head, class_names=list(task.class_names))
@@ -120,6 +122,14 @@ def _resolved(config: RunConfig, manifest: Manifest, stored: RunConfig | None) -
         head = replace(head, class_weights=weights)
     csv = str(Path(config.data.csv).resolve())
     return replace(config, data=replace(config.data, csv=csv), model=replace(config.model, head=head))
+
+
+def _in_units(head: SegmentConfig, manifest: Manifest, stored: RunConfig | None) -> SegmentConfig:
+    """The head with the unit of its numbers, which takes a while to find and is found once."""
+    known = None if stored is None else stored.model.head
+    if isinstance(known, SegmentConfig) and head.target_mean is None and known.target == head.target:
+        return replace(head, target_mean=known.target_mean, target_std=known.target_std)
+    return fitted_numbers(head, manifest)
 
 
 def balanced(counts: list[float]) -> list[float]:

@@ -9,7 +9,8 @@ from gigaxt.config import from_dict, nearest
 from gigaxt.errors import ConfigError
 from gigaxt.nn.heads.classify import ClassifyConfig, ClassifyHead
 from gigaxt.nn.heads.detect import DetectConfig, DetectHead
-from gigaxt.nn.heads.segment import SegmentConfig, SegmentHead
+from gigaxt.nn.heads.segment import SegmentHead
+from gigaxt.nn.heads.segment_config import SegmentConfig
 
 HeadConfig = ClassifyConfig | DetectConfig | SegmentConfig
 """The settings of any head; `kind` tells which."""
