@@ -12,7 +12,6 @@ import torch
 import gigaxt
 from gigaxt import ConfigError, DataError, ImageError, open_image
 from gigaxt.draw import class_palette
-from gigaxt.image.writer import TiffWriter
 from tiny_models import classifier, segmenter
 
 
@@ -100,24 +99,6 @@ def test_regions_without_data_are_nodata(tmp_path: Path) -> None:
     np.testing.assert_array_equal(tifffile.imread(out) == 255, np.isnan(pixels[..., 0]))
 
 
-def test_nothing_waits_for_regions_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is left out is told to the writer in turn, or it would hold the tiles above and below to the end."""
-    told: list[tuple[int, int]] = []
-    write = TiffWriter.write  # `leave_out` writes, too
-
-    def noted(writer: TiffWriter, x: int, y: int, pixels: np.ndarray) -> None:
-        told.append((y, x))
-        write(writer, x, y, pixels)
-
-    monkeypatch.setattr(TiffWriter, "write", noted)
-    pixels = np.ones((260, 260, 3), np.float32)
-    pixels[64:192] = np.nan
-    pixels[:, 192:] = np.nan
-    gigaxt.predict(segmenter(), open_image(pixels, nodata=float("nan")), tmp_path / "mask.tif")
-    assert told == sorted(told)
-    assert len(told) == 25
-
-
 def test_pixel_size_of_the_model(tmp_path: Path) -> None:
     path = tmp_path / "scene.ome.tif"
     pixels = np.random.default_rng(0).integers(0, 256, (200, 260, 3)).astype(np.uint8)
@@ -198,7 +179,7 @@ def test_what_is_not_complete_has_another_name_and_goes(tmp_path: Path, stop: ty
         with pytest.raises(stop):
             gigaxt.predict(model, scene(tmp_path / "scene.tif"), folder / name, progress=progress)
         assert (folder / name).read_text() == "older"
-    assert seen == [["mask.tif", "mask.tif.part"], ["mask.tif", "scores.csv", "scores.csv.part"]]
+    assert seen == [["mask.tif", "mask.tif.parts"], ["mask.tif", "scores.csv", "scores.csv.part"]]
     assert sorted(path.name for path in folder.iterdir()) == ["mask.tif", "scores.csv"]
 
 

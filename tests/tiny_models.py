@@ -9,12 +9,12 @@ import torch
 from gigaxt import GigaXT, ModelConfig, build_model
 
 
-def tiny_model(head: dict[str, Any], *, bands: int = 3, seed: int = 0, **given: Any) -> GigaXT:
+def tiny_model(head: dict[str, Any], *, bands: int = 3, seed: int = 0, region: int = 64, **given: Any) -> GigaXT:
     """Random weights, regions of 64 px, in evaluation mode; `given` is the config's section `input`."""
     config = {
         "region_encoder": {
             "name": "convnextv2_atto",
-            "region": 64,
+            "region": region,
             "in_channels": bands,
             "options": {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 16]},
         },

@@ -250,13 +250,7 @@ class SceneBatch:
             if inside:
                 return image.tensor[:, y : y + h, x : x + w].permute(1, 2, 0), None
             return _crop(image.tensor, x, y, w, h), scene.grid.pixel_validity(place)[..., None]
-        pixels, mask = image.read_valid(x, y, w, h)
-        valid = mask[..., None]
-        if image.nodata is not None and np.issubdtype(pixels.dtype, np.floating):
-            # A valid pixel may lack single bands. Integers are left alone: 0 is nodata and a colour in too many files.
-            lacking = np.isnan(pixels) if np.isnan(image.nodata) else pixels == pixels.dtype.type(image.nodata)
-            valid = valid & ~lacking
-        return pixels, None if valid.all() else valid
+        return read_region(image, x, y, w, h)
 
     def _whole(self, mask: Mask | None) -> Mask:
         return np.ones((self.region, self.region, 1), dtype=np.bool_) if mask is None else mask
@@ -275,6 +269,17 @@ class SceneBatch:
             for left, right in pairwise(edges)
         ]
         self.token_validity[chunk.start : chunk.stop] = torch.stack(cells, dim=1)
+
+
+def read_region(image: Image, x: int, y: int, w: int, h: int) -> tuple[NDArray[np.generic], Mask | None]:
+    """Pixels (h, w, C) of a window and which are valid, (h, w, 1 or C); None: all are."""
+    pixels, mask = image.read_valid(x, y, w, h)
+    valid = mask[..., None]
+    if image.nodata is not None and np.issubdtype(pixels.dtype, np.floating):
+        # A valid pixel may lack single bands. Integers are left alone: 0 is nodata and a colour in too many files.
+        lacking = np.isnan(pixels) if np.isnan(image.nodata) else pixels == pixels.dtype.type(image.nodata)
+        valid = valid & ~lacking
+    return pixels, None if valid.all() else valid
 
 
 def kept_regions(image: Image, config: InputConfig, region: int) -> Mask:

@@ -9,9 +9,9 @@ import pytest
 import tifffile
 from PIL import Image as Pillow
 
-from gigaxt import ConfigError, DataError, ImageError, open_image
+from gigaxt import DataError, ImageError, open_image
 from gigaxt.cli import main
-from gigaxt.cli.predict import expand, mask_paths
+from gigaxt.cli.image_lists import expand
 from tiny_models import classifier, segmenter
 
 
@@ -32,6 +32,10 @@ def folder(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     for name, height in (("a", 70), ("b", 64), ("c", 130)):
         pixels = random.integers(0, 256, (height, 100, 3)).astype(np.uint8)
         tifffile.imwrite(tmp_path / f"scenes/{name}.tif", pixels, tile=(32, 32), photometric="rgb")
+    tifffile.imwrite(
+        tmp_path / "four.tif", np.ones((64, 64, 4), np.uint8), photometric="minisblack", planarconfig="contig"
+    )
+    (tmp_path / "folder.tif").mkdir()
     (tmp_path / "scenes/notes.txt").write_text("no image")
     (tmp_path / "bad/x.tif").write_bytes((tmp_path / "scenes/c.tif").read_bytes()[:9000])
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
@@ -57,13 +61,13 @@ def test_one_mask_and_its_picture(folder: Path, capsys: pytest.CaptureFixture[st
     with Pillow.open("masks/a_mask.png") as picture:
         assert picture.height >= 70
         assert picture.width > 100  # the legend stands beside it
-    assert sorted(path.name for path in Path("masks").iterdir()) == ["a_mask.png", "a_mask.tif"]
+    assert sorted(path.name for path in Path("masks").iterdir()) == ["a_mask.png", "a_mask.tif", "a_mask.tif.json"]
 
 
 def test_folder_of_images_to_folder_of_masks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "seg", "scenes", "--out", "masks", "--chunk-regions", "2"]) == 0
-    assert sorted(path.name for path in Path("masks").iterdir()) == ["a.tif", "b.tif", "c.tif"]
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert sorted(path.name for path in Path("masks").glob("*.tif")) == ["a.tif", "b.tif", "c.tif"]
+    assert capsys.readouterr().out.splitlines()[3:] == ["3 scenes: 3 predicted"]
 
 
 def test_csv_of_images_to_csv_of_scores(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,13 +103,23 @@ def test_bad_images_stop_or_are_skipped(folder: Path, model: str, out: str, caps
     [
         (["seg", "scenes/a.tif"], "--out"),
         (["seg", "scenes/a.tif", "--out", "x.csv"], "expected the name of a .tif file"),
-        (["seg", "scenes", "--out", "x.tif"], "expected a folder for the masks of 3 images"),
+        (["seg", "scenes", "--out", "x.tif"], "expected a folder for the 3 images"),
+        (["seg", "scenes", "--out", "scenes/a.tif"], "expected a folder for the 3 images"),
+        (["seg", "scenes/*.png", "--out", "x"], "expected a pattern that fits some images"),
+        (["seg", "scenes/a.tif", "--out", "folder.tif"], "expected the name of a file, got a folder"),
+        (["seg", "scenes/a.tif", "--out", "x.tif", "--overlap", "-32"], "from 0 to 32, got -32; the nearest is 0"),
+        (["seg", "scenes/a.tif", "--out", "x.tif", "--overlap", "64"], "from 0 to 32, got 64; the nearest is 32"),
+        (["seg", "scenes/a.tif", "--out", "x.tif", "--dihedral", "2"], "invalid choice"),
+        (["seg", "scenes/a.tif", "--out", "x.tif", "--probabilities", "float64"], "float64"),
+        (["cls", "scenes/a.tif", "--out", "x.csv", "--overlap", "32"], "these are for masks"),
+        (["cls", "scenes/a.tif", "--out", "x.csv", "--probabilities", "uint8"], "these are for masks"),
+        (["seg", "four.tif", "--out", "x.tif"], "the model takes 3 bands, the image has 4"),
         (["cls", "scenes", "--out", "x.tif"], "expected the name of a .csv file"),
         (["cls", "scenes", "--out", "scenes"], "expected the name of a .csv file"),
         (["cls", "scenes", "--out", "x.csv", "--png"], "no mask to draw"),
         (["seg", "scenes/a.tif", "--out", "scenes/a.tif"], "is one of the images"),
         (["seg", "scenes", "--out", "scenes"], "is one of the images"),
-        (["seg", "scenes/a.tif", "bad/../scenes/a.tif", "--out", "x"], "would both become x/a.tif"),
+        (["seg", "scenes/a.tif", "bad/../scenes/a.tif", "--out", "x"], "are one image, or have one name"),
         (["seg", "none.tif", "--out", "x.tif"], "none.tif: expected an image"),
         (["seg", "none.csv", "--out", "x"], "none.csv: cannot read"),
         (["seg", "--out", "x"], "at least one image"),
@@ -141,12 +155,3 @@ def test_expand_refuses_what_holds_no_image(folder: Path) -> None:
             list(expand([Path(path)]))
     with pytest.raises(ImageError):
         list(expand([Path("no such.tif")]))
-
-
-def test_names_of_masks(tmp_path: Path) -> None:
-    images = [tmp_path / "a.svs", tmp_path / "b.c.tif"]
-    assert mask_paths(tmp_path / "x.TIF", images[:1], as_file=True) == [tmp_path / "x.TIF"]
-    assert mask_paths(tmp_path / "x", images[:1], as_file=True) == [tmp_path / "x/a.tif"]
-    assert mask_paths(tmp_path, images, as_file=False) == [tmp_path / "a.tif", tmp_path / "b.c.tif"]
-    with pytest.raises(ConfigError, match="both become"):
-        mask_paths(tmp_path, [tmp_path / "a.svs", tmp_path / "y/a.png"], as_file=False)

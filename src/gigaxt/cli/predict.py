@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import csv
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from gigaxt.cli.flags import parse
+from gigaxt.cli.image_lists import cases_of, expand, scene_outputs
 from gigaxt.errors import ConfigError, DataError, ImageError
+
+Probabilities = Literal["uint8", "float16", "float32"]
 
 if TYPE_CHECKING:
     from gigaxt.nn.xt import GigaXT
-
-TIFF_SUFFIXES = (".tif", ".tiff")
 
 
 @dataclass(kw_only=True)
 class PredictArguments:
     """Answers for images of any size, class scores or masks.
 
-    gigaxt predict runs/a scene.tif --out mask.tif
+    gigaxt predict runs/a scene.tif --out mask.tif     The same command goes on where a stopped one stood.
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -32,12 +33,17 @@ class PredictArguments:
     images: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES", help_behavior_hint="(one or more)")
     ]
-    """Images, folders of images, or CSVs with a column `image`; of those with `case`, a model that classifies answers
-    for each case."""
+    """Images, folders, quoted patterns, or CSVs with columns `image` and, for a classifier, `case`."""
     out: Path
     """A .csv for scores, a .tif for one mask, or a folder for the masks of several images."""
+    probabilities: Probabilities | None = None
+    """Also write NAME_probabilities.tif, a band a class."""
+    overlap: int | None = None
+    """Px that windows share, against seams; None: a quarter of a region."""
+    dihedral: Literal[1, 4, 8] = 1
+    """Average over quarter turns (4), and mirror images (8)."""
     png: bool = False
-    """Also draw each mask over a small picture of its image, beside the TIFF."""
+    """Also draw each mask over its image, as a small PNG."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What an image that cannot be read or does not fit the model does; skipped ones are listed, exit status 1."""
     device: str = "auto"
@@ -72,39 +78,6 @@ def main(args: Sequence[str]) -> int:
     return 1 if skipped else 0
 
 
-def expand(paths: Sequence[Path]) -> Iterator[Path]:
-    """The images that are meant: files as they are, those in folders by name, those in CSVs in the order of lines.
-
-    Raises:
-        ImageError: a path does not exist. DataError: a folder or a CSV without images, or no path at all.
-    """
-    if not paths:
-        raise DataError("expected at least one image: gigaxt predict runs/a scene.tif --out mask.tif")
-    for path in paths:
-        if path.suffix.lower() == ".csv":
-            yield from dict.fromkeys(image for image, _ in _lines_of_csv(path))
-        elif path.is_dir() and not _is_zarr(path):
-            yield from _images_of_folder(path)
-        elif not path.exists():
-            raise ImageError(path, "expected an image, a folder or a CSV, but there is nothing")
-        else:
-            yield path
-
-
-def cases_of(paths: Sequence[Path], images: Sequence[Path]) -> list[str] | None:
-    """The case of each image, as the CSVs among `paths` name it, empty where they do not; None where they name none.
-
-    Raises:
-        DataError: an image is in two cases.
-    """
-    cases: dict[Path, str] = {}
-    for path in paths:
-        for image, case in _lines_of_csv(path) if path.suffix.lower() == ".csv" else ():
-            if cases.setdefault(image, case) != case:
-                raise DataError(f"{path}: image {image} is in two cases, {cases[image]} and {case}; give it one")
-    return [cases.get(image, "") for image in images] if any(cases.values()) else None
-
-
 def predict_scores(
     model: GigaXT, images: Sequence[Path], arguments: PredictArguments, skipped: dict[str, str] | None
 ) -> None:
@@ -117,6 +90,8 @@ def predict_scores(
         raise ConfigError(f"--out {out}: the model gives class scores: expected the name of a .csv file")
     if arguments.png:
         raise ConfigError("--png: the model gives class scores, and there is no mask to draw")
+    if arguments.probabilities or arguments.overlap is not None or arguments.dihedral != 1:
+        raise ConfigError("--probabilities, --overlap, --dihedral: the model gives class scores, these are for masks")
     _check_not_input(out, arguments.images)
     _make_folder(out.parent)
     cases = cases_of(arguments.images, images)
@@ -133,48 +108,60 @@ def predict_masks(
     """Write a TIFF for each image."""
     from gigaxt.cli.progress import Steps
     from gigaxt.inference import predict
+    from gigaxt.inference.masks import is_output_error
+    from gigaxt.inference.parts import model_digest
 
-    single = images if len(images) == 1 and list(arguments.images) == list(images) else []
-    targets = mask_paths(arguments.out, images, as_file=bool(single))
-    for target in targets:
-        _check_not_input(target, images)
-        _check_not_input(target.with_suffix(".png"), images if arguments.png else [])
+    as_file = len(images) == 1 and list(arguments.images) == list(images)
+    targets = scene_outputs(arguments.out, images, as_file=as_file)
+    _check_outputs(targets, images, arguments)
+    digest = model_digest(model)
+    counts = {"predicted": 0, "complete already": 0, "skipped": 0}
     for image, target in zip(images, targets, strict=True):
-        _make_folder(target.parent)
         try:
             with Steps(image.name, "regions") as steps:
-                predict(model, image, target, progress=steps)
+                predict(
+                    model,
+                    image,
+                    target,
+                    overlap=arguments.overlap,
+                    dihedral=arguments.dihedral,
+                    probabilities=arguments.probabilities,
+                    progress=steps,
+                    digest=digest,
+                )
         except (ImageError, DataError) as error:
-            if skipped is None or getattr(error, "path", "") == str(target):  # what cannot be written is no bad image
+            if skipped is None or is_output_error(error, target):
                 raise
             skipped[str(image)] = str(error)
+            counts["skipped"] += 1
             continue
-        print(f"{target}: {_what_mask(target)}, {steps.summary}")
+        counts["predicted" if steps.done else "complete already"] += 1
+        print(f"{target}: {_what_mask(target)}, {steps.summary if steps.done else 'complete already'}")
         if arguments.png:
             print(f"{draw(model, image, target)}: the mask over the image")
+    if len(images) > 1:
+        told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        print(f"{len(images)} scenes: {told}")
 
 
-def mask_paths(out: Path, images: Sequence[Path], *, as_file: bool) -> list[Path]:
-    """Where the masks go: `out` itself for one image, else NAME.tif in the folder `out`.
+def _check_outputs(targets: Sequence[Path], images: Sequence[Path], arguments: PredictArguments) -> None:
+    """Before the work starts: no output is an image, nor the output of another one, and the folders take files.
 
     Raises:
-        ConfigError: `out` does not fit, or two images have one name.
+        ConfigError: one is.
     """
-    suffix = out.suffix.lower()
-    if as_file and not out.is_dir() and suffix in TIFF_SUFFIXES:
-        return [out]
-    if suffix in (*TIFF_SUFFIXES, ".csv", ".png") and not out.is_dir():
-        wanted = (
-            "the name of a .tif file, or a folder" if as_file else f"a folder for the masks of {len(images)} images"
-        )
-        raise ConfigError(f"--out {out}: the model gives masks: expected {wanted}")
-    targets: dict[Path, Path] = {}
-    for image in images:
-        target = out / f"{image.name.removesuffix(image.suffix)}.tif"
-        if target in targets:
-            raise ConfigError(f"{targets[target]} and {image} would both become {target}: predict them in two calls")
-        targets[target] = image
-    return list(targets)
+    from gigaxt.inference.masks import outputs_of
+
+    seen: set[Path] = set()
+    for target in targets:
+        written = outputs_of(target, arguments.probabilities)
+        for path in [*written, *([target.with_suffix(".png")] if arguments.png else [])]:
+            _check_not_input(path, images)
+            if path in seen:
+                raise ConfigError(f"--out: {path} would be written twice: predict these images in two calls")
+            seen.add(path)
+    for folder in dict.fromkeys(target.parent for target in targets):
+        _make_folder(folder)
 
 
 def draw(model: GigaXT, image: Path, mask: Path) -> Path:
@@ -184,7 +171,9 @@ def draw(model: GigaXT, image: Path, mask: Path) -> Path:
     from gigaxt.pixel_answers import colours_of, names_of, over_picture
 
     head: Any = model.config.head
-    seen: Any = model.batch([open_image(image)]).scenes[0].image  # as the model saw it: three of its bands, its size
+    seen: Any = (
+        model.batch([open_image(image, rgb=model.config.input.rgb)]).scenes[0].image
+    )  # as the model saw it: three of its bands, its size
     picture = over_picture(thumbnail(seen), open_image(mask), head)
     if head.target != "regression":
         picture = with_legend(picture, names_of(head), colours_of(head))
@@ -198,45 +187,6 @@ def _what_mask(path: Path) -> str:
     return f"{describe_size(open_image(path))}, {file_size(path)}"
 
 
-def _lines_of_csv(path: Path) -> list[tuple[Path, str]]:
-    """Image and case, which may be empty, of each line."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file, skipinitialspace=True)
-            columns = [(name or "").strip().lower() for name in table.fieldnames or ()]
-            if "image" not in columns:
-                raise DataError(f"{path}: expected a column `image`, got {', '.join(columns) or 'an empty file'}")
-            table.fieldnames = columns
-            lines = [((row["image"] or "").strip(), (row.get("case") or "").strip()) for row in table]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot read the CSV: {getattr(error, 'strerror', None) or error}") from error
-    found = [(path.parent / name, case) for name, case in lines if name]
-    if not found:
-        raise DataError(f"{path}: expected a line for each image below the header, got none")
-    return found
-
-
-def _images_of_folder(path: Path) -> Iterator[Path]:
-    from gigaxt.image.headers import HEAD, kind_of
-
-    found = False
-    for file in sorted(path.iterdir()):
-        if file.name.startswith(".") or not (_is_zarr(file) or file.is_file()):
-            continue
-        if file.is_file():
-            with file.open("rb") as opened:
-                if kind_of(opened.read(HEAD)) is None:
-                    continue
-        found = True
-        yield file
-    if not found:
-        raise DataError(f"{path}: expected a folder with images, got none that is an image")
-
-
-def _is_zarr(path: Path) -> bool:
-    return path.is_dir() and any((path / marker).is_file() for marker in (".zattrs", ".zgroup", "zarr.json"))
-
-
 def _check_not_input(target: Path, images: Sequence[Path]) -> None:
     if target.exists() and any(image.exists() and image.samefile(target) for image in images):
         raise ConfigError(f"--out: {target} is one of the images; choose another name")
@@ -247,3 +197,5 @@ def _make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out: cannot make the folder {path}: {error.strerror or error}") from error
+    if not os.access(path, os.W_OK):
+        raise ConfigError(f"--out: nothing may be written to the folder {path}; choose another one")

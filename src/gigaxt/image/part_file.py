@@ -97,7 +97,7 @@ class PartFile:
                 free = shutil.disk_usage(self.path.parent).free
                 cause = (
                     f"disk full after {self.size:,} bytes: {needed:,} more were needed at once and {free:,} are free in"
-                    f" {self.path.parent}; free some space or write elsewhere. Nothing was left behind"
+                    f" {self.path.parent}; free some space or write elsewhere. The unfinished file was removed"
                 )
         self._failure = ImageError(self.path, cause)
         self._discard()

@@ -224,10 +224,15 @@ def nodata_tag(nodata: float) -> Tag:
     return ascii_tag(42113, repr(int(nodata)) if nodata.is_integer() else repr(nodata))
 
 
-def band_names_tag(names: Sequence[str]) -> Tag:
-    """GDAL_METADATA with one description a band, which QGIS shows as the bands' names. GDAL unescapes twice."""
+def bands_tag(channels: int, names: Sequence[str] | None, scale: float | None) -> Tag:
+    """GDAL_METADATA: a name for each band, as QGIS shows them, and what stored values are multiplied by.
+
+    GDAL unescapes twice.
+    """
     items = [
         f'  <Item name="DESCRIPTION" sample="{i}" role="description">{escape(escape(name))}</Item>'
-        for i, name in enumerate(names)
+        for i, name in enumerate(names or ())
     ]
+    if scale is not None:
+        items += [f'  <Item name="SCALE" sample="{i}" role="scale">{scale!r}</Item>' for i in range(channels)]
     return ascii_tag(42112, "\n".join(["<GDALMetadata>", *items, "</GDALMetadata>"]))

@@ -31,7 +31,7 @@ from gigaxt.image.tiff_layout import (
     Tag,
     TileFormat,
     ascii_tag,
-    band_names_tag,
+    bands_tag,
     encode_directory,
     long8_tag,
     long_tag,
@@ -84,6 +84,7 @@ class TiffWriter:
         categorical: values are classes, so overviews take the most frequent, not the mean; None: with a colormap.
         alpha: the last band is opacity.
         band_names: one a band, as QGIS shows them.
+        scale: what stored values are to be multiplied by, as GDAL and QGIS do; readers of gigaxt give them as stored.
         orientation: as EXIF and TIFF count it, 1 to 8; None: that of `like`, else none.
         levels: make overviews, each half as large, down to one tile.
 
@@ -108,6 +109,7 @@ class TiffWriter:
         categorical: bool | None = None,
         alpha: bool = False,
         band_names: Sequence[str] | None = None,
+        scale: float | None = None,
         orientation: int | None = None,
         levels: bool = True,
     ) -> None:
@@ -126,7 +128,9 @@ class TiffWriter:
         self._nodata = None if nodata is None else nodata_in_dtype(nodata, self.dtype)
         self._check(like, nodata, band_names)
         self._fill = np.asarray(0 if self._nodata is None else self._nodata).astype(self.dtype)
-        self._tags = _file_tags(like, band_names, orientation)
+        self._tags = _file_tags(like, orientation)
+        if band_names is not None or scale is not None:
+            self._tags.append(bands_tag(channels, band_names, scale))
         self._levels = _make_levels(height, width, tile, halved=levels)
         self._lock = threading.Lock()
         self._file = PartFile(self.path)
@@ -271,7 +275,7 @@ class TiffWriter:
         return tags + self._tags if index == 0 else tags
 
 
-def _file_tags(like: Image | None, band_names: Sequence[str] | None, orientation: int | None) -> list[Tag]:
+def _file_tags(like: Image | None, orientation: int | None) -> list[Tag]:
     """What is said once, with the full-size level."""
     tags = [ascii_tag(305, "gigaxt")]
     if like is not None:
@@ -279,8 +283,6 @@ def _file_tags(like: Image | None, band_names: Sequence[str] | None, orientation
         orientation = like.orientation if orientation is None else orientation
     if orientation is not None:
         tags.append(short_tag(274, orientation))
-    if band_names is not None:
-        tags.append(band_names_tag(band_names))
     return tags
 
 

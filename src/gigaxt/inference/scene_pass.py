@@ -1,0 +1,324 @@
+"""The two passes over a scene: the context of all regions, then the answers of windows, turned and averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gigaxt.augment import inverse
+from gigaxt.errors import ConfigError
+from gigaxt.image.base import Image, Mask
+from gigaxt.inference.windows import WindowGrid, usual_overlap
+from gigaxt.nn.ready import check_told
+from gigaxt.nn.stages import Answers
+from gigaxt.rows import Reader, Rows
+from gigaxt.scenes import Chunk, read_region
+
+if TYPE_CHECKING:
+    from gigaxt.inference.parts import Parts
+    from gigaxt.nn.heads.dense import DenseHead
+    from gigaxt.nn.xt import GigaXT
+
+Maps = Callable[[tuple[Tensor, ...]], Tensor]
+"""A dense head's answers for n windows -> one tensor (n, channels, side, side) that may be averaged."""
+Tick = Callable[[int], None]
+"""Called with the number of regions or windows that went through the encoder, or were found done."""
+
+TURNS = {1: (0,), 4: (0, 3, 5, 6), 8: tuple(range(8))}
+"""Elements of the dihedral group that are averaged over: none but itself, the quarter turns, all."""
+
+
+class WindowMaps(NamedTuple):
+    """The answers of one window."""
+
+    row: int
+    col: int
+    maps: Tensor
+    """(channels, side, side) on the CPU; averaged over the turns, in the scene's own direction."""
+    valid: Mask
+    """(core, core), False where the image has no data."""
+
+
+@dataclass
+class WindowChunk:
+    """Windows of one row that are decoded together."""
+
+    scene: ScenePass
+    row: int
+    cols: Sequence[int]
+
+    @property
+    def region_ids(self) -> Tensor:
+        """(n,) int64; what distinguishes the windows of a scene."""
+        return torch.tensor(self.cols) + self.row * len(self.scene.windows.xs)
+
+    def __str__(self) -> str:
+        windows = self.scene.windows
+        where = ", ".join(f"({windows.xs[col]}, {windows.ys[self.row]})" for col in self.cols)
+        return f"{self.scene.image.name}, windows at x, y = {where}"
+
+
+class ScenePass:
+    """One scene under a dense model.
+
+    The first pass encodes all regions and tells their tokens of each other. The second one reads windows, which may
+    overlap, encodes them again for their feature maps, and decodes them with the context at their place. With
+    `dihedral`, regions and windows are turned one by one and so is the lattice that the context sees: as if the whole
+    scene had been turned, padded to whole regions. Memory: the first pass holds the scene's tokens; the second one
+    those of a row of windows.
+
+    Args:
+        model: dense, in evaluation mode.
+        image: the scene.
+        overlap: px that neighbouring windows share, see `WindowGrid`; None: a quarter of a window, none with a halo.
+        dihedral: over how many turns answers are averaged: 1, 4 (quarter turns) or 8 (mirrored, too).
+
+    Attributes:
+        image: as the model sees it, in its bands and at its pixel size.
+        windows: where the second pass looks.
+
+    Raises:
+        ConfigError: settings out of range. DataError: an image that does not fit the model.
+    """
+
+    def __init__(self, model: GigaXT, image: Image, *, overlap: int | None = None, dihedral: int = 1) -> None:
+        if dihedral not in TURNS:
+            raise ConfigError(f"dihedral: expected 1, 4 or 8, got {dihedral}")
+        self.model, self.turns = model, TURNS[dihedral]
+        self.batch = model.batch([image])
+        scene = self.batch.scenes[0]
+        assert isinstance(scene.image, Image)
+        self.scene, self.image, self.grid, self.t = scene, scene.image, scene.grid, self.batch.t
+        self.halo = scene.grid.halo
+        self.windows = WindowGrid(
+            scene.grid, self.t, usual_overlap(scene.grid.core, self.t, self.halo) if overlap is None else overlap
+        )
+        self.device = next(model.parameters()).device
+
+    @property
+    def work(self) -> int:
+        """Regions and windows that go through the encoder in all."""
+        return (len(self.batch.places) + int(self.windows.needed.sum())) * len(self.turns)
+
+    @property
+    def context_bytes(self) -> int:
+        """What the context of all turns takes on disk."""
+        tokens = self.batch.full_size * self.t**2
+        return tokens * self.model.config.context.dim * 4 * len(self.turns)
+
+    @torch.no_grad()
+    def find_context(self, parts: Parts, tick: Tick) -> None:
+        """The first pass: `parts` then holds the context of each turn. What it holds already is not computed again."""
+        for k in self.turns:
+            if not parts.has(_context_name(k)):
+                self._encode(parts, k, tick)
+                self._join(parts, k)
+            else:
+                tick(len(self.batch.places))
+
+    @torch.no_grad()
+    def answers(self, parts: Parts, rows: Sequence[int], to_maps: Maps, tick: Tick) -> Iterator[WindowMaps]:
+        """The second pass: answers of the needed windows of some rows, row by row, each from left to right."""
+        n = self.model.streaming.chunk_regions
+        chunks: list[WindowChunk] = []
+        for row in rows:  # a chunk never spans two rows, so that a row's numbers do not depend on which rows are asked
+            cols = np.flatnonzero(self.windows.needed[row]).tolist()
+            chunks += [WindowChunk(self, row, cols[i : i + n]) for i in range(0, len(cols), n)]
+        reader = Reader(self._load_windows, self.device, 0)
+        decode = Answers(cast("DenseHead", self.model.head), self.model.encode)
+        row, context = -1, RowContext(self, parts, -1)
+        for loaded in reader.rows(chunks):
+            if loaded.chunk.row != row:
+                row = loaded.chunk.row
+                context = RowContext(self, parts, row)
+            seen = context
+
+            def work(part: Rows, seen: RowContext = seen) -> Tensor:
+                return self._average(part.loaded, lambda k: seen.of(k, part.loaded["col"]), decode, to_maps)
+
+            results = reader.run(loaded, work)
+            tick(loaded.count * len(self.turns))
+            for part, maps in results:
+                core, halo = self.windows.core, self.halo
+                valid = part.loaded["valid"].any(dim=3)[:, halo : halo + core, halo : halo + core].cpu().numpy()
+                cols = part.loaded["col"].tolist()
+                yield from (
+                    WindowMaps(row, col, answer, mask)
+                    for col, answer, mask in zip(cols, maps.cpu(), valid, strict=True)
+                )
+
+    def _encode(self, parts: Parts, k: int, tick: Tick) -> None:
+        """Tokens of all regions turned by `k`, row by row into `parts`."""
+        groups = _rows_of(self.batch.places)
+        missing = [g for g in groups if not parts.has(_tokens_name(k, g))]
+        tick(sum(stop - start for start, stop in groups) - sum(stop - start for start, stop in missing))
+        n = self.model.streaming.chunk_regions
+        chunks = [
+            Chunk(self.batch, first, min(first + n, stop)) for start, stop in missing for first in range(start, stop, n)
+        ]
+        reader = Reader(self.batch.load, self.device, 0)
+        found: list[Tensor] = []
+        for rows in reader.rows(chunks):
+            results = reader.run(rows, lambda part: self.model.encode(_turned_regions(part.loaded, k))[0])
+            found += [tokens.cpu() for _, tokens in results]
+            tick(rows.count)
+            group = next(g for g in missing if g[0] <= rows.chunk.start < g[1])
+            if rows.chunk.stop == group[1]:
+                valid = self.batch.token_validity[group[0] : group[1]].clone()
+                parts.save(_tokens_name(k, group), {"tokens": torch.cat(found), "valid": valid})
+                found = []
+
+    def _join(self, parts: Parts, k: int) -> None:
+        """All tokens of turn `k` told of each other; the context goes to `parts` in the scene's own direction."""
+        names = [_tokens_name(k, group) for group in _rows_of(self.batch.places)]
+        tokens, valid = _gathered(parts, names, len(self.batch.places))
+        t = self.t
+        coords = turned_coords(self.grid.token_coords(t), self.grid.lattice_shape(t), k)  # (regions, t * t, 2)
+        valid = _flat(turned(valid.unflatten(1, (t, t)), k))  # (regions, t * t), as the tokens
+        order = _scan(coords, self.batch.places)
+        if k:
+            tokens, valid, coords = tokens[order], valid[order], coords[order]
+        given = (x.flatten(0, 1)[None].to(self.device) for x in (tokens, coords, valid))  # -> (1, regions * t * t, ..)
+        tokens, coords, valid = given
+        found = self.model.context(tokens, coords, valid)
+        check_told(found, tokens, all_of_them=True)
+        context = found[0][0].unflatten(0, (-1, t, t)).cpu()  # -> (regions, t, t, dim)
+        del found, tokens
+        if k:
+            context = turned(context[order.argsort()], inverse(k))
+        parts.save(_context_name(k), {"context": context[: self.batch.full_size].contiguous()})
+        parts.drop(names)
+
+    def _load_windows(self, chunk: WindowChunk) -> dict[str, Tensor]:
+        """As `SceneBatch.load`, of windows; `col` (n,) says which."""
+        windows, halo, n = self.windows, self.halo, len(chunk.cols)
+        side = windows.core + 2 * halo
+        top = int(windows.ys[chunk.row]) - halo
+        read = [read_region(self.image, int(windows.xs[col]) - halo, top, side, side) for col in chunk.cols]
+        masks = [np.ones((side, side, 1), np.bool_) if mask is None else mask for _, mask in read]
+        bands = max(mask.shape[2] for mask in masks)
+        return {
+            "pixels": torch.from_numpy(np.stack([pixels for pixels, _ in read])),
+            "valid": torch.from_numpy(np.stack([np.broadcast_to(mask, (side, side, bands)) for mask in masks])),
+            "scale": torch.from_numpy(self.scene.scale).expand(n, -1),
+            "shift": torch.from_numpy(self.scene.shift).expand(n, -1),
+            "level": torch.zeros(n, dtype=torch.int64),
+            "col": torch.tensor(chunk.cols),
+        }
+
+    def _average(
+        self, loaded: dict[str, Tensor], context: Callable[[int], Tensor], decode: Answers, to_maps: Maps
+    ) -> Tensor:
+        """Answers of windows (n, channels, side, side), averaged over the turns."""
+        total: Tensor | None = None
+        for k in self.turns:
+            maps = self.model.encode(_turned_regions(loaded, k))[1]
+            answers = to_maps(decode(maps, turned(context(k), k).flatten(1, 2)))
+            answers = turned(answers, inverse(k), first=2)
+            total = answers if total is None else total + answers
+        assert total is not None
+        return total / len(self.turns) if len(self.turns) > 1 else total
+
+
+class RowContext:
+    """The context that a row of windows needs, read from disk once a row and turn."""
+
+    def __init__(self, scene: ScenePass, parts: Parts, row: int) -> None:
+        self._scene, self._parts = scene, parts
+        self._kept: dict[int, Tensor] = {}
+        if row >= 0:
+            t = scene.t
+            numbers = torch.from_numpy(scene.windows.token_rows(row))  # (cols, t, t)
+            there = numbers[numbers >= 0]
+            self._regions = int(there.min()) // (t * t), int(there.max()) // (t * t) + 1
+            self._numbers = torch.where(numbers < 0, -1, numbers - self._regions[0] * t * t)
+
+    def of(self, k: int, cols: Tensor) -> Tensor:
+        """(n, t, t, dim) of the windows `cols` in the scene's own direction; zeros where no token is, as if masked."""
+        device = self._scene.device
+        if k not in self._kept:
+            rows = self._parts.slice(_context_name(k), "context", *self._regions).flatten(0, 2)  # (tokens, dim)
+            self._kept[k] = torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).to(device)  # -1 finds the zeros
+        return self._kept[k][self._numbers[cols.cpu()].to(device)]
+
+
+def turned(x: Tensor, k: int, *, first: int = 1) -> Tensor:
+    """Dimensions `first` and the next, (row, col), turned by element `k` of the dihedral group, as `augment.turn`."""
+    if k & 4:
+        x = x.transpose(first, first + 1)
+    flips = [first] * bool(k & 2) + [first + 1] * (k & 1)
+    return x.flip(flips) if flips else x
+
+
+def turned_coords(coords: NDArray[np.float32], shape: tuple[int, int], k: int) -> Tensor:
+    """Where tokens lie once the scene is turned by `k`: (regions, t * t, 2), each turned region's row by row.
+
+    Args:
+        coords: (regions, t * t, 2) of the scene itself, each region's tokens row by row.
+        shape: (rows, cols) of its token lattice.
+        k: element of the dihedral group.
+    """
+    regions, tokens, _ = coords.shape
+    t = round(tokens**0.5)
+    places = torch.from_numpy(coords).unflatten(1, (t, t))  # (regions, t, t, 2)
+    rows, cols = shape
+    row, col = places.unbind(-1)
+    if k & 4:
+        row, col, rows, cols = col, row, cols, rows
+    row = rows - 1 - row if k & 2 else row
+    col = cols - 1 - col if k & 1 else col
+    return turned(torch.stack([row, col], -1), k).reshape(regions, tokens, 2)
+
+
+def _turned_regions(loaded: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+    """Loaded regions, (n, h, w, C) pixels and validity, turned one by one."""
+    return (
+        {**loaded, **{name: turned(x, k) for name, x in loaded.items() if name in ("pixels", "valid")}} if k else loaded
+    )
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1)  # (regions, t, t) -> (regions, t * t)
+
+
+def _scan(coords: Tensor, places: Sequence[tuple[int, int, Any]]) -> Tensor:
+    """The order of the regions as the turned scene's own grid would have them: by level, row by row."""
+    centre = coords.mean(dim=1).numpy()  # (regions, 2)
+    level = np.array([place.level for _, _, place in places])
+    return torch.from_numpy(np.lexsort((centre[:, 1], centre[:, 0], level)))
+
+
+def _rows_of(places: Sequence[tuple[int, int, Any]]) -> list[tuple[int, int]]:
+    """(start, stop) of each row of regions of a level."""
+    rows = [(place.level, place.row) for _, _, place in places]
+    starts = [i for i, row in enumerate(rows) if i == 0 or row != rows[i - 1]]
+    return list(zip(starts, [*starts[1:], len(rows)], strict=True))
+
+
+def _gathered(parts: Parts, names: Sequence[str], regions: int) -> tuple[Tensor, Tensor]:
+    """The saved tokens (regions, t * t, dim) and their validity (regions, t * t), without a second copy."""
+    tokens = valid = torch.empty(0)
+    start = 0
+    for name in names:
+        found = parts.load(name)
+        if not start:
+            tokens = found["tokens"].new_empty((regions, *found["tokens"].shape[1:]))
+            valid = found["valid"].new_empty((regions, *found["valid"].shape[1:]))
+        stop = start + len(found["tokens"])
+        tokens[start:stop], valid[start:stop] = found["tokens"], found["valid"]
+        start = stop
+    return tokens, valid
+
+
+def _context_name(k: int) -> str:
+    return f"context-{k}"
+
+
+def _tokens_name(k: int, group: tuple[int, int]) -> str:
+    return f"tokens-{k}-{group[0]}"
