@@ -113,7 +113,7 @@ gigaxt.predict(gigaxt.load({str(tmp_path / "model")!r}), {str(path)!r}, {str(out
 def changed_model(path: Path) -> GigaXT:
     model = segmenter()
     with torch.no_grad():
-        model.head.classifier.bias[0] += 0.5
+        model.head.classifier.shared.bias[0] += 0.5
     return model
 
 

@@ -123,12 +123,9 @@ def _by_hand(model: GigaXT, pixels: Array, k: int) -> Array:
     for y in range(0, max(1, height - 32), 32):
         for x in range(0, max(1, width - 32), 32):
             window = turn(around[y : y + 64, x : x + 64], k)
-            valid = torch.from_numpy(~np.isnan(window).all(2))
-            given = {
-                **{name: value[:1] for name, value in loaded.items()},
-                "pixels": torch.from_numpy(window.copy())[None],
-            }
-            given["valid"] = valid[None, ..., None]
+            valid = torch.from_numpy(~np.isnan(window).all(2))[None, ..., None]
+            given = {name: value[:1] for name, value in loaded.items()}
+            given |= {"pixels": torch.from_numpy(window.copy())[None], "valid": valid}
             context = lattice[y // 32 : y // 32 + 2, x // 32 : x // 32 + 2]
             logits = model.head(model.encode(given)[1], turned(context[None], k))
             answer = turned(logits.softmax(1), inverse(k), first=2)[0].numpy()
@@ -157,6 +154,9 @@ class _PixelHead(nn.Module):
     def forward(self, maps: tuple[Tensor, ...], context: Tensor) -> Tensor:
         above = context.permute(0, 3, 1, 2).repeat_interleave(32, 2).repeat_interleave(32, 3)
         return torch.cat([maps[0], above[:, :1]], dim=1)
+
+    def shapes(self, core_px: int) -> list[tuple[int, int, int]]:
+        return [(3, core_px, core_px)]
 
     def loss_sums(self, *_: Any) -> Any:
         raise NotImplementedError

@@ -82,6 +82,9 @@ def predict(
         raise ConfigError("predict: `overlap`, `dihedral` and `probabilities` are for models that segment")
     if model.dense and len(sources) > 1:
         raise ConfigError(f"predict: a segmentation model writes one file a scene, got {len(sources)}: loop over them")
+    kind = model.config.head.kind
+    if kind not in ("classify", "segment"):
+        raise ConfigError(f"predict: expected a model that classifies or segments, got a head of kind {kind}")
     training = model.training
     model.eval()
     try:
