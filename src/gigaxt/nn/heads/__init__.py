@@ -9,13 +9,19 @@ from gigaxt.config import from_dict, nearest
 from gigaxt.errors import ConfigError
 from gigaxt.nn.heads.classify import ClassifyConfig, ClassifyHead
 from gigaxt.nn.heads.detect import DetectConfig, DetectHead
+from gigaxt.nn.heads.points import PointsConfig, PointsHead
 from gigaxt.nn.heads.segment import SegmentHead
 from gigaxt.nn.heads.segment_config import SegmentConfig
 
-HeadConfig = ClassifyConfig | DetectConfig | SegmentConfig
+HeadConfig = ClassifyConfig | DetectConfig | PointsConfig | SegmentConfig
 """The settings of any head; `kind` tells which."""
 
-_KINDS: dict[str, type[HeadConfig]] = {"classify": ClassifyConfig, "detect": DetectConfig, "segment": SegmentConfig}
+_KINDS: dict[str, type[HeadConfig]] = {
+    "classify": ClassifyConfig,
+    "detect": DetectConfig,
+    "points": PointsConfig,
+    "segment": SegmentConfig,
+}
 
 
 def head_config_from_dict(data: Mapping[str, Any], where: str = "head") -> HeadConfig:
@@ -38,7 +44,7 @@ def head_config_from_dict(data: Mapping[str, Any], where: str = "head") -> HeadC
 
 def build_head(
     config: HeadConfig, dim: int, map_channels: Sequence[int] = (), map_strides: Sequence[int] = ()
-) -> ClassifyHead | DetectHead | SegmentHead:
+) -> ClassifyHead | DetectHead | PointsHead | SegmentHead:
     """The head that `config` describes.
 
     Args:
@@ -51,6 +57,8 @@ def build_head(
         return ClassifyHead(config, dim)
     if isinstance(config, DetectConfig):
         return DetectHead(config, dim, map_channels, map_strides)
+    if isinstance(config, PointsConfig):
+        return PointsHead(config, dim, map_channels, map_strides)
     return SegmentHead(config, dim, map_channels, map_strides)
 
 
@@ -60,6 +68,8 @@ __all__ = [
     "DetectConfig",
     "DetectHead",
     "HeadConfig",
+    "PointsConfig",
+    "PointsHead",
     "SegmentConfig",
     "SegmentHead",
     "build_head",
