@@ -8,6 +8,8 @@ from PIL import Image as Pillow
 
 from gigaxt import draw
 from gigaxt.image import open_image
+from gigaxt.nn.heads import SegmentConfig
+from gigaxt.pixel_answers import with_mask
 
 
 def test_palette_is_fixed_and_distinct() -> None:
@@ -103,7 +105,9 @@ def test_a_mask_over_a_picture_as_png(tmp_path: Path) -> None:
     mask = np.zeros((60, 80, 1), dtype=np.uint8)
     mask[:30] = 2
     mask[0, 0] = 255
-    path = draw.save_png(draw.with_mask(draw.thumbnail(image), open_image(mask)), tmp_path / "new" / "overlay.png")
+    path = draw.save_png(
+        with_mask(draw.thumbnail(image), open_image(mask), SegmentConfig(classes=3)), tmp_path / "new" / "overlay.png"
+    )
     with Pillow.open(path) as drawn:
         picture = np.asarray(drawn)
     assert picture.shape[0] == 60

@@ -156,30 +156,6 @@ def with_legend(picture: Picture, names: Sequence[str], colours: Sequence[Colour
     return np.asarray(canvas)
 
 
-def with_mask(
-    picture: Picture, mask: Image, *, names: Sequence[str] | None = None, colours: Sequence[Colour] | None = None
-) -> Picture:
-    """A thumbnail with a mask over it and a legend at its side.
-
-    Args:
-        picture: (h, w, 3) uint8 of the whole image.
-        mask: one band of class numbers over the same area.
-        names: of the classes, from 0 on; None: the numbers seen.
-        colours: one a class; None: `class_palette`.
-
-    Raises:
-        ImageError: the mask cannot be read.
-    """
-    values = mask_thumbnail(mask, max(picture.shape[:2]))
-    if names is None:
-        highest = int(values[values < NOT_A_CLASS].max(initial=0))
-        names = [str(value) for value in range(highest + 1)]
-    colours = class_palette(len(names)) if colours is None else colours
-    rows = np.arange(picture.shape[0]) * values.shape[0] // picture.shape[0]
-    cols = np.arange(picture.shape[1]) * values.shape[1] // picture.shape[1]
-    return with_legend(overlay_mask(picture, values[rows[:, None], cols], colours), names, colours)
-
-
 def save_png(picture: Picture, path: str | Path) -> Path:
     """Write a picture as PNG; folders are made."""
     path = Path(path)

@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from gigaxt.draw import Colour, Picture, class_palette, mask_thumbnail, overlay_mask, reduced, shown_numbers
+from gigaxt.draw import (
+    Colour,
+    Picture,
+    class_palette,
+    mask_thumbnail,
+    overlay_mask,
+    reduced,
+    shown_numbers,
+    with_legend,
+)
 from gigaxt.image.base import Image, Mask, Pixels
 from gigaxt.nn.heads.segment_config import SegmentConfig
 
@@ -99,6 +108,12 @@ def over_picture(picture: Picture, raster: Image, head: SegmentConfig) -> Pictur
     mean, std = (head.target_mean or [0.0])[0], (head.target_std or [1.0])[0]
     known = valid & np.isfinite(pixels[..., 0])
     return shown_numbers(picture, pixels[..., 0], known, mean - 2 * std, mean + 2 * std)
+
+
+def with_mask(picture: Picture, raster: Image, head: SegmentConfig) -> Picture:
+    """As `over_picture`, with a legend of the classes or labels at its side."""
+    drawn = over_picture(picture, raster, head)
+    return drawn if head.target == "regression" else with_legend(drawn, names_of(head), colours_of(head))
 
 
 def _fitted(values: Any, size: tuple[int, int]) -> Any:

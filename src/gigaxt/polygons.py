@@ -43,7 +43,7 @@ def read_geojson(path: Path) -> tuple[list[Polygon], str | None]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: expected GeoJSON, got {error}") from error
-    polygons = [_polygon(rings, str(path)) for rings in _polygons_in(data, path)]
+    polygons = [polygon_of(rings, str(path)) for rings in polygons_in(data, path)]
     if not polygons:
         raise DataError(f"{path}: expected Polygon or MultiPolygon geometries, got none")
     crs = data.get("crs") if isinstance(data, dict) else None
@@ -51,22 +51,22 @@ def read_geojson(path: Path) -> tuple[list[Polygon], str | None]:
     return polygons, None if name is None else str(name)
 
 
-def _polygons_in(data: Any, path: Path) -> Iterator[Any]:
+def polygons_in(data: Any, path: Path) -> Iterator[Any]:
     """Coordinates of each polygon below a GeoJSON object: lists of rings."""
     if isinstance(data, list):
         for member in data:
-            yield from _polygons_in(member, path)
+            yield from polygons_in(member, path)
         return
     kind = data.get("type") if isinstance(data, dict) else None
     match kind:
         case "FeatureCollection":
-            yield from _polygons_in(data.get("features"), path)
+            yield from polygons_in(data.get("features"), path)
         case "GeometryCollection":
-            yield from _polygons_in(data.get("geometries"), path)
+            yield from polygons_in(data.get("geometries"), path)
         case "Feature" if data.get("geometry") is None:
             return
         case "Feature":
-            yield from _polygons_in(data["geometry"], path)
+            yield from polygons_in(data["geometry"], path)
         case "Polygon" if data.get("coordinates"):
             yield data["coordinates"]
         case "MultiPolygon" if isinstance(data.get("coordinates"), list):
@@ -77,7 +77,12 @@ def _polygons_in(data: Any, path: Path) -> Iterator[Any]:
             raise DataError(f"{path}: expected GeoJSON objects, got the type {kind!r}")
 
 
-def _polygon(rings: Any, where: str) -> Polygon:
+def polygon_of(rings: Any, where: str) -> Polygon:
+    """A polygon from its rings, the outer one first.
+
+    Raises:
+        DataError: a broken ring.
+    """
     if not isinstance(rings, list) or not rings:
         raise DataError(f"{where}: expected a polygon as a list of rings, got {repr(rings)[:60]}")
     return [_ring(ring, where) for ring in rings]
@@ -142,7 +147,7 @@ def rasterised_area(polygons: list[Polygon], row_edges: Edges, col_edges: Edges)
         row_edges: ascending whole lines in px, the first 0.
         col_edges: the same for columns.
     """
-    sides = _sides(polygons)
+    sides = sides_of(polygons)
     top, bottom = np.minimum(sides[:, 1], sides[:, 3]), np.maximum(sides[:, 1], sides[:, 3])
     width = int(col_edges[-1])
     area = np.zeros((len(row_edges) - 1, len(col_edges) - 1))
@@ -154,9 +159,9 @@ def rasterised_area(polygons: list[Polygon], row_edges: Edges, col_edges: Edges)
     return area
 
 
-def _sides(polygons: list[Polygon]) -> NDArray[np.float64]:
+def sides_of(polygons: list[Polygon]) -> NDArray[np.float64]:
     """(sides, 5): x0, y0, x1, y1 and the polygon's number, of all sides of all rings but the level ones."""
-    sides = []
+    sides = [np.empty((0, 5))]
     for number, polygon in enumerate(polygons):
         for ring in polygon:
             following = np.roll(ring, -1, axis=0)
@@ -167,6 +172,32 @@ def _sides(polygons: list[Polygon]) -> NDArray[np.float64]:
 
 def _spans(sides: NDArray[np.float64], y0: int, y1: int, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Start and stop columns of the pixels inside, in all pixel rows y0 to y1 - 1; no pixel twice."""
+    _, y, x = crossings(sides, y0, y1)
+    # Along a pixel row the crossings of one polygon go in, out, in, out, ...
+    column = np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)
+    row = (y[::2] - y0) * (width + 1)
+    start, stop = column[::2] + row, column[1::2] + row
+    # Spans of several polygons: each begins where all before it have ended. Rows do not touch, by the spare column.
+    order = np.argsort(start, kind="stable")
+    start, stop = start[order], stop[order]
+    ended = np.maximum.accumulate(np.concatenate([[0], stop]))[:-1]
+    start = np.maximum(start, ended)
+    wanted = stop > start
+    return start[wanted] % (width + 1), stop[wanted] - start[wanted] // (width + 1) * (width + 1)
+
+
+def crossings(
+    sides: NDArray[np.float64], y0: int, y1: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Where sides cross the middles of the pixel rows y0 to y1 - 1: polygon, row and x, sorted in this order.
+
+    What is found in a row does not depend on the other rows. Of each polygon a row has an even number of them.
+
+    Args:
+        sides: (n, 5) as `sides_of` gives them, whole polygons.
+        y0: first row.
+        y1: one past the last.
+    """
     upper, lower = np.minimum(sides[:, 1], sides[:, 3]), np.maximum(sides[:, 1], sides[:, 3])
     # A side crosses the pixel rows whose centre it spans, its upper end included: so each corner counts once.
     first = np.clip(np.ceil(upper - 0.5), y0, y1).astype(np.int64)
@@ -176,14 +207,4 @@ def _spans(sides: NDArray[np.float64], y0: int, y1: int, width: int) -> tuple[ND
     xa, ya, xb, yb, number = sides[side].T
     x = xa + (y + 0.5 - ya) * (xb - xa) / (yb - ya)
     order = np.lexsort((x, y, number))
-    # Along a pixel row the crossings of one polygon go in, out, in, out, ...
-    column = np.clip(np.ceil(x[order] - 0.5), 0, width).astype(np.int64)
-    row = (y[order][::2] - y0) * (width + 1)
-    start, stop = column[::2] + row, column[1::2] + row
-    # Spans of several polygons: each begins where all before it have ended. Rows do not touch, by the spare column.
-    order = np.argsort(start, kind="stable")
-    start, stop = start[order], stop[order]
-    ended = np.maximum.accumulate(np.concatenate([[0], stop]))[:-1]
-    start = np.maximum(start, ended)
-    wanted = stop > start
-    return start[wanted] % (width + 1), stop[wanted] - start[wanted] // (width + 1) * (width + 1)
+    return number[order].astype(np.int64), y[order], x[order]

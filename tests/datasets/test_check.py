@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from gigaxt.datasets.check import check_manifest, write_config
 from gigaxt.datasets.legend import LegendConfig, make_dataset
 from gigaxt.errors import DataError
 from gigaxt.image import open_image
+from gigaxt.nn.heads import SegmentConfig
 from gigaxt.nn.region_encoder import RegionEncoderConfig
+from gigaxt.training.config import read_yaml, run_config
 
 
 @pytest.fixture
@@ -79,9 +82,9 @@ def test_masks_and_pictures(scenes: Path, tmp_path: Path) -> None:
     assert report.ok, report.lines()
     masks = [tifffile.imread(path, key=0) for path in sorted((scenes / "masks").iterdir())]
     values, counts = np.unique(masks, return_counts=True)
-    assert report.mask_pixels == dict(zip(values.tolist(), counts.tolist(), strict=True))
-    assert sum(report.mask_shares.values()) == pytest.approx(1)
-    assert not report.mask_sampled
+    assert report.mask.pixels == dict(zip(values.tolist(), counts.tolist(), strict=True))
+    assert report.mask.known == counts.sum()
+    assert not report.mask.sampled
     assert report.mask_classes == 4
     assert [path.name for path in report.overlays] == [f"line0000{i + 2}_00000{i}.png" for i in range(3)]
     with Pillow.open(report.overlays[0]) as picture:
@@ -97,9 +100,9 @@ def test_large_masks_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tifffile.imwrite(tmp_path / "i.tif", mask, tile=(256, 256))
     monkeypatch.setattr("gigaxt.datasets.check.MASK_PIXELS_IN_ALL", 0)  # the least: 4 megapixels a mask
     report = check_manifest(table(tmp_path / "d.csv", "image,mask,split\ni.tif,m.tif,train\n"))
-    assert report.mask_sampled
-    assert sum(report.mask_pixels.values()) <= 1 << 22
-    assert report.mask_shares[0] == pytest.approx(0.5, abs=0.1)
+    assert report.mask.sampled
+    assert report.mask.known <= 1 << 22
+    assert report.mask.pixels[0] / report.mask.known == pytest.approx(0.5, abs=0.1)
 
 
 def test_masks_that_do_not_fit(tmp_path: Path) -> None:
@@ -114,8 +117,8 @@ def test_masks_that_do_not_fit(tmp_path: Path) -> None:
     rows = "".join(f"i_{name}.tif,{name}.tif,train\n" for name in ("small", "float", "rgb"))
     report = check_manifest(table(tmp_path / "d.csv", "image,mask,split\n" + rows))
     assert not report.ok
-    assert [p.cause for p in report.mismatched] == [
-        "mask is 64 x 47 px, its image 64 x 48 px",
+    assert report.mismatched[0].cause.startswith("the mask has 47 x 64 px, its image")
+    assert [p.cause for p in report.mismatched[1:]] == [
         "mask is float32; expected class numbers in an integer type",
         "mask has 3 bands; expected one band of class numbers",
     ]
@@ -213,3 +216,66 @@ def test_advice(tmp_path: Path) -> None:
     assert "no row is in split val: training needs both" in report.proposals()
     report = check_manifest(table(tmp_path / "d.csv", "image,label,split\ni.tif,a,train\nj.tif,b,val\n"))
     assert "class b does not occur in train: it cannot be learnt" in report.proposals()
+
+
+def test_masks_that_are_vectors(tmp_path: Path) -> None:
+    """Class names are found in all files, written to the config, and the polygons are drawn over the picture."""
+    square = [[[2, 2], [40, 2], [40, 30], [2, 30], [2, 2]]]
+    lines = []
+    for name, kind in (("a", "wood"), ("b", "lake")):
+        tifffile.imwrite(tmp_path / f"{name}.tif", np.full((64, 96, 3), 90, np.uint8), photometric="rgb")
+        feature = {
+            "type": "Feature",
+            "properties": {"classification": {"name": kind}},
+            "geometry": {"type": "Polygon", "coordinates": square},
+        }
+        (tmp_path / f"{name}.geojson").write_text(json.dumps([feature]))
+        lines.append(f"{name}.tif,{name}.geojson,train")
+    csv = table(tmp_path / "d.csv", "\n".join(["image,mask,split", *lines]))
+    report = check_manifest(csv, class_field="classification.name", overlay_folder=tmp_path / "pictures")
+    assert report.ok, report.lines()
+    assert report.head is not None
+    assert report.head.class_names == ["background", "lake", "wood"]
+    assert report.mask.pixels == {0: 2 * (64 * 96 - 38 * 28), 1: 38 * 28, 2: 38 * 28}
+    with Pillow.open(report.overlays[0]) as picture:
+        assert (np.asarray(picture)[10, 10] != 90).any()
+        assert (np.asarray(picture)[50, 50] == 90).all()
+    text = write_config(report, csv, tmp_path / "run.yaml").read_text()
+    head = run_config(read_yaml(tmp_path / "run.yaml")).model.head
+    assert isinstance(head, SegmentConfig)
+    assert (head.classes, head.class_names, head.class_field) == (3, report.head.class_names, "classification.name")
+    assert "unlabelled: background" in text
+    one_class = check_manifest(csv)
+    assert one_class.mask_classes == 2
+    assert any("--class-field" in line for line in one_class.lines())
+    (tmp_path / "b.geojson").write_text("[]")
+    broken = check_manifest(csv, class_field="classification.name")
+    assert [(p.line, p.cause) for p in broken.mismatched] == [(3, "expected polygons, got none")]
+
+
+@pytest.mark.parametrize("target", ["multi", "regression"])
+def test_masks_of_labels_and_numbers(target: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    tifffile.imwrite(tmp_path / "i.tif", np.full((64, 96, 3), 90, np.uint8), photometric="rgb")
+    if target == "multi":
+        bands = random.integers(0, 2, (64, 96, 2)).astype(np.uint8)
+        bands[..., 1] = 0
+        bands[0, 0] = 255
+    else:
+        bands = random.normal(20, 5, (64, 96, 2)).astype(np.float32)
+        bands[0, 0] = np.nan
+    tifffile.imwrite(tmp_path / "m.tif", bands, planarconfig="contig", photometric="minisblack")
+    csv = table(tmp_path / "d.csv", "image,mask,split\ni.tif,m.tif,train\n")
+    report = check_manifest(csv, overlay_folder=tmp_path / "pictures")
+    assert report.ok, report.lines()
+    text = "\n".join(report.lines())
+    assert f"1 rows, segmentation, {target}" in text
+    if target == "multi":
+        assert report.mask.pixels == {0: int((bands[..., 0] == 1).sum()), 1: 0}
+        assert "labels 1 (from 0) are nowhere 1" in text
+    else:
+        assert report.mask.numbers is not None
+        np.testing.assert_allclose(report.mask.numbers.mean, np.nanmean(bands, (0, 1)), rtol=1e-5)
+    write_config(report, csv, tmp_path / "run.yaml")
+    head = run_config(read_yaml(tmp_path / "run.yaml")).model.head
+    assert (head.classes, head.target) == (2, target)

@@ -44,6 +44,8 @@ class CheckArguments:
     """What labels are: one class, several (a|b), numbers, or time until an event; None: what the columns suggest."""
     label_columns: tuple[str, ...] = ()
     """Columns with a label each, 0, 1 or nothing (not known), in place of `label`; with target regression: numbers."""
+    class_field: str | None = None
+    """Of masks that are vector files: the property with each polygon's class; QuPath: classification.name."""
     workers: int = 2
     """Files looked at at once."""
 
@@ -63,6 +65,7 @@ def main(args: Sequence[str]) -> int:
             task=arguments.task,
             target=arguments.target,
             label_columns=arguments.label_columns or None,
+            class_field=arguments.class_field,
             foreground=arguments.foreground,
             overlay_folder=arguments.overlays,
             workers=arguments.workers,

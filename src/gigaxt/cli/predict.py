@@ -166,18 +166,14 @@ def _check_outputs(targets: Sequence[Path], images: Sequence[Path], arguments: P
 
 def draw(model: GigaXT, image: Path, mask: Path) -> Path:
     """Write the mask over a small picture of its image, beside the TIFF."""
-    from gigaxt.draw import save_png, thumbnail, with_legend
+    from gigaxt.draw import save_png, thumbnail
     from gigaxt.image import open_image
-    from gigaxt.pixel_answers import colours_of, names_of, over_picture
+    from gigaxt.pixel_answers import with_mask
 
     head: Any = model.config.head
-    seen: Any = (
-        model.batch([open_image(image, rgb=model.config.input.rgb)]).scenes[0].image
-    )  # as the model saw it: three of its bands, its size
-    picture = over_picture(thumbnail(seen), open_image(mask), head)
-    if head.target != "regression":
-        picture = with_legend(picture, names_of(head), colours_of(head))
-    return save_png(picture, mask.with_suffix(".png"))
+    # As the model saw it: three of its bands, its size.
+    seen: Any = model.batch([open_image(image, rgb=model.config.input.rgb)]).scenes[0].image
+    return save_png(with_mask(thumbnail(seen), open_image(mask), head), mask.with_suffix(".png"))
 
 
 def _what_mask(path: Path) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +17,15 @@ from numpy.typing import NDArray
 
 from gigaxt.datasets.labels import Target
 from gigaxt.datasets.manifest import Manifest, Row, Task
+from gigaxt.datasets.mask_facts import MaskFacts, look_at_mask, mask_head
 from gigaxt.datasets.report import CheckReport, ImageFacts, Problem
 from gigaxt.datasets.run_config import write_config
-from gigaxt.datasets.statistics import WINDOW, BandStatistics, class_values, spread_windows
+from gigaxt.datasets.statistics import WINDOW, BandStatistics, spread_windows
 from gigaxt.errors import DataError, GigaxtError
 from gigaxt.image.base import Image
+from gigaxt.masks import open_mask
+from gigaxt.nn.heads.segment_config import SegmentConfig
+from gigaxt.pixel_answers import with_mask
 
 if TYPE_CHECKING:
     from gigaxt.foreground import Foreground
@@ -40,6 +44,7 @@ def check_manifest(
     task: Task | None = None,
     target: Target | None = None,
     label_columns: Sequence[str] | None = None,
+    class_field: str | None = None,
     foreground: str | None = None,
     overlay_folder: str | Path | None = None,
     max_overlays: int = 32,
@@ -53,6 +58,7 @@ def check_manifest(
         task: which column counts where the CSV has both `label` and `mask`.
         target: what labels are; see `Manifest.read`. None: what the columns suggest.
         label_columns: columns of labels in place of `label`; see `Manifest.read`.
+        class_field: of masks that are vector files: the property with each polygon's class.
         foreground: `tissue`, or the path of a raster or of polygons: what of the images is worth encoding. Band
             statistics are then taken there alone.
         overlay_folder: gets a PNG of the first images: their mask in class colours, their foreground framed.
@@ -69,8 +75,12 @@ def check_manifest(
     rows = list(
         {(row.image, row.target_path): row for row in reversed(manifest.rows) if row.line not in gone}.values()
     )[::-1]
+    head = mask_head(rows, target, class_field) if manifest.task == "segmentation" else None
+    if head is not None:
+        manifest = replace(manifest, target=head.target)
     looker = _Looker(
         manifest=manifest,
+        head=head,
         windows=int(np.clip(WINDOWS_IN_ALL // max(len(rows), 1), 2, 16)),
         mask_pixels=int(np.clip(MASK_PIXELS_IN_ALL // max(len(rows), 1), 1 << 22, 1 << 26)),
         foreground=_foreground(foreground),
@@ -84,7 +94,7 @@ def check_manifest(
             findings[jobs[job]] = job.result()
             if progress is not None:
                 progress(done, len(rows))
-    return _report(manifest, missing, [findings[line] for line in sorted(findings)], foreground)
+    return _report(manifest, head, missing, [findings[line] for line in sorted(findings)], foreground)
 
 
 @dataclass
@@ -93,8 +103,7 @@ class _Finding:
 
     facts: ImageFacts | None = None
     statistics: BandStatistics | None = None
-    values: Counter[int] = field(default_factory=Counter)
-    values_sampled: bool = False
+    mask: MaskFacts = field(default_factory=MaskFacts)
     unreadable: list[Problem] = field(default_factory=list)
     mismatched: list[Problem] = field(default_factory=list)
     empty: list[Problem] = field(default_factory=list)
@@ -106,6 +115,8 @@ class _Looker:
     """Looks at one row's files; safe in several threads."""
 
     manifest: Manifest
+    head: SegmentConfig | None
+    """What the masks are for."""
     windows: int
     mask_pixels: int
     foreground: Foreground | None
@@ -114,18 +125,15 @@ class _Looker:
 
     def look(self, row: Row) -> _Finding:
         finding = _Finding()
-        image, mask = self._open(row, row.image, finding), None
-        if row.target_path is not None:
-            mask = self._open(row, row.target_path, finding)
+        image = self._open(row, row.image, finding)
+        mask = None if image is None else self._mask(row, image, finding)
         try:
             self.manifest.verify(row)
         except GigaxtError as error:
             cause = str(error).removeprefix(f"{self.manifest.path} line {row.line}: {row.image}")
             finding.unreadable.append(Problem(row.line, row.image, cause.lstrip(": ")))
         if image is not None:
-            self._look_at_image(row, image, finding)
-        if mask is not None:
-            self._look_at_mask(row, image, mask, finding)
+            self._look_at_image(row, image, mask, finding)
         return finding
 
     def _open(self, row: Row, path: Path, finding: _Finding) -> Image | None:
@@ -138,13 +146,29 @@ class _Looker:
             finding.unreadable.append(Problem(row.line, path, _cause(error)))
             return None
 
-    def _look_at_image(self, row: Row, image: Image, finding: _Finding) -> None:
+    def _mask(self, row: Row, image: Image, finding: _Finding) -> Image | None:
+        """The row's mask on the grid of its image, looked at; None where it has none or it does not fit."""
+        if row.target_path is None or self.head is None:
+            return None
+        try:
+            mask = open_mask(row.target_path, image, self.head, aoi=row.aoi)
+            finding.mask = look_at_mask(mask, self.head, self.mask_pixels)
+        except DataError as error:
+            cause = str(error).removeprefix(f"{row.target_path}: ")
+            finding.mismatched.append(Problem(row.line, row.target_path, cause))
+        except (GigaxtError, OSError) as error:
+            finding.unreadable.append(Problem(row.line, row.target_path, _cause(error)))
+        else:
+            return mask
+        return None
+
+    def _look_at_image(self, row: Row, image: Image, mask: Image | None, finding: _Finding) -> None:
         statistics = BandStatistics(image.channels)
         try:
             keep = None if self.foreground is None else self.foreground.keep(image, WINDOW)
             for x, y, w, h in spread_windows(image.height, image.width, self.windows, keep):
                 statistics.add(*image.read_valid(x, y, w, h))
-            self._draw(row, image, keep, finding)
+            self._draw(row, image, mask, keep, finding)
         except DataError as error:  # no foreground, or one that does not fit
             finding.empty.append(Problem(row.line, row.image, str(error).removeprefix(f"{image.name}: ")))
             return
@@ -156,20 +180,10 @@ class _Looker:
         if not statistics.count.any():
             finding.empty.append(Problem(row.line, row.image, "no valid pixel in what was read"))
 
-    def _look_at_mask(self, row: Row, image: Image | None, mask: Image, finding: _Finding) -> None:
-        assert row.target_path is not None
-        wrong = _wrong_mask(image, mask)
-        if wrong:
-            finding.mismatched.append(Problem(row.line, row.target_path, wrong))
-            return
-        try:
-            finding.values, finding.values_sampled = class_values(mask, self.mask_pixels)
-        except (GigaxtError, OSError) as error:
-            finding.unreadable.append(Problem(row.line, row.target_path, _cause(error)))
-
-    def _draw(self, row: Row, image: Image, keep: NDArray[np.bool_] | None, finding: _Finding) -> None:
+    def _draw(
+        self, row: Row, image: Image, mask: Image | None, keep: NDArray[np.bool_] | None, finding: _Finding
+    ) -> None:
         from gigaxt import draw
-        from gigaxt.image import open_image
 
         if self.overlay_folder is None or row.line not in self.drawn_lines:
             return
@@ -177,8 +191,10 @@ class _Looker:
         picture = draw.thumbnail(image)
         if keep is not None:
             picture = draw.outline_regions(picture, keep, WINDOW * picture.shape[1] / image.width)
-        if row.target_path is not None:
-            picture = draw.with_mask(picture, open_image(row.target_path))
+        if mask is not None and self.head is not None:
+            highest = max((value for value in finding.mask.pixels if value < draw.NOT_A_CLASS), default=0)
+            shown = replace(self.head, classes=max(self.head.classes, highest + 1), ignore=-1)
+            picture = with_mask(picture, mask, shown if self.head.target == "single" else self.head)
         finding.overlay = draw.save_png(picture, path)
 
 
@@ -206,17 +222,6 @@ def _facts(row: Row, image: Image, keep: NDArray[np.bool_] | None) -> ImageFacts
     )
 
 
-def _wrong_mask(image: Image | None, mask: Image) -> str:
-    """What keeps a mask from being one; empty where nothing does."""
-    if image is not None and (mask.height, mask.width) != (image.height, image.width):
-        return f"mask is {mask.height} x {mask.width} px, its image {image.height} x {image.width} px"
-    if mask.channels != 1:
-        return f"mask has {mask.channels} bands; expected one band of class numbers"
-    if mask.dtype.kind not in "bui":
-        return f"mask is {mask.dtype.name}; expected class numbers in an integer type"
-    return ""
-
-
 def _cause(error: Exception) -> str:
     """The message without the path, which the report prints itself."""
     place = getattr(error, "place", "")
@@ -225,17 +230,19 @@ def _cause(error: Exception) -> str:
 
 
 def _report(
-    manifest: Manifest, missing: list[Problem], findings: list[_Finding], foreground: str | None
+    manifest: Manifest,
+    head: SegmentConfig | None,
+    missing: list[Problem],
+    findings: list[_Finding],
+    foreground: str | None,
 ) -> CheckReport:
     facts = [finding.facts for finding in findings if finding.facts is not None]
     bands = Counter(fact.channels for fact in facts).most_common(1)
     statistics = BandStatistics(bands[0][0]) if bands else None
-    values: Counter[int] = Counter()
     for finding in findings:
         part = finding.statistics
         if statistics is not None and part is not None and len(part.count) == len(statistics.count):
             statistics.merge(part)
-        values.update(finding.values)
     return CheckReport(
         manifest=manifest,
         images=facts,
@@ -244,8 +251,8 @@ def _report(
         mismatched=[problem for finding in findings for problem in finding.mismatched],
         empty=[problem for finding in findings for problem in finding.empty],
         statistics=statistics,
-        mask_pixels=dict(sorted(values.items())),
-        mask_sampled=any(finding.values_sampled for finding in findings),
+        head=head,
+        mask=MaskFacts.of_all([finding.mask for finding in findings]),
         foreground=foreground,
         overlays=[finding.overlay for finding in findings if finding.overlay is not None],
     )

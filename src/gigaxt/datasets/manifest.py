@@ -2,9 +2,9 @@
 
 Columns: `image`, then what is learnt: `label`, label columns of any names, or `time` and `event` (classification), or
 `mask` (segmentation). Optional: `case` (images that share it are one sample with one answer, such as the slides of a
-patient), `group` (a patient, a site), `split` (train, val, test), `label_id` (whole numbers, the order of the classes)
-and `sha256` of the image file. No image, case or group is ever in two splits. Other columns are kept as text. Comma
-separated, UTF-8; paths are relative to the CSV.
+patient), `group` (a patient, a site), `split` (train, val, test), `label_id` (whole numbers, the order of the classes),
+`aoi` (a vector file; outside of its polygons a mask is not known) and `sha256` of the image file. No image, case or
+group is ever in two splits. Other columns are kept as text. Comma separated, UTF-8; paths are relative to the CSV.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ TARGET_COLUMNS: dict[str, Task] = {"label": "classification", "mask": "segmentat
 """The column that holds what is to be learnt, and the task that it stands for."""
 DENSE_COLUMNS: dict[Task, str] = {task: column for column, task in TARGET_COLUMNS.items() if task != "classification"}
 """Tasks that learn from a file, and the column with its path."""
-OPTIONAL_COLUMNS = ("split", "group", "case", "sha256", "label_id")
+OPTIONAL_COLUMNS = ("split", "group", "case", "sha256", "label_id", "aoi")
 KNOWN_COLUMNS = frozenset(("image", *TARGET_COLUMNS, *OPTIONAL_COLUMNS))
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -68,6 +68,8 @@ class Row:
     """As written, stripped; None where answers stand in other columns."""
     target_path: Path | None = None
     """The file that a dense task learns from, such as a mask."""
+    aoi: Path | None = None
+    """The vector file inside of which the target is known; None: everywhere."""
     answer: Answer = field(default_factory=Answer)
     """What the row says; that of its case where its own is not known. Empty where there is a target_path."""
     split: str = ""
@@ -78,6 +80,11 @@ class Row:
     """Of the image file, 64 hexadecimal digits in lower case."""
     cells: dict[str, str] = field(default_factory=dict)
     """The whole line by column, as written, stripped."""
+
+    @property
+    def files(self) -> list[Path]:
+        """All that it names."""
+        return [path for path in (self.image, self.target_path, self.aoi) if path is not None]
 
     @property
     def extra(self) -> dict[str, str]:
@@ -238,7 +245,7 @@ class Manifest:
 
     def missing_files(self) -> list[tuple[Row, Path]]:
         """Images and target files that are not there, with their rows."""
-        return [(row, path) for row in self.rows for path in (row.image, row.target_path) if path and not path.exists()]
+        return [(row, path) for row in self.rows for path in row.files if not path.exists()]
 
     def check_files(self) -> None:
         """Raise where images or target files are not there.
@@ -331,6 +338,7 @@ def _row(
         line=line,
         label=cells["label"] if labelled and columns == LABEL else None,
         target_path=None if labelled else path.parent / cells[DENSE_COLUMNS[task]],
+        aoi=path.parent / cells["aoi"] if not labelled and cells.get("aoi") else None,
         answer=parse_answer(here, target, columns, cells) if labelled else Answer(),
         split=SPLIT_NAMES[split.lower()] if split else "",
         group=cells.get("group") or None,

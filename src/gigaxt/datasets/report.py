@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from gigaxt.datasets.labels import LABEL
 from gigaxt.datasets.manifest import Case, Manifest
+from gigaxt.datasets.mask_facts import MaskFacts, has_vectors, numbers_line, shares
 from gigaxt.datasets.split import SPLITS
 from gigaxt.datasets.statistics import MANY_VALUES, BandStatistics
 from gigaxt.image.open import PICTURE_SUFFIXES
+from gigaxt.nn.heads.segment_config import SegmentConfig
 
 IGNORE = 255
 """The mask value that means "not labelled"."""
@@ -68,10 +70,10 @@ class CheckReport:
     """Images without a valid pixel in what was read, or without foreground."""
     statistics: BandStatistics | None
     """Of the images with the most common number of bands; None where no image could be read."""
-    mask_pixels: dict[int, int]
-    """Pixels of each mask value."""
-    mask_sampled: bool
-    """Whether some masks were counted in part only."""
+    head: SegmentConfig | None
+    """What the masks suggest; None where there are none."""
+    mask: MaskFacts
+    """What they hold."""
     foreground: str | None
     overlays: list[Path]
 
@@ -81,15 +83,12 @@ class CheckReport:
         return not (self.missing or self.unreadable or self.mismatched)
 
     @property
-    def mask_shares(self) -> dict[int, float]:
-        """Share of each mask value among the counted pixels."""
-        total = max(1, sum(self.mask_pixels.values()))
-        return {value: pixels / total for value, pixels in self.mask_pixels.items()}
-
-    @property
     def mask_classes(self) -> int:
         """How many classes a segmentation head needs: the highest value but `IGNORE`, and one; at least 2."""
-        return max((value for value in self.mask_pixels if value != IGNORE), default=1) + 1 if self.mask_pixels else 2
+        suggested = 2 if self.head is None else self.head.classes
+        if self.head is not None and self.head.target != "single":
+            return suggested
+        return max([suggested, *(value + 1 for value in self.mask.pixels if value != IGNORE)])
 
     @property
     def channels(self) -> int:
@@ -120,12 +119,7 @@ class CheckReport:
         lines = [f"{manifest.path}: {len(manifest.rows)} rows, {kind}"]
         lines += _count_lines(manifest)
         lines += self._image_lines()
-        if self.mask_pixels:
-            note = " (sampled: rarer values may exist)" if self.mask_sampled else ""
-            lines.append(f"mask values{note}:")
-            shares = list(self.mask_shares.items())
-            lines += [f"  {value:>5}  {share:8.3%}" for value, share in shares[:LISTED]]
-            lines += _more(len(shares))
+        lines += self._mask_lines()
         for title, problems in self._problems():
             lines.append(f"{title}: {len(problems) or 'none'}")
             lines += [f"  line {p.line}: {p.path}: {p.cause}" for p in problems[:LISTED]] + _more(len(problems))
@@ -149,8 +143,22 @@ class CheckReport:
             ("without valid pixels or foreground", self.empty),
         ]
         return (
-            [*problems, ("masks that do not fit", self.mismatched)] if self.mask_pixels or self.mismatched else problems
+            [*problems, ("masks that do not fit", self.mismatched)] if self.mask.known or self.mismatched else problems
         )
+
+    def _mask_lines(self) -> list[str]:
+        facts, head = self.mask, self.head
+        note = " (sampled: rarer values may exist)" if facts.sampled else ""
+        if facts.numbers is not None:
+            return [f"numbers of the rasters{note}:", *numbers_line(facts.numbers)]
+        if not facts.pixels or head is None:
+            return []
+        names = dict(enumerate(head.class_names or ()))
+        found = [
+            f"  {value:>5}  {share:8.3%}  {names.get(value, '')}".rstrip() for value, share in shares(facts).items()
+        ]
+        what = "labels" if head.target == "multi" else "mask values"
+        return [f"{what}{note}:", *found[:LISTED], *_more(len(found))]
 
     def _image_lines(self) -> list[str]:
         facts = self.images
@@ -189,7 +197,7 @@ class CheckReport:
                 f"replace or remove unreadable files ({len(self.unreadable)}), or train with on_bad_image: skip"
             )
         if self.mismatched:
-            found.append("make each mask one band of class numbers with the height and width of its image")
+            found.append("correct the masks that do not fit: see `gigaxt.masks.open_mask` for what may be one")
         if self.empty:
             found.append(
                 f"remove the images without valid pixels or foreground ({len(self.empty)}), or change the foreground"
@@ -222,18 +230,23 @@ class CheckReport:
         return found
 
     def _mask_proposals(self) -> list[str]:
-        if not self.mask_pixels:
-            return []
-        found = []
-        values = [value for value in self.mask_pixels if value != IGNORE]
-        if len(self.mask_pixels) > MANY_VALUES or min(values, default=0) < 0:
+        found: list[str] = []
+        if self.head is None or self.head.target == "regression" or not self.mask.pixels:
+            return found
+        if self.head.class_field is None and has_vectors(self.manifest.rows):
+            found.append("polygons are taken as one class: --class-field names the property that tells their classes")
+        if self.head.target == "multi":
+            never = [str(label) for label, pixels in self.mask.pixels.items() if not pixels]
+            return [*found, f"labels {', '.join(never[:5])} (from 0) are nowhere 1: leave them out"] if never else found
+        values = [value for value in self.mask.pixels if value != IGNORE]
+        if len(self.mask.pixels) > MANY_VALUES or min(values, default=0) < 0:
             return ["mask values are no class numbers: expected 0, 1, 2, ... and 255 for what is not labelled"]
         absent = sorted(set(range(max(values, default=0) + 1)) - set(values))
         if absent:
             shown = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
             found.append(f"mask values {shown} do not occur: number classes 0, 1, 2, ... without gaps")
-        shares = self.mask_shares
-        rare = [str(value) for value in values if shares[value] < 0.001]
+        share = shares(self.mask)
+        rare = [str(value) for value in values if share[value] < 0.001]
         if rare and not absent:
             found.append(f"mask values {', '.join(rare[:5])} are under 0.1% of the pixels: set head.class_weights")
         return found

@@ -11,6 +11,7 @@ import numpy as np
 
 from gigaxt.datasets.labels import LABEL
 from gigaxt.datasets.manifest import Manifest
+from gigaxt.datasets.mask_facts import has_vectors
 from gigaxt.datasets.report import IGNORE, CheckReport
 from gigaxt.datasets.statistics import BandStatistics
 from gigaxt.errors import DataError
@@ -89,14 +90,7 @@ def write_config(report: CheckReport, csv: str | Path, path: str | Path, *, forc
 def _head(report: CheckReport) -> str:
     manifest = report.manifest
     if manifest.task == "segmentation":
-        classes = report.mask_classes
-        names = _list(_text("background" if k == 0 else f"class {k}") for k in range(classes))
-        return _indented(
-            "kind: segment  # a class for every pixel",
-            f"classes: {classes}",
-            f"class_names: {names}  # of the mask's values, from 0 on",
-            f"ignore: {IGNORE}  # the mask value of pixels that do not count",
-        )
+        return _segment_head(report)
     if manifest.target == "survival":
         return _indented(
             "kind: classify  # one answer for the whole image or case",
@@ -110,6 +104,27 @@ def _head(report: CheckReport) -> str:
         lines.append(f"label_columns: {_list(map(_text, manifest.answer_columns))}  # an empty cell is not known")
     if manifest.classes:
         lines.append(f"class_names: {_list(map(_text, manifest.classes))}  # in the order of the model's outputs")
+    return _indented(*lines)
+
+
+def _segment_head(report: CheckReport) -> str:
+    head, classes = report.head, report.mask_classes
+    target = "single" if head is None else head.target
+    given = list(() if head is None else head.class_names or ())
+    if target == "single":
+        given += [("background" if k == 0 else f"class {k}") for k in range(len(given), classes)]
+    lines = ["kind: segment  # an answer for every pixel", f"classes: {classes}"]
+    if target != "single":
+        what = "a band of 0 and 1 for each label" if target == "multi" else "a band of numbers for each class"
+        lines.append(f"target: {target}  # {what}")
+    if given:
+        lines.append(f"class_names: {_list(map(_text, given))}  # in the order of the numbers from 0 on")
+    if head is not None and head.class_field is not None:
+        lines.append(f"class_field: {_text(head.class_field)}  # the property of polygons that tells their class")
+    if head is not None and has_vectors(report.manifest.rows):
+        lines.append("unlabelled: background  # where no polygon is: class 0; or ignore: does not count")
+    if target != "regression":
+        lines.append(f"ignore: {IGNORE}  # the mask value of pixels that do not count")
     return _indented(*lines)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from gigaxt.errors import DataError
 from gigaxt.image.base import Image, Mask, Pixels
 
 WINDOW = 256
@@ -96,6 +97,25 @@ def class_values(mask: Image, max_pixels: int) -> tuple[Counter[int], bool]:
         if len(counts) > MANY_VALUES:
             return counts, True
     return counts, sampled
+
+
+def label_pixels(mask: Image, max_pixels: int, ignore: int) -> tuple[Counter[int], int, bool]:
+    """Pixels in which each band of a mask is 1, how many pixels were read, and whether only a sample was.
+
+    Raises:
+        DataError: a value other than 0, 1 and `ignore`. ImageError: the mask cannot be read.
+    """
+    counts: Counter[int] = Counter(dict.fromkeys(range(mask.channels), 0))
+    known = 0
+    for x, y, w, h in _windows(mask, max_pixels):
+        pixels, valid = mask.read_valid(x, y, w, h)
+        values = pixels[valid]  # (n, bands)
+        wrong = (values != 0) & (values != 1) & (values != ignore)
+        if wrong.any():
+            raise DataError(f"{mask.name}: expected labels 0 and 1 (and {ignore}: not known), got {values[wrong][0]}")
+        counts.update({band: int(count) for band, count in enumerate((values == 1).sum(axis=0))})
+        known += len(values)
+    return counts, known, mask.height * mask.width > max_pixels
 
 
 def number_statistics(raster: Image, max_pixels: int) -> BandStatistics:

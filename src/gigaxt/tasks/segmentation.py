@@ -15,6 +15,7 @@ from gigaxt.datasets.manifest import Manifest, Row
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image
+from gigaxt.masks import open_mask
 from gigaxt.nn.heads.segment_config import SegmentConfig
 from gigaxt.targets import BandsTarget, MaskTarget
 from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase, as_table, worst_first
@@ -43,8 +44,8 @@ class Segmentation(Task):
         self.metric_names = self.scoring.metric_names
 
     def target(self, row: Row, image: Image) -> MaskTarget:
-        """The mask, on the grid of `image`."""
-        mask = open_image(self._mask(row))
+        """The mask, on the grid of `image`; see `gigaxt.masks.open_mask`."""
+        mask = open_mask(self._mask(row), image, self.head, aoi=row.aoi)
         if self.head.target == "single":
             if mask.dtype.kind not in "uib":
                 raise DataError(
@@ -68,7 +69,7 @@ class Segmentation(Task):
         classes = self.head.classes
         counts = np.zeros(classes, dtype=np.float64)
         for row in self.manifest.split(split):
-            mask = open_image(self._mask(row))
+            mask = open_mask(self._mask(row), open_image(row.image), self.head, aoi=row.aoi)
             for y in range(0, mask.height, STRIP_ROWS):
                 pixels, valid = mask.read_valid(0, y, mask.width, min(STRIP_ROWS, mask.height - y))
                 values = pixels[valid].astype(np.int64)

@@ -24,6 +24,7 @@ from gigaxt.errors import CheckpointError, GigaxtError
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image
 from gigaxt.inference import predict
+from gigaxt.masks import open_mask
 from gigaxt.pixel_answers import over_picture
 from gigaxt.pretrained import load
 from gigaxt.tasks import Evaluation, Segmentation, Task, WorstCase
@@ -225,10 +226,11 @@ def _worst(evaluation: Evaluation | None, config: RunConfig, answer: Answer | No
 
 
 def _pictures(case: WorstCase, head: Any, answer: Answer | None) -> list[tuple[str, Picture]]:
-    picture = thumbnail(open_image(case.image), THUMBNAIL_PX)
+    image = open_image(case.image)
+    picture = thumbnail(image, THUMBNAIL_PX)
     pictures = [("image", picture)]
     pictures += [(Path(path).name, thumbnail(open_image(path), THUMBNAIL_PX)) for path in case.others[: CASE_SHOWN - 1]]
-    rasters = {} if case.mask is None else {"target": open_image(case.mask)}
+    rasters = {} if case.mask is None else {"target": open_mask(case.mask, image, head)}
     if rasters and answer is not None and (given := answer(case.image)) is not None:
         rasters["answer"] = given
     return pictures + [(name, over_picture(picture, raster, head)) for name, raster in rasters.items()]

@@ -82,6 +82,7 @@ def rows_digest(manifest: Manifest) -> str:
             *([row.label] if manifest.answer_columns == LABEL else row.answer.numbers),
             row.split,
             *([row.case] if row.case else []),
+            *([str(_relative(row.aoi, base))] if row.aoi else []),
         ]
         for row in manifest.rows
         if row.split in ("train", "val")

@@ -43,6 +43,11 @@ class SegmentConfig(BaseHeadConfig):
     """channels of the decoder"""
     ignore: int = 255
     """mask value of pixels that count neither in the loss nor in the scores"""
+    class_field: str | None = None
+    """of masks that are vector files: the property with each polygon's class, a name of `class_names` or a number; dots
+    lead into nested ones (QuPath: classification.name). None: polygons are class 1, or the only label"""
+    unlabelled: Literal["background", "ignore"] = "background"
+    """of masks that are vector files: where no polygon is, pixels are class 0 (no label), or do not count"""
     class_colors: list[tuple[int, int, int]] | None = None
     """red, green, blue of each class, 0..255"""
     target_mean: list[float] | None = None
