@@ -5,7 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from gigaxt.errors import ConfigError, DataError
+from gigaxt.live_memory import LiveMemory
 from gigaxt.nn.heads import ClassifyConfig, ClassifyHead, build_head
+from gigaxt.nn.heads.pooling import SEGMENT
 
 
 def head(classes: int = 3, dim: int = 12, **options: object) -> ClassifyHead:
@@ -60,6 +62,38 @@ def test_no_valid_token_gives_finite_logits_and_gradients() -> None:
     logits.sum().backward()
     assert context.grad is not None
     assert torch.isfinite(context.grad).all()
+
+
+@pytest.mark.parametrize("pooling", ["attention", "mean"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_many_tokens_are_pooled_in_segments(pooling: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = head(pooling=pooling).double()
+    context = torch.randn(3, 50, 12, dtype=torch.float64, requires_grad=True)
+    validity = torch.rand(3, 50) < 0.6 if masked else None
+    if validity is not None:
+        validity[1] = False  # a case without any valid token
+        validity[2, :20] = False  # and one whose first segments are empty
+
+    def logits_and_gradients() -> list[torch.Tensor]:
+        logits = module(context, validity)
+        return [logits, *torch.autograd.grad(logits.square().sum(), [context, *module.parameters()])]
+
+    plain = logits_and_gradients()
+    monkeypatch.setattr("gigaxt.nn.heads.pooling.SEGMENT", 21)
+    monkeypatch.setattr("gigaxt.nn.heads.classify.SEGMENT", 21)
+    for found, expected in zip(logits_and_gradients(), plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_pooling_in_segments_keeps_nothing_of_the_tokens() -> None:
+    module = head(dim=64)
+    context = torch.randn(1, 4 * SEGMENT, 64, requires_grad=True)
+    with LiveMemory([context]) as memory:
+        logits = module(context, torch.ones(1, 4 * SEGMENT, dtype=torch.bool))
+        kept = memory.now
+        logits.sum().backward()
+    assert kept < 0.1 * context.nbytes
+    assert memory.peak < 2.1 * context.nbytes  # the gradient, and a segment at work
 
 
 def test_one_token_and_half_precision() -> None:

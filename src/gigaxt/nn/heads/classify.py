@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.nn.heads.base import BaseHeadConfig, at_least_float32, check_class_indices, weights_tensor
+from gigaxt.nn.heads.pooling import SEGMENT, pooled_in_segments
 from gigaxt.nn.heads.survival import survival_losses
 
 
@@ -109,7 +110,8 @@ class ClassifyHead(nn.Module):
 
     A case is one image, or several whose tokens stand one image after the other: one bag. Attention pooling: each of a
     few heads scores every token by a learned query, takes the softmax over the case's tokens, and averages its share of
-    the channels with it. Memory is a constant number of token stores.
+    the channels with it. Many tokens are pooled segment by segment, again in the backward pass, so that nothing is kept
+    of them but the context itself.
 
     Args:
         config: see `ClassifyConfig`.
@@ -143,11 +145,16 @@ class ClassifyHead(nn.Module):
         Returns:
             (B, classes).
         """
-        tokens = self.norm(context)
-        weights = self._weights(tokens, validity).to(tokens.dtype)  # (B, heads, N)
-        # Every head pools all channels and keeps its own: one product, no copy of the tokens in another order.
-        pooled = weights @ tokens  # (B, heads, dim)
-        pooled = pooled.unflatten(2, (weights.shape[1], -1)).diagonal(dim1=1, dim2=2)  # (B, dim / heads, heads)
+        if context.shape[0] * context.shape[1] > SEGMENT:
+            valid = context.new_ones(context.shape[:2], dtype=torch.bool) if validity is None else validity
+            heads = 1 if self.queries is None else self.heads
+            pooled = pooled_in_segments(self.norm, self.queries, heads, context, valid)
+        else:
+            tokens = self.norm(context)
+            weights = self._weights(tokens, validity).to(tokens.dtype)  # (B, heads, N)
+            # Every head pools all channels and keeps its own: one product, no copy of the tokens in another order.
+            pooled = weights @ tokens  # (B, heads, dim)
+        pooled = pooled.unflatten(2, (pooled.shape[1], -1)).diagonal(dim1=1, dim2=2)  # (B, dim / heads, heads)
         logits: Tensor = self.classifier(pooled.transpose(1, 2).flatten(1))
         return logits
 
