@@ -1,11 +1,16 @@
-"""Peak memory of one exact training step against the side of the image: is it flat but for the tokens?
+"""Memory and time of one training step against the size of the image: are they linear in its pixels, and where from?
 
 Each size runs in a child process: a tiled JPEG TIFF on disk is read lazily, one forward and backward pass with budget
-0. The peak is the child's resident memory as the kernel counts it (ru_maxrss), minus `K` token stores (tokens x dim x
-4 bytes). K is stated below and the same for all sizes. The context works in segments of 1,024 tokens, so that the
-smallest image needs as much for them as the largest.
+0. The peak is the child's resident memory as the kernel counts it (ru_maxrss). Beside it stands what is predicted from
+the number of tokens alone:
 
-    python benchmarks/bench_memory.py [--sides 1024 2048 4096 8192 16384] [--heads classify segment] [--keep]
+    before + WORK + K token stores            (a token store: tokens x dim x 4 bytes)
+
+`before` is what the process held before the step (Python, torch, timm, the model), WORK one chunk of the region encoder
+and one segment of the context at work, from the smallest image. K is the same for all sizes: see `K`. Time is that of
+the CPU, of all threads, because the machine may be shared.
+
+    python benchmarks/bench_memory.py [--sizes 1024 2048 29000x25000] [--heads classify segment] [--keep]
 """
 
 from __future__ import annotations
@@ -25,14 +30,27 @@ from typing import Any
 import numpy as np
 from report import publish
 
-K = 10.5
-"""Token stores: tokens, their gradient, each layer's input (2), position features and the context (2), what a layer's
-backward pass holds at work (summary and both scan directions: output, gradient, permuted copies)."""
-REGION, DIM, DEPTH, TOKENS = 256, 192, 2, 64
+K = {"classify": 7.4, "segment": 8.4}
+"""Token stores: the tokens (1), the input of each layer and of its MLP (2 a layer), the gradient that comes into a part
+of a layer and the one that leaves it, and where two directions meet a third (3); less what is not there yet or no
+longer; states of Mamba-2 at the segments' borders (0.3). A dense model also holds the gradient of its context."""
+REGION, DIM, DEPTH, TOKENS, SEGMENT = 256, 192, 2, 64, 2048
 GIB = 2**30
+Size = tuple[int, int]
+"""Width and height, px."""
 
 
-def make_image(path: Path, side: int) -> None:
+def size_of(text: str) -> Size:
+    """From "4096" or "29000x25000"."""
+    width, _, height = text.partition("x")
+    return int(width), int(height or width)
+
+
+def tiles_of(size: Size) -> int:
+    return -(-size[0] // 256) * -(-size[1] // 256)
+
+
+def make_image(path: Path, size: Size) -> None:
     """A JPEG TIFF of a few distinct tiles; big on the outside, quick to make."""
     import imagecodecs
     import tifffile
@@ -44,22 +62,32 @@ def make_image(path: Path, side: int) -> None:
         )
         for _ in range(8)
     ]
-    count = (side // 256) ** 2
 
     def encoded() -> Iterator[bytes]:
-        for i in range(count):
+        for i in range(tiles_of(size)):
             yield tiles[i * 7 % 8]
 
     tifffile.imwrite(
         path,
         encoded(),
-        shape=(side, side, 3),
+        shape=(size[1], size[0], 3),
         dtype=np.uint8,
         tile=(256, 256),
         photometric="ycbcr",
         compression="jpeg",
         bigtiff=True,
     )
+
+
+def make_mask(path: Path, size: Size) -> None:
+    """A mask on the same grid, deflated."""
+    import tifffile
+
+    block = np.zeros((256, 256), np.uint8)
+    block[:, 128:] = 1
+    data = (block for _ in range(tiles_of(size)))
+    shape = (size[1], size[0])
+    tifffile.imwrite(path, data, shape=shape, dtype=np.uint8, tile=(256, 256), compression="zlib", bigtiff=True)
 
 
 def child(path: str, head: str) -> dict[str, Any]:
@@ -74,7 +102,7 @@ def child(path: str, head: str) -> dict[str, Any]:
             "region": REGION,
             "options": {"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]},
         },
-        "context": {"kind": "mamba2", "dim": DIM, "depth": DEPTH, "segment": 1024, "keep_tokens": 0},
+        "context": {"kind": "mamba2", "dim": DIM, "depth": DEPTH, "segment": SEGMENT, "keep_tokens": 0},
         "head": {"kind": head, "classes": 4, **({"dim": 16} if head == "segment" else {})},
     }
     model = gigaxt.build_model(gigaxt.ModelConfig.from_dict(config)).train()
@@ -84,64 +112,93 @@ def child(path: str, head: str) -> dict[str, Any]:
     target = [np.zeros((REGION, REGION), np.uint8)] if head == "segment" else [1]
     model.loss(small, target).backward()
     model.zero_grad()
-    mask = path.replace(".tif", "_mask.tif")
-    target = [gigaxt.open_image(mask)] if head == "segment" else [1]
+    target = [gigaxt.open_image(path.replace(".tif", "_mask.tif"))] if head == "segment" else [1]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     loss = model.loss([image], target)
     loss.backward()
-    seconds = time.perf_counter() - start
+    cpu, seconds = time.process_time() - cpu, time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    tokens = (image.height // REGION) * (image.width // REGION) * TOKENS
-    store = tokens * DIM * 4
+    regions = -(-image.height // REGION) * -(-image.width // REGION)
+    store = regions * TOKENS * DIM * 4
     return {
-        "side_px": image.height,
-        "seconds": round(seconds, 1),
+        "size_px": [image.width, image.height],
+        "pixels": image.width * image.height,
+        "regions": regions,
+        "cpu_s": round(cpu, 2),
+        "wall_s": round(seconds, 1),
         "loss": loss.item(),
         "before_gib": round(before / GIB, 3),
         "peak_gib": round(peak / GIB, 3),
         "token_store_gib": round(store / GIB, 4),
-        "stores_used": round((peak - before) / store, 2),
-        "peak_minus_k_stores_gib": round((peak - K * store) / GIB, 3),
+    }
+
+
+def run_child(path: Path, head: str) -> dict[str, Any]:
+    # glibc keeps freed blocks for itself otherwise, and resident memory would tell of it, not of us.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
+    command = [sys.executable, __file__, "--child", str(path), head]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def predict(rows: list[dict[str, Any]], head: str) -> None:
+    """Add `predicted_gib` to the rows of one head, the smallest first."""
+    first = rows[0]
+    work = first["peak_gib"] - first["before_gib"] - K[head] * first["token_store_gib"]
+    for row in rows:
+        row["predicted_gib"] = round(row["before_gib"] + work + K[head] * row["token_store_gib"], 3)
+
+
+def exponents(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Exponents in pixels, by least squares on logarithms: of the CPU time, and of the memory above `before` + WORK.
+
+    Memory has a constant part, so its exponent is taken of what grows: the peak less that of the smallest image.
+    """
+    first = rows[0]
+    pixels = np.log([row["pixels"] for row in rows[1:]])
+    grown = np.log(
+        [row["peak_gib"] - row["before_gib"] - (first["peak_gib"] - first["before_gib"]) for row in rows[1:]]
+    )
+    more = np.log([row["pixels"] - first["pixels"] for row in rows[1:]])
+    return {
+        "memory": round(float(np.polyfit(more, grown, 1)[0]), 3),
+        "peak": round(float(np.polyfit(pixels, np.log([row["peak_gib"] for row in rows[1:]]), 1)[0]), 3),
+        "cpu_time": round(
+            float(np.polyfit(np.log([row["pixels"] for row in rows]), np.log([row["cpu_s"] for row in rows]), 1)[0]),
+            3,
+        ),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--sizes", type=size_of, nargs="+", default=[(side, side) for side in (1024, 2048, 4096)])
     parser.add_argument("--heads", nargs="+", default=["classify", "segment"])
     parser.add_argument("--keep", action="store_true", help="write the result file")
+    parser.add_argument("--name", default="memory", help="of the result file")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(child(*options.child)))
         return
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for side in options.sides:
-            path = Path(folder) / f"{side}.tif"
-            make_image(path, side)
-            make_mask(path.with_name(f"{side}_mask.tif"), side)
-            for head in options.heads:
-                # glibc keeps freed blocks for itself otherwise, and resident memory would tell of it, not of us.
-                env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
-                command = [sys.executable, __file__, "--child", str(path), head]
-                done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    sys.exit(done.stderr)
-                rows.append({"head": head, **json.loads(done.stdout.splitlines()[-1])})
-                print(rows[-1], flush=True)
-    publish("memory", {"k": K, "rows": rows}, keep=options.keep)
-
-
-def make_mask(path: Path, side: int) -> None:
-    """A mask on the same grid, deflated."""
-    import tifffile
-
-    block = np.zeros((256, 256), np.uint8)
-    block[:, 128:] = 1
-    data = (block for _ in range((side // 256) ** 2))
-    tifffile.imwrite(path, data, shape=(side, side), dtype=np.uint8, tile=(256, 256), compression="zlib", bigtiff=True)
+    result: dict[str, Any] = {"k": K, "segment": SEGMENT, "heads": {}}
+    for head in options.heads:
+        rows: list[dict[str, Any]] = []
+        for size in options.sizes:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "scene.tif"
+                make_image(path, size)
+                if head == "segment":
+                    make_mask(path.with_name("scene_mask.tif"), size)
+                rows.append({"head": head, **run_child(path, head)})
+            predict(rows, head)
+            print(rows[-1], flush=True)
+        result["heads"][head] = {"rows": rows, "exponents": exponents(rows) if len(rows) > 2 else {}}
+    publish(options.name, result, keep=options.keep)
 
 
 if __name__ == "__main__":

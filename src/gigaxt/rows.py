@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -31,10 +32,12 @@ class Streaming:
     """Regions encoded together in one batch."""
 
     def __post_init__(self) -> None:
-        if self.budget_gib is not None and self.budget_gib < 0:
-            raise ConfigError(f"streaming.budget_gib: expected None or at least 0, got {self.budget_gib}")
-        if self.host_gib < 0:
-            raise ConfigError(f"streaming.host_gib: expected at least 0, got {self.host_gib}")
+        if self.budget_gib is not None and not 0 <= self.budget_gib < math.inf:
+            raise ConfigError(
+                f"streaming.budget_gib: expected a number of GiB from 0, or None to keep all, got {self.budget_gib}"
+            )
+        if not 0 <= self.host_gib < math.inf:
+            raise ConfigError(f"streaming.host_gib: expected a number of GiB from 0, got {self.host_gib}")
         if self.chunk_regions < 1:
             raise ConfigError(f"streaming.chunk_regions: expected at least 1, got {self.chunk_regions}")
 

@@ -14,6 +14,7 @@ VERBS = {
     "demo": ("gigaxt.cli.demo", "see it work: made-up scenes, two short trainings, a map, in five minutes"),
     "check": ("gigaxt.cli.check", "look through a CSV of images before training; --write makes a config"),
     "train": ("gigaxt.cli.train", "train a model on the images of a CSV, or continue a stopped run"),
+    "plan": ("gigaxt.cli.plan", "memory, disk and time of a run before it starts; --fit writes settings that fit"),
     "eval": ("gigaxt.cli.eval", "score a model or a run on the images of a CSV"),
     "predict": ("gigaxt.cli.predict", "answer for new images: class scores as CSV, masks as tiled TIFF"),
     "info": ("gigaxt.cli.info", "what an image file or a model folder holds"),

@@ -13,7 +13,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gigaxt.errors import CheckpointError
+from gigaxt.machine import free_disk_gib
+from gigaxt.rows import GIB
 
 KEEP = 2
 """Checkpoints kept: the newest, and the one before in case the newest is damaged."""
@@ -45,6 +47,26 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     for stale in [*checkpoints(folder)[:-KEEP], *folder.glob("step-*.part")]:  # .part: of a process that was killed
         shutil.rmtree(stale, ignore_errors=True)
     return target
+
+
+def check_space(folder: Path, weights: Iterable[torch.Tensor], copies: int) -> None:
+    """Refuse a disk that has no room for a single checkpoint, before hours of training.
+
+    Args:
+        folder: of the checkpoints.
+        weights: of the model.
+        copies: of the weights that a checkpoint holds at least.
+
+    Raises:
+        CheckpointError: there is no room.
+    """
+    need = copies * sum(t.nbytes for t in weights) / GIB
+    free = free_disk_gib(folder)
+    if need > free:
+        raise CheckpointError(
+            f"{folder}: a checkpoint takes at least {need:.2f} GiB, {free:.2f} are free; free some space, or use "
+            "another --out"
+        )
 
 
 def load_checkpoint(path: Path) -> tuple[int, dict[str, Any]]:

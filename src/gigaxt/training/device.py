@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from gigaxt.errors import ConfigError
+from gigaxt.machine import device_memory_gib, host_memory_gib
 from gigaxt.rows import Streaming
 
 
@@ -27,6 +28,27 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"train.device: expected one of {torch.cuda.device_count()} CUDA devices, got `{name}`")
     return device
+
+
+def check_budgets(streaming: Streaming, device: torch.device) -> None:
+    """Refuse budgets that no run on this machine can spend.
+
+    Raises:
+        ConfigError: more than the device or the host has.
+    """
+    budget, host = streaming.budget_gib or 0.0, streaming.host_gib
+    has_host = host_memory_gib()[0]
+    wanted = [("host_gib", host, has_host, "this machine")]
+    if device.type == "cuda":
+        wanted.append(("budget_gib", budget, device_memory_gib(device)[0], str(device)))
+    else:
+        wanted.append(("budget_gib + host_gib" if host else "budget_gib", budget + host, has_host, "this machine"))
+    for name, gib, has, where in wanted:
+        if gib > has:
+            raise ConfigError(
+                f"train.streaming.{name}: expected at most the {has:.1f} GiB that {where} has, got {gib:g}; "
+                "`gigaxt plan CONFIG --fit` finds what fits"
+            )
 
 
 def autocast(device: torch.device, amp: Literal["auto", "off", "bf16"]) -> AbstractContextManager[Any]:

@@ -27,6 +27,7 @@ from gigaxt.nn.xt import ModelConfig, build_model
 from gigaxt.rows import Streaming
 from gigaxt.tasks import Evaluation, Task
 from gigaxt.training.checkpoint import (
+    check_space,
     checkpoints,
     load_checkpoint,
     random_states,
@@ -117,6 +118,9 @@ class Run:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         # use_warmup: a plain average would hold the first, random weights for 1 / (1 - decay) steps.
         self.ema = ModelEmaV3(self.model, decay=settings.ema, use_warmup=True) if settings.ema is not None else None
+        check_space(
+            folder.checkpoints, self.parameters, copies=2 if self.ema is None else 3
+        )  # moments of the optimiser
         self.state = State()
         self._order: tuple[int, NDArray[np.int64]] | None = None
         self._told_skipped = 0

@@ -17,6 +17,7 @@ from gigaxt.nn.heads import ClassifyConfig, SegmentConfig
 from gigaxt.tasks import Task, fitted, fitted_numbers, make_task, read_manifest
 from gigaxt.training.checkpoint import checkpoints, one_line, recover_folder
 from gigaxt.training.config import RunConfig, differences, read_yaml, run_config
+from gigaxt.training.device import check_budgets, pick_device
 
 
 class RunFolder:
@@ -42,10 +43,11 @@ def prepare_run(config: RunConfig, out: Path) -> tuple[RunFolder, RunConfig, Tas
     """Make or check the run folder, and fill what the data decides into the config: class names and weights.
 
     Raises:
-        ConfigError: `out` is no run folder, or one of a run with other settings.
+        ConfigError: `out` is no run folder, or one of a run with other settings; a budget beyond the machine.
         DataError: the manifest does not fit; files are missing and `on_bad_image` is `stop`.
         CheckpointError: the folder cannot be written.
     """
+    check_budgets(config.train.streaming, pick_device(config.train.device))
     data = config.data
     manifest = read_manifest(config.model.head, data.csv, split_seed=data.split_seed, fold=data.part)
     if config.train.on_bad_image == "stop":

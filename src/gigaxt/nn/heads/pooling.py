@@ -35,7 +35,9 @@ class PoolSegment(nn.Module):
         return None, *add_to_softmax(scores, tokens, valid[:, None, :], maximum, total, weighted)
 
 
-def pooled_in_segments(norm: nn.Module, queries: nn.Module | None, heads: int, context: Tensor, valid: Tensor) -> Tensor:
+def pooled_in_segments(
+    norm: nn.Module, queries: nn.Module | None, heads: int, context: Tensor, valid: Tensor
+) -> Tensor:
     """What each head pools of all channels, (B, heads, dim), keeping no more than `context` for the backward pass.
 
     Args:

@@ -1,0 +1,174 @@
+"""`gigaxt plan`: memory, disk and time of a run, before it starts; `--fit` writes settings that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from gigaxt.cli.flags import parse
+from gigaxt.cli.progress import clock_text
+from gigaxt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gigaxt.rows import Streaming
+    from gigaxt.training.config import RunConfig
+    from gigaxt.training.plan import Plan
+    from gigaxt.training.rehearsal import Found
+
+
+@dataclass(kw_only=True)
+class PlanArguments:
+    """What a run will need: memory, disk, time. Trains two real steps on the images of most regions, and keeps nothing.
+
+    gigaxt plan run.yaml                  the images of the config's CSV
+    gigaxt plan run.yaml larger.tif       images to come
+    gigaxt plan run.yaml --fit            also writes the chunk and the budget that are best here into run.yaml
+    """
+
+    config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
+    """A run's YAML file."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")] = ()
+    """Images in place of those of the config's CSV; the largest counts."""
+    fit: bool = False
+    """Rehearse the settings that would be chosen, too, and write them into CONFIG."""
+    out: Path = Path("runs")
+    """Where the run's folder will be: its disk must have room."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Print the table; exit status 0, or 1 where the run does not fit."""
+    arguments = parse(PlanArguments, args, verb="plan", switches=True)
+
+    from gigaxt.cli.train import run_config_from
+    from gigaxt.machine import free_disk_gib
+    from gigaxt.training.config_edit import write_streaming
+    from gigaxt.training.plan import make_plan
+
+    if not arguments.config.is_file():
+        raise ConfigError(f"{arguments.config}: expected a run's YAML file (gigaxt check data.csv --write run.yaml)")
+    for image in arguments.images:
+        if not image.exists():
+            raise ConfigError(f"{image}: there is no such image")
+    config = run_config_from([], None, str(arguments.config), arguments.out)
+    plan = make_plan(config, arguments.images)
+    free = free_disk_gib(arguments.out)
+    print("\n".join(table(plan, config, free)))
+    if plan.choice is not None and arguments.fit and plan.found is not None:
+        if not worth_changing(plan):
+            print(f"- {arguments.config} has the best settings already")
+        else:
+            fitted = replace(config, train=replace(config.train, streaming=plan.choice))
+            again = make_plan(fitted, arguments.images, probe=False)
+            print("\n".join(["", *table(again, fitted, free)]))
+            if again.fits:
+                write_streaming(arguments.config, plan.choice)
+                print(f"- written into {arguments.config}: {spelled(plan.choice)}")
+            plan = again
+    if plan.found is None or plan.found.disk_gib > free:
+        return 1
+    return 0
+
+
+def table(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
+    """The lines that are printed."""
+    found, room = plan.found, plan.room
+    if found is None:
+        return [
+            f"does not fit: stopped at {plan.stopped_gib:.1f} GiB, with {room.host_free:.1f} of {room.host_total:.1f} "
+            f"GiB free, {spelled(plan.streaming)}",
+            *advice(plan, config, free_disk),
+        ]
+    height, width = found.size_px
+    more = f" and {len(found.images) - 1} more" if len(found.images) > 1 else ""
+    head = f"heaviest step: {found.images[0]}{more}, {width:,} x {height:,} px, {found.regions:,} regions in all"
+    rows = [
+        (
+            "device memory",
+            f"{found.device_gib:.2f} GiB of {room.device_total:.1f}" if room.apart else "none of its own",
+        ),
+        ("host memory", f"{found.host_gib:.2f} GiB, {room.host_free:.1f} free of {room.host_total:.1f}"),
+        ("disk", f"{found.disk_gib:.2f} GiB, {free_disk:.1f} free"),
+        ("time of that step", f"{clock_text(found.step_s)}, {1e3 * found.step_s / found.regions:.3g} ms a region"),
+        (
+            "time of an epoch",
+            f"{clock_text(plan.epoch_s)}, {found.steps:,} steps, {found.mean_regions:,.0f} regions a sample",
+        ),
+        ("evaluation", f"{clock_text(found.evaluate_s)} for one image of that size"),
+        ("passes", f"{found.passes:.2f} forward + 1 backward of the region encoder"),
+        ("settings", spelled_found(found, plan.streaming)),
+        *reading_row(plan),
+        *choice_row(plan),
+    ]
+    wide = max(len(name) for name, _ in rows)
+    return [head, *(f"  {name:<{wide}}  {value}" for name, value in rows), *advice(plan, config, free_disk)]
+
+
+def reading_row(plan: Plan) -> list[tuple[str, str]]:
+    """How fast pixels come from the disk."""
+    found = plan.found
+    if found is None or not found.cold_read_s:
+        return []
+    share = f"{plan.reading_s / found.step_s:.0%} of that step"
+    limit = f"the limit: {share}" if plan.reads_too_slowly else f"behind the computation, {share}"
+    return [("reading", f"{1e3 * found.cold_read_s:.3g} ms a region cold, {1e3 * found.read_s:.3g} ms again; {limit}")]
+
+
+def choice_row(plan: Plan) -> list[tuple[str, str]]:
+    """The settings that would be chosen."""
+    from gigaxt.training.plan import predicted_gib
+
+    if plan.choice is None or plan.found is None:
+        return []
+    memory = predicted_gib(plan.found, plan.streaming, plan.choice)
+    return [("choice", f"{spelled(plan.choice)}: {memory:.2f} GiB" if worth_changing(plan) else "the same settings")]
+
+
+def worth_changing(plan: Plan) -> bool:
+    """Whether the choice keeps more, or encodes in other chunks, or needs less than what was measured."""
+    found, choice, now = plan.found, plan.choice, plan.streaming
+    if found is None or choice is None or now.budget_gib is None:
+        return False
+    everything = found.regions * found.graph_gib
+    keeps_all = min(now.budget_gib, choice.budget_gib or 0.0) >= everything
+    same = (choice.budget_gib, choice.host_gib) == (now.budget_gib, now.host_gib)
+    return choice.chunk_regions != now.chunk_regions or not (keeps_all or same)
+
+
+def advice(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
+    """What to change, a line each."""
+    found, streaming = plan.found, plan.streaming
+    lines = []
+    if found is None:
+        if streaming.budget_gib or streaming.budget_gib is None or streaming.host_gib:
+            lines.append("- keep less: train.streaming.budget_gib: 0")
+        if streaming.chunk_regions > 1:
+            lines.append(f"- smaller chunks: train.streaming.chunk_regions: {streaming.chunk_regions // 2}")
+        if config.train.batch > 1:
+            lines.append(f"- fewer images at once: train.batch: 1, train.accumulate: {config.train.batch}")
+        lines.append("- a narrower context (model.context.dim), or coarser images (model.input.mpp, gsd_m, resize_px)")
+        return lines
+    if found.streaming["chunk_regions"] < streaming.chunk_regions:
+        lines.append(f"- memory ran out with {streaming.chunk_regions} regions a chunk; it went on with fewer")
+    if found.disk_gib > free_disk:
+        lines.append(f"- the disk of the run folder is too small: {found.disk_gib:.2f} GiB, {free_disk:.2f} free")
+    if plan.reads_too_slowly:
+        lines.append("- reading is the limit: copy the images to a faster disk, or give a `data.cache` folder on one")
+    lines.append("fits" if not lines or plan.reads_too_slowly else "see above")
+    return lines
+
+
+def spelled(streaming: Streaming) -> str:
+    """Such as "8 regions a chunk, budget 2 GiB"."""
+    budget = "all kept" if streaming.budget_gib is None else f"budget {streaming.budget_gib:g} GiB"
+    host = f" and {streaming.host_gib:g} GiB on the host" if streaming.host_gib else ""
+    return f"{streaming.chunk_regions} regions a chunk, {budget}{host}"
+
+
+def spelled_found(found: Found, streaming: Streaming) -> str:
+    """The settings that a rehearsal ended with, and what would keep everything."""
+    shown = replace(streaming, chunk_regions=int(found.streaming["chunk_regions"]))
+    return f"{spelled(shown)}; {found.regions * found.graph_gib:.2f} GiB would keep all"

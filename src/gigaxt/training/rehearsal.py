@@ -1,0 +1,348 @@
+"""A run's heaviest steps, rehearsed in a process of their own: what `gigaxt plan` measures.
+
+Run as `python -m gigaxt.training.rehearsal FOLDER`: reads `FOLDER/job.json`, writes `FOLDER/found.json`. It trains the
+model of the config on the samples of most regions, by the loop of a real run in a run folder of its own, evaluates,
+and saves, so that time, memory and space are those of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+
+from gigaxt.config import from_dict, to_dict
+from gigaxt.errors import GigaxtError, TrainingError
+from gigaxt.image.cache import SEGMENTS
+from gigaxt.image.open import open_image
+from gigaxt.inputs import to_pixel_size, to_size
+from gigaxt.machine import drop_from_cache, peak_resident_gib
+from gigaxt.nn.xt import GigaXT, ModelConfig
+from gigaxt.regions import RegionGrid
+from gigaxt.replay import counted_saves
+from gigaxt.rows import GIB, Reader, Streaming
+from gigaxt.scenes import SceneBatch
+from gigaxt.targets import SceneTarget
+from gigaxt.training.checkpoint import KEEP
+from gigaxt.training.config import RunConfig, run_config
+from gigaxt.training.data import Sample, Samples, derive_seed
+from gigaxt.training.device import autocast, pick_device
+from gigaxt.training.log import RunLog
+from gigaxt.training.loop import Run
+from gigaxt.training.run_folder import prepare_run
+from gigaxt.training.signals import Signals
+
+STEPS = 2
+"""Steps that are always made; the first is slower than the rest."""
+MOST_STEPS, ENOUGH_S = 8, 10.0
+"""Short steps are repeated, up to so many or so long, because one alone tells little."""
+CANDIDATES = 4
+"""Samples of most pixels whose regions are counted exactly, with foreground and nodata, for each sample of a step."""
+READS, MOST_READ_S = 12, 5.0
+"""Chunks that are read to time the disk, and when to stop."""
+BETTER = 0.97
+"""A chunk of twice the regions must take less than this share of the time a region."""
+
+
+@dataclass(kw_only=True)
+class Job:
+    """What to rehearse."""
+
+    config: dict[str, Any]
+    """Plain data of a RunConfig."""
+    images: list[str]
+    """Images in place of the manifest's; empty: the manifest's."""
+    probe: bool = True
+    """Also time chunks of other sizes, and the disk."""
+
+
+@dataclass(kw_only=True)
+class Found:
+    """What a rehearsal measured. Memory in GiB, times in s."""
+
+    images: list[str]
+    """Of the heaviest step."""
+    size_px: tuple[int, int]
+    """Height and width of its first image, as the model sees it."""
+    regions: int
+    """Of all its images."""
+    mean_regions: float
+    """Of a training sample, by its size."""
+    samples: int
+    """In an epoch."""
+    steps: int
+    """In an epoch."""
+    step_s: float
+    """Of the heaviest step."""
+    evaluate_s: float
+    """Of one evaluation of a sample of that size."""
+    host_gib: float
+    """Most that the process held, everything included."""
+    device_gib: float
+    """Most that PyTorch reserved on a CUDA device, which needs some 0.5 GiB more for itself; 0 on the CPU."""
+    graph_gib: float
+    """What one region's activations take if they are kept."""
+    maps_gib: float
+    """What one region's feature maps take; 0 where no decoder needs them."""
+    passes: float
+    """Forward passes over the region encoder in a step."""
+    streaming: dict[str, Any]
+    """As the run ended with: smaller chunks where memory ran out."""
+    disk_gib: float
+    """Checkpoints and model that a run leaves, and one checkpoint that is being written."""
+    device: str
+    """Where it ran."""
+    chunk_s: dict[str, float]
+    """Time a region of one pass forward and backward, by regions a chunk."""
+    cold_read_s: float
+    """Of one region, by one thread, from the disk as far as the system can be made to go there."""
+    read_s: float
+    """The same from the system's cache."""
+
+
+class Rehearsal(Run):
+    """A run whose every step sees the heaviest samples."""
+
+    heaviest: Sequence[Sample] = ()
+
+    def step_samples(self) -> list[Sample]:
+        """See `Run.step_samples`."""
+        return list(self.heaviest)
+
+
+def rehearse(job: Job, folder: Path) -> Found:
+    """Do it, in `folder`; raises as `train`."""
+    folder_of_run, config, task = prepare_run(run_config(job.config), folder / "run")
+    device = pick_device(config.train.device)
+    with Signals() as signals:
+        torch.manual_seed(derive_seed(config.train.seed, "weights"))
+        run = Rehearsal(config, folder_of_run, task, device, signals)
+        sizes = [count_regions(sample, config.model) for sample in _opened(run.train_samples)]
+        run.heaviest = _heaviest(run, config, sizes, job.images)
+        batch = _model(run).batch([sample.given for sample in run.heaviest])
+        regions = len(batch.places)
+        reading = _time_reading(batch, config.train.streaming.chunk_regions) if job.probe else (0.0, 0.0)
+        graph, maps = _kept_bytes(run, batch)
+        step_s, passes = _steps(run, regions)
+        evaluate_s = _evaluate(run)
+        run.save()
+        run.save_model()
+        reserved = torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0
+        return Found(
+            images=[image.name for sample in run.heaviest for image in sample.images],
+            size_px=(batch.scenes[0].grid.height, batch.scenes[0].grid.width),
+            regions=regions,
+            mean_regions=sum(sizes) / len(sizes),
+            samples=len(sizes),
+            steps=run.steps_per_epoch,
+            step_s=step_s,
+            evaluate_s=evaluate_s,
+            host_gib=peak_resident_gib(),
+            device_gib=reserved,
+            graph_gib=graph / GIB,
+            maps_gib=maps / GIB,
+            passes=passes,
+            streaming=to_dict(_model(run).streaming),
+            disk_gib=_disk_gib(run),
+            device=str(device),
+            chunk_s=_time_chunks(run, batch) if job.probe else {},
+            cold_read_s=reading[0],
+            read_s=reading[1],
+        )
+
+
+def job_of(config: RunConfig, images: Sequence[Path], streaming: Streaming, *, probe: bool) -> Job:
+    """The job for a config with other streaming settings."""
+    config = replace(config, train=replace(config.train, streaming=streaming))
+    return Job(config=to_dict(config), images=[str(path) for path in images], probe=probe)
+
+
+def count_regions(sample: Sample, config: ModelConfig) -> int:
+    """Regions of a sample's images by their sizes alone: as if all had data and were foreground."""
+    total = 0
+    for image in sample.images:
+        seen, _ = to_size(*to_pixel_size(image, config.input), config.input)
+        grid = RegionGrid(
+            seen.height,
+            seen.width,
+            config.region_encoder.region,
+            halo=config.input.halo,
+            overview=tuple(config.input.overview),
+            order="raster",
+        )
+        total += len(grid)
+    return total
+
+
+def _opened(samples: Samples) -> list[Sample]:
+    return [samples.plain(index) for index in range(len(samples))]
+
+
+def _heaviest(run: Run, config: RunConfig, sizes: list[int], images: Sequence[str]) -> list[Sample]:
+    """The `batch` samples of most regions, changed as in training but not cropped."""
+    samples, batch = run.train_samples, config.train.batch
+    if images:
+        return _given(samples.plain(0), images, batch, rgb=config.model.input.rgb)
+    candidates = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: CANDIDATES * batch]
+    if config.model.input.foreground is not None or len(candidates) > batch:
+        exact = {i: len(_model(run).batch([samples.plain(i).given]).places) for i in candidates}
+        candidates.sort(key=lambda i: -exact[i])
+    whole = replace(config.train.augment, crop_area=None)
+    return [samples.augmented(i, derive_seed(config.train.seed, "plan", i), whole) for i in candidates[:batch]]
+
+
+def _given(like: Sample, images: Sequence[str], batch: int, *, rgb: bool) -> list[Sample]:
+    """Samples of images that are in no manifest yet: with the target of one that is, stretched to their sizes."""
+    opened = [open_image(path, rgb=rgb) for path in images]
+    opened.sort(key=lambda image: -image.height * image.width)
+    found = []
+    for image in (opened * batch)[:batch] if len(opened) < batch else opened[:batch]:
+        target = like.target.resized(image.width, image.height) if isinstance(like.target, SceneTarget) else like.target
+        found.append(Sample(like.case[:1], (image,), target))
+    return found
+
+
+def _steps(run: Rehearsal, regions: int) -> tuple[float, float]:
+    """Time of one step, and forward passes over the region encoder in it."""
+    rows = 0
+
+    def count(module: Any, args: Any, output: Any) -> None:
+        nonlocal rows
+        rows += len(output[0])
+
+    log = RunLog(
+        run.folder.path,
+        run.task.metric_names,
+        step=0,
+        evaluated=0,
+        total_steps=run.total_steps,
+        steps_per_epoch=run.steps_per_epoch,
+        console=Console(quiet=True),
+    )
+    with log:
+        run.log = log
+        hook = _model(run).encode.register_forward_hook(count)
+        started = time.monotonic()
+        while run.state.step < STEPS or (
+            run.state.step < MOST_STEPS and time.monotonic() - started < ENOUGH_S * run.state.step / MOST_STEPS
+        ):
+            rows = 0
+            run.step()
+            _wait(run.device)
+        hook.remove()
+        return log.seconds_per_step(), rows / regions
+
+
+def _evaluate(run: Rehearsal) -> float:
+    model, sample = cast(Any, run.evaluated_model), run.heaviest[0]
+    model.eval()
+    started = time.monotonic()
+    with torch.no_grad(), autocast(run.device, run.settings.amp):
+        model.evaluate([sample.given], [sample.target])
+    _wait(run.device)
+    seconds = time.monotonic() - started
+    model.train()
+    return seconds
+
+
+def _kept_bytes(run: Run, batch: SceneBatch) -> tuple[int, int]:
+    """What one region's graph and feature maps hold."""
+    model = _model(run)
+    model.train()
+    chunk = batch.chunks(1)[0]
+    reader = Reader(batch.load, run.device, 0)
+    (rows,) = reader.rows([chunk])
+    with autocast(run.device, run.settings.amp), counted_saves(list(model.parameters())) as saved:
+        ((_, (_, maps)),) = reader.run(rows, lambda part: model.encode(part.loaded))
+    return saved(), sum(t.nbytes for t in maps)
+
+
+def _time_chunks(run: Run, batch: SceneBatch) -> dict[str, float]:
+    """Time a region of one pass forward and backward, for chunks that grow until that is of no use any more."""
+    model = _model(run)
+    found: dict[str, float] = {}
+    reader = Reader(batch.load, run.device, 0)
+
+    def work(part: Any) -> None:
+        with autocast(run.device, run.settings.amp):
+            tokens = model.encode(part.loaded)[0]
+        if tokens.requires_grad:
+            tokens.sum().backward()
+
+    size, best = 1, float("inf")
+    while size <= batch.full_size:
+        (rows,) = reader.rows(batch.chunks(size)[:1])
+        times = []
+        for _ in range(3):
+            started = time.monotonic()
+            try:
+                reader.run(rows, work)
+            except torch.OutOfMemoryError:
+                return found
+            _wait(run.device)
+            times.append((time.monotonic() - started) / size)
+        if reader.most_rows < size:
+            return found
+        found[str(size)] = min(times)
+        if found[str(size)] > BETTER * best and size > 4:
+            return found
+        best, size = min(best, found[str(size)]), 2 * size
+    return found
+
+
+def _time_reading(batch: SceneBatch, chunk_regions: int) -> tuple[float, float]:
+    """Seconds to read one region, from the disk and again from the system's cache."""
+    for scene in batch.scenes:
+        drop_from_cache(Path(scene.image.name))
+    chunks = batch.chunks(chunk_regions)
+    chunks = chunks[:: max(1, len(chunks) // READS)][:READS]
+    found = []
+    for _ in ("cold", "warm"):
+        SEGMENTS.clear()
+        regions, started = 0, time.monotonic()
+        for chunk in chunks:
+            batch.load(chunk)
+            regions += chunk.stop - chunk.start
+            if time.monotonic() - started > MOST_READ_S:
+                break
+        found.append((time.monotonic() - started) / regions)
+    return found[0], found[1]
+
+
+def _disk_gib(run: Run) -> float:
+    def size(folder: Path) -> int:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    return ((KEEP + 1) * size(run.folder.checkpoints) + 2 * size(run.folder.model)) / GIB
+
+
+def _model(run: Run) -> GigaXT:
+    return cast(GigaXT, run.model)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main(folder: Path) -> None:
+    """Rehearse the job in `folder`; errors are told in `found.json`, too."""
+    job = from_dict(Job, json.loads((folder / "job.json").read_text(encoding="utf-8")))
+    try:
+        found: dict[str, Any] = asdict(rehearse(job, folder))
+    except GigaxtError as error:
+        found = {"error": str(error), "kind": type(error).__name__}
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        found = {"error": f"out of memory: {str(error).splitlines()[0]}", "kind": TrainingError.__name__}
+    (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gigaxt.cli import main
+from gigaxt.rows import Streaming
+from gigaxt.training import plan
+from gigaxt.training.rehearsal import Found
+
+ROOM = plan.Room(device="cpu", host_total=64.0, host_free=40.0, device_total=64.0, device_free=40.0)
+FOUND = Found(
+    images=["scene.tif", "other.tif"],
+    size_px=(25000, 29000),
+    regions=11172,
+    mean_regions=5586.0,
+    samples=10,
+    steps=5,
+    step_s=400.0,
+    evaluate_s=100.0,
+    host_gib=4.75,
+    device_gib=0.0,
+    graph_gib=0.001,
+    maps_gib=0.0,
+    passes=2.0,
+    streaming={"budget_gib": 0.0, "host_gib": 0.0, "chunk_regions": 4},
+    disk_gib=0.5,
+    device="cpu",
+    chunk_s={"4": 0.03, "8": 0.02},
+    cold_read_s=0.005,
+    read_s=0.001,
+)
+YAML = """# mine
+data: {csv: data.csv}
+model:
+  region_encoder: {name: convnextv2_atto}
+  head: {kind: classify, classes: 2}
+train:
+  streaming: {budget_gib: 0.0, chunk_regions: 4}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text(YAML)
+    return tmp_path / "run.yaml"
+
+
+def rehearsed(monkeypatch: pytest.MonkeyPatch, found: Found | None) -> list[Streaming]:
+    """Rehearsals give `found`; returns the settings that are rehearsed."""
+    seen: list[Streaming] = []
+
+    def apart(config: Any, images: Any, streaming: Streaming, room: Any, *, probe: bool) -> Any:
+        seen.append(streaming)
+        return (found, 0.0) if found else (None, 36.1)
+
+    monkeypatch.setattr(plan, "rehearse_apart", apart)
+    monkeypatch.setattr(plan, "look_at_machine", lambda _: ROOM)
+    return seen
+
+
+def test_the_table(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    rehearsed(monkeypatch, FOUND)
+    assert main(["plan", str(config)]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "scene.tif and 1 more, 29,000 x 25,000 px, 11,172 regions in all",
+        "4.75 GiB, 40.0 free of 64.0",
+        "6:40 min, 35.8 ms a region",
+        "33:20 min, 5 steps, 5,586 regions a sample",
+        "2.00 forward + 1 backward",
+        "4 regions a chunk, budget 0 GiB; 11.17 GiB would keep all",
+        "5 ms a region cold, 1 ms again; behind the computation, 8% of that step",
+        "choice             8 regions a chunk, budget 11.41 GiB: 15.93 GiB",
+        "\nfits\n",
+    ):
+        assert text in out
+    assert config.read_text() == YAML
+
+
+def test_fit_rehearses_and_writes_the_choice(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = rehearsed(monkeypatch, FOUND)
+    assert main(["plan", str(config), "--fit"]) == 0
+    assert seen == [Streaming(budget_gib=0.0, chunk_regions=4), Streaming(budget_gib=11.41, chunk_regions=8)]
+    assert "  streaming: {budget_gib: 11.41, host_gib: 0.0, chunk_regions: 8}" in config.read_text()
+    assert config.read_text().startswith("# mine")
+
+
+def test_what_to_change_where_it_does_not_fit(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rehearsed(monkeypatch, None)
+    assert main(["plan", str(config), "--fit"]) == 1
+    out = capsys.readouterr().out
+    assert "does not fit: stopped at 36.1 GiB, with 40.0 of 64.0 GiB free" in out
+    assert "train.streaming.chunk_regions: 2" in out
+    assert config.read_text() == YAML
+
+
+def test_a_disk_that_is_too_small_and_slow_reading_are_told(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rehearsed(monkeypatch, replace(FOUND, disk_gib=1e9, cold_read_s=1.0))
+    assert main(["plan", str(config)]) == 1
+    out = capsys.readouterr().out
+    assert "the disk of the run folder is too small" in out
+    assert "reading is the limit" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "args", "text"),
+    [
+        ("budget_gib: -1", [], "expected a number of GiB from 0"),
+        ("budget_gib: 1000000", [], "expected at most the"),
+        ("budget_gibs: 1", [], "did you mean `budget_gib`"),
+        ("budget_gib: 0.0", ["none.tif"], "none.tif: there is no such image"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    change: str, args: list[str], text: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(YAML.replace("budget_gib: 0.0", change))
+    (config.parent / "data.csv").write_text("image,label\na.tif,x\nb.tif,y\n")
+    assert main(["plan", str(config), *args]) == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1
+
+
+def test_no_config_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(tmp_path / "no.yaml")]) == 2
+    assert "expected a run's YAML file" in capsys.readouterr().err

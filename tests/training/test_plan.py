@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+import yaml
+from tiny_run import tiny_config
+
+from gigaxt.errors import CheckpointError, ConfigError
+from gigaxt.machine import host_memory_gib
+from gigaxt.rows import Streaming
+from gigaxt.training import checkpoint, plan, run_config
+from gigaxt.training.config_edit import write_streaming
+from gigaxt.training.data import Samples
+from gigaxt.training.device import check_budgets, pick_device
+from gigaxt.training.loop import train
+from gigaxt.training.rehearsal import Found, count_regions
+from gigaxt.training.run_folder import prepare_run
+
+ROOM = plan.Room(device="cpu", host_total=64.0, host_free=40.0, device_total=64.0, device_free=40.0)
+CUDA = plan.Room(device="cuda", host_total=64.0, host_free=40.0, device_total=80.0, device_free=70.0)
+
+
+def found(**changes: Any) -> Found:
+    base = Found(
+        images=["a.tif"],
+        size_px=(1000, 2000),
+        regions=100,
+        mean_regions=50.0,
+        samples=10,
+        steps=10,
+        step_s=20.0,
+        evaluate_s=4.0,
+        host_gib=2.0,
+        device_gib=0.0,
+        graph_gib=0.1,
+        maps_gib=0.0,
+        passes=2.0,
+        streaming={"budget_gib": 0.0, "host_gib": 0.0, "chunk_regions": 4},
+        disk_gib=0.5,
+        device="cpu",
+        chunk_s={"1": 0.2, "2": 0.12, "4": 0.1, "8": 0.11},
+        cold_read_s=0.01,
+        read_s=0.001,
+    )
+    return replace(base, **changes)
+
+
+def test_all_is_kept_where_there_is_room() -> None:
+    choice = plan.choose(found(), Streaming(), ROOM)
+    assert choice.chunk_regions == 4
+    assert choice.budget_gib is not None
+    assert 10 <= choice.budget_gib <= 10.3
+    assert plan.predicted_gib(found(), Streaming(), choice) == pytest.approx(12.0)
+    kept = found(host_gib=12.0, passes=1.0)  # measured with it, the choice is the same
+    assert plan.choose(kept, choice, ROOM) == choice
+
+
+def test_what_fits_is_kept() -> None:
+    large = found(regions=1000)
+    choice = plan.choose(large, Streaming(), ROOM)
+    assert choice.budget_gib == pytest.approx(0.9 * 40 - 2, abs=0.011)
+    assert choice.host_gib == 0
+    tight = found(regions=1000, host_gib=39.0)
+    assert plan.choose(tight, Streaming(), ROOM).budget_gib == 0
+
+
+def test_a_dense_model_keeps_all_feature_maps_before_some_graphs() -> None:
+    dense = found(regions=1000, maps_gib=0.01)
+    choice = plan.choose(dense, Streaming(), ROOM)
+    assert choice.host_gib == pytest.approx(10.2, abs=0.02)
+    assert choice.budget_gib is not None
+    assert choice.budget_gib + choice.host_gib == pytest.approx(34, abs=0.02)
+    assert plan.choose(found(regions=1000, maps_gib=0.09), Streaming(), ROOM).host_gib == 0
+    apart = plan.choose(replace(dense, device_gib=5.0, device="cuda"), Streaming(), CUDA)
+    assert apart.budget_gib == pytest.approx(0.9 * 70 - 5, abs=0.011)
+    assert apart.host_gib == pytest.approx(10.2, abs=0.02)
+
+
+def test_a_larger_chunk_needs_more() -> None:
+    fast = found(regions=1000, chunk_s={"4": 0.1, "8": 0.05})
+    choice = plan.choose(fast, Streaming(), ROOM)
+    assert choice.chunk_regions == 8
+    assert choice.budget_gib == pytest.approx(34 - 0.4, abs=0.011)
+
+
+def test_reading_is_told_to_be_the_limit() -> None:
+    slow = plan.Plan(streaming=Streaming(), room=ROOM, found=found(cold_read_s=1.0))
+    assert slow.reads_too_slowly
+    assert slow.epoch_s == pytest.approx(slow.reading_s * 50 * 10 / 100)
+    assert not plan.Plan(streaming=Streaming(), room=ROOM, found=found()).reads_too_slowly
+
+
+YAMLS = {
+    "block": "# mine\ndata: {csv: a.csv}\ntrain:\n  lr: 1.0e-3  # high\n  streaming:\n    budget_gib: 1\n"
+    "    chunk_regions: 2\n  # end\n  epochs: 2\nmodel: {a: 1}\n",
+    "none": "# mine\ndata: {csv: a.csv}\n",
+    "added": "# mine\ntrain:\n    epochs: 2\n\ndata: {csv: a.csv}\n",
+    "inline": "# mine\ntrain:\n  streaming: {budget_gib: 1}\n",
+    "empty": "# mine\ntrain:\ndata: {csv: a.csv}\n",
+}
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_the_choice_is_written_and_the_rest_stays(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(YAMLS[name])
+    before = yaml.safe_load(YAMLS[name])
+    write_streaming(path, Streaming(budget_gib=1.5, chunk_regions=16))
+    after = yaml.safe_load(path.read_text())
+    assert after["train"].pop("streaming") == {"budget_gib": 1.5, "host_gib": 0.0, "chunk_regions": 16}
+    (before.get("train") or {}).pop("streaming", None)
+    assert after["train"] == (before.get("train") or {})
+    assert after.get("data") == before.get("data")
+    comments = [line.partition("#")[2] for line in YAMLS[name].splitlines() if "#" in line]
+    assert all(comment in path.read_text() for comment in comments)
+
+
+def test_a_layout_on_one_line_is_rewritten(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("train: {epochs: 2}\n")
+    write_streaming(path, Streaming(budget_gib=None))
+    assert yaml.safe_load(path.read_text()) == {
+        "train": {"epochs": 2, "streaming": {"budget_gib": None, "host_gib": 0.0, "chunk_regions": 4}}
+    }
+
+
+def test_regions_are_counted_by_size(csv: Path) -> None:
+    config = tiny_config(csv)
+    _, config, task = prepare_run(config, csv.parent / "run")
+    samples = Samples(task.manifest.cases("train"), task)
+    assert {count_regions(samples.plain(i), config.model) for i in range(len(samples))} == {1}
+    wide = replace(config.model, input=replace(config.model.input, resize_px=200))
+    assert max(count_regions(samples.plain(i), wide) for i in range(len(samples))) == 4 * 4
+
+
+def test_a_child_that_takes_too_much_is_stopped() -> None:
+    hungry = "import time\nx = bytearray(300 << 20)\ntime.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", hungry], start_new_session=True)
+    assert 0.2 < plan._watch(child, 0.2) < 0.4
+    assert child.returncode is not None
+    assert plan._watch(subprocess.Popen([sys.executable, "-c", ""], start_new_session=True), 0.2) == 0
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_budgets_that_are_no_budgets(value: float) -> None:
+    with pytest.raises(ConfigError, match="expected a number of GiB from 0"):
+        Streaming(budget_gib=value)
+    with pytest.raises(ConfigError, match="expected a number of GiB from 0"):
+        Streaming(host_gib=value)
+
+
+def test_more_than_the_machine_has_is_refused_before_anything_is_written(csv: Path) -> None:
+    total = host_memory_gib()[0]
+    check_budgets(Streaming(budget_gib=0.9 * total), pick_device("cpu"))
+    for streaming in (Streaming(budget_gib=total + 1), Streaming(budget_gib=total / 2, host_gib=total * 0.6)):
+        with pytest.raises(ConfigError, match=r"expected at most the .* GiB that this machine has"):
+            train(tiny_config(csv, streaming=streaming), csv.parent / "out")
+    assert not (csv.parent / "out").exists()
+
+
+@pytest.mark.usefixtures("models")
+def test_a_disk_without_room_is_refused(csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "free_disk_gib", lambda _: 1e-9)
+    with pytest.raises(CheckpointError, match="a checkpoint takes at least"):
+        train(tiny_config(csv), csv.parent / "out")
+
+
+def scenes(folder: Path, side: int) -> Path:
+    random = np.random.default_rng(0)
+    for name, size in (("a", side), ("b", side // 2), ("v", side // 2)):
+        for kind, shape in (("", (size, size, 3)), ("_mask", (size, size))):
+            data = random.integers(0, 2, shape).astype(np.uint8)
+            tifffile.imwrite(folder / f"{name}{kind}.tif", data, tile=(256, 256), compression="zlib")
+    lines = [f"{name}.tif,x,{name}_mask.tif,{split}" for name, split in (("a", "train"), ("b", "train"), ("v", "val"))]
+    (folder / "data.csv").write_text("\n".join(["image,label,mask,split", *lines]).replace("b.tif,x", "b.tif,y"))
+    return folder / "data.csv"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "budget_gib"), [("classify", 3.0), ("segment", 0.0)])
+def test_memory_is_predicted_within_a_tenth(kind: str, budget_gib: float, tmp_path: Path) -> None:
+    csv = scenes(tmp_path, 768 if kind == "classify" else 512)
+    model = {
+        "region_encoder": {"name": "convnextv2_atto", "region": 128},
+        "context": {"kind": "mamba2", "dim": 32, "depth": 1},
+        "head": {"kind": kind, "classes": 2, **({"dim": 8} if kind == "segment" else {})},
+    }
+    settings = {"epochs": 1, "batch": 1, "streaming": {"budget_gib": budget_gib}}
+    data = {"data": {"csv": str(csv)}, "model": model, "train": settings}
+    made = plan.make_plan(run_config(data), probe=False)
+    assert made.found is not None
+    assert made.found.images == [str(tmp_path / "a.tif")]
+    assert made.found.passes == pytest.approx(1 if budget_gib else 3)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(data))
+    verb = "import sys; from gigaxt.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", verb, "train", "--config", str(tmp_path / "run.yaml"), "--out"]
+    subprocess.run([*command, str(tmp_path / "run")], check=True, capture_output=True)
+    rows = [line.split(",") for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
+    column = rows[0].index("memory_gib")
+    measured = max(float(row[column]) for row in rows[1:] if row[column])
+    assert made.found.host_gib == pytest.approx(measured, rel=0.1)
