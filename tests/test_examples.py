@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from gigaxt import ModelConfig, build_model, open_image
+from gigaxt.cli import VERBS
+from gigaxt.image.base import Image
 from gigaxt.training.config import RunConfig, read_yaml, run_config
 from gigaxt.xt_release.context import KIND, POOLED_KIND
 from gigaxt.xt_release.scores import TOP1, Score, table_row
@@ -38,15 +40,66 @@ def test_example_is_a_valid_run(path: Path) -> None:
 
 def shrunk(config: ModelConfig) -> ModelConfig:
     """The same model with regions of 32 px and a few channels."""
-    encoder = replace(config.region_encoder, region=32, pretrained=False, options=SMALL_SWIN)
+    name = (
+        "swinv2_tiny_window16_256" if config.region_encoder.name.startswith("convnext") else config.region_encoder.name
+    )
+    tokens = None if config.region_encoder.tokens is None else 1
+    encoder = replace(config.region_encoder, name=name, region=32, pretrained=False, options=SMALL_SWIN, tokens=tokens)
     dim = {KIND: 128, POOLED_KIND: 64}.get(config.context.kind, 32)
     size = None if config.input.resize_px is None else config.input.resize_px // 8
     return replace(
         config,
         region_encoder=encoder,
         context=replace(config.context, dim=dim),
-        input=replace(config.input, resize_px=size),
+        input=replace(config.input, resize_px=size, foreground=None),
     )
+
+
+def made_image(config: ModelConfig) -> Image:
+    """Pixels that fit a recipe's input, at half the pixel size that it works at."""
+    random, bands = np.random.default_rng(0), config.region_encoder.in_channels
+    image = open_image(random.integers(0, 100, (150, 200, bands)).astype(np.uint8))
+    image.band_names = tuple(config.input.band_names or image.band_names)
+    image.mpp = None if config.input.mpp is None else (config.input.mpp / 2, config.input.mpp / 2)
+    if config.input.gsd_m is not None:
+        half = config.input.gsd_m / 2
+        image.crs, image.transform = "EPSG:32632", (half, 0.0, 5e5, 0.0, -half, 5e6)
+    return image
+
+
+CLASSIFIERS = {
+    "slides": ([2], [0]),
+    "slides_labels": ([2], [[1.0, np.nan]]),
+    "slides_survival": ([2], [[3.5, 1.0]]),
+    "scene_classification": ([1, 1], [0, 3]),
+}
+"""Recipe -> images of each case, targets."""
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classification_recipe_learns_from_cases(name: str) -> None:
+    config = shrunk(read(FOLDER / f"{name}.yaml").model)
+    if config.head.kind == "classify" and config.head.target == "survival":
+        config = replace(config, head=replace(config.head, time_bins=[1.0, 3.0, 9.0]))
+    counts, targets = CLASSIFIERS[name]
+    model = build_model(config)
+    loss = model([[made_image(config) for _ in range(count)] for count in counts], targets)
+    loss.backward()
+    assert 0.1 < loss.item() < 5
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("path", [path for path in EXAMPLES if path not in RECIPES], ids=lambda path: path.stem)
+def test_commands_of_a_recipe(path: Path) -> None:
+    """Its text says data, commands and hours; the commands have known verbs and name files that are there."""
+    text = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert all(re.search(rf"^# {part}: ", text, re.MULTILINE) for part in ("Data", "Command", "Hours"))
+    commands = re.findall(r"gigaxt ([a-z-]+) ([^`\n]*)", text)
+    assert "train" in dict(commands)
+    assert {verb for verb, _ in commands} <= set(VERBS)
+    named = re.findall(r"--config (\S+)", text)
+    assert f"examples/{path.name}" in named
+    assert all((FOLDER.parent / name).is_file() for name in named)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

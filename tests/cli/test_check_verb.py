@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,16 @@ def test_report_and_next_command(folder: Path, capsys: pytest.CaptureFixture[str
     out = capsys.readouterr().out
     assert out.startswith("data.csv: 4 rows, classification\n")
     assert out.endswith("next: gigaxt check data.csv --write run.yaml\n")
+
+
+def test_next_command_reads_the_csv_alike(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The flags that said what the columns mean are in it; without them the CSV could not be read."""
+    Path("labels.csv").write_text("image,er,her 2\n0.tif,1,0\n1.tif,,1\n2.tif,0,1\n3.tif,1,\n")
+    assert main(["check", "labels.csv", "--target", "multi", "--label-columns", "er", "her 2"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "next: gigaxt check labels.csv --target multi --label-columns er 'her 2' --write run.yaml"
+    assert main(shlex.split(last)[2:]) == 0
+    assert run_config(read_yaml(Path("run.yaml"))).model.head.kind == "classify"
 
 
 def test_written_config_is_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

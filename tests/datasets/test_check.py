@@ -205,6 +205,29 @@ def test_config_is_not_overwritten_nor_written_from_nothing(scenes: Path, tmp_pa
         write_config(check_manifest(csv), csv, tmp_path / "other.yaml")
 
 
+def test_bands_are_matched_by_name(tmp_path: Path) -> None:
+    """Bands in another order, and one more: statistics and config are of those that all have, name by name."""
+    rasterio = pytest.importorskip("rasterio")
+    values = {"red": 10, "green": 20, "nir": 30, "quality": 99}
+    for i, names in enumerate([("red", "green", "nir"), ("nir", "quality", "green", "red"), ("red", "green", "nir")]):
+        profile = {"driver": "GTiff", "height": 64, "width": 48, "count": len(names), "dtype": "uint16"}
+        place = {"crs": "EPSG:32632", "transform": rasterio.Affine(10, 0, 5e5, 0, -10, 5e6)}
+        with rasterio.open(tmp_path / f"{i}.tif", "w", **profile, **place) as file:
+            file.descriptions = names
+            for k, name in enumerate(names, start=1):
+                file.write(np.full((64, 48), values[name] + i, np.uint16), k)
+    csv = table(tmp_path / "d.csv", "image,label,split\n0.tif,a,train\n1.tif,b,train\n2.tif,a,val\n")
+    report = check_manifest(csv)
+    assert report.bands == ("red", "green", "nir")
+    assert report.statistics is not None
+    np.testing.assert_allclose(report.statistics.mean, [11, 21, 31])  # of 10, 11, 12 and so on
+    assert any("model.input.band_names: [red, green, nir]" in text for text in report.proposals())
+    assert "(of red green nir, in the files' units)" in "\n".join(report.lines())
+    given = yaml.safe_load(write_config(report, csv, tmp_path / "run.yaml").read_text())["model"]
+    assert given["region_encoder"]["in_channels"] == 3
+    assert given["input"]["band_names"] == ["red", "green", "nir"]
+
+
 def test_advice(tmp_path: Path) -> None:
     for name in ("i", "j"):
         tifffile.imwrite(tmp_path / f"{name}.tif", np.arange(64 * 48, dtype=np.uint16).reshape(64, 48))

@@ -87,7 +87,7 @@ def write_run(arguments: CheckArguments, report: CheckReport) -> None:
     """
     if arguments.write is None:
         if report.ok:
-            print(f"next: gigaxt check {_quoted(arguments.csv)} --write run.yaml")
+            print(f"next: gigaxt check {_quoted(arguments.csv)}{_reading(arguments)} --write run.yaml")
         return
     from gigaxt.datasets.check import write_config
 
@@ -95,6 +95,19 @@ def write_run(arguments: CheckArguments, report: CheckReport) -> None:
     print(f"wrote {path}")
     first = "" if report.ok else "put the files right, then "
     print(f"next: {first}gigaxt train --config {_quoted(path)} --out {_quoted(Path('runs') / path.stem)}")
+
+
+def _reading(arguments: CheckArguments) -> str:
+    """The flags that say how the CSV is read, for the same to be asked again."""
+    given = [
+        ("task", arguments.task),
+        ("target", arguments.target),
+        ("class-field", arguments.class_field),
+        ("foreground", arguments.foreground),
+    ]
+    flags = [f" --{name} {shlex.quote(value)}" for name, value in given if value is not None]
+    columns = "".join(f" {shlex.quote(column)}" for column in arguments.label_columns)
+    return "".join(flags) + (f" --label-columns{columns}" if columns else "")
 
 
 def _quoted(path: Path) -> str:

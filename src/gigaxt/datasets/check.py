@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from gigaxt.datasets.labels import Target
 from gigaxt.datasets.manifest import Manifest, Row, Task
 from gigaxt.datasets.mask_facts import MaskFacts, look_at_mask, mask_head
-from gigaxt.datasets.report import CheckReport, ImageFacts, Problem
+from gigaxt.datasets.report import CheckReport, ImageFacts, Problem, shared_bands
 from gigaxt.datasets.run_config import write_config
 from gigaxt.datasets.statistics import WINDOW, BandStatistics, spread_windows
 from gigaxt.errors import DataError, GigaxtError
@@ -237,10 +237,13 @@ def _report(
     foreground: str | None,
 ) -> CheckReport:
     facts = [finding.facts for finding in findings if finding.facts is not None]
+    shared = shared_bands(facts)
     bands = Counter(fact.channels for fact in facts).most_common(1)
-    statistics = BandStatistics(bands[0][0]) if bands else None
+    statistics = BandStatistics(len(shared) or bands[0][0]) if bands else None
     for finding in findings:
         part = finding.statistics
+        if shared and part is not None and finding.facts is not None:
+            part = part.select([finding.facts.band_names.index(name) for name in shared])
         if statistics is not None and part is not None and len(part.count) == len(statistics.count):
             statistics.merge(part)
     return CheckReport(

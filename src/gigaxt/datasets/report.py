@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -69,7 +69,7 @@ class CheckReport:
     empty: list[Problem]
     """Images without a valid pixel in what was read, or without foreground."""
     statistics: BandStatistics | None
-    """Of the images with the most common number of bands; None where no image could be read."""
+    """Of `bands`, or of the images with the most common number of bands; None where no image could be read."""
     head: SegmentConfig | None
     """What the masks suggest; None where there are none."""
     mask: MaskFacts
@@ -83,6 +83,11 @@ class CheckReport:
         return not (self.missing or self.unreadable or self.mismatched)
 
     @property
+    def bands(self) -> tuple[str, ...]:
+        """What a model of these images takes by name; empty where they do not name their bands."""
+        return shared_bands(self.images)
+
+    @property
     def mask_classes(self) -> int:
         """How many classes a segmentation head needs: the highest value but `IGNORE`, and one; at least 2."""
         suggested = 2 if self.head is None else self.head.classes
@@ -92,7 +97,7 @@ class CheckReport:
 
     @property
     def channels(self) -> int:
-        """The most common number of bands; 0 without images."""
+        """How many `bands`, or the most common number of bands; 0 without images."""
         return 0 if self.statistics is None else len(self.statistics.count)
 
     @property
@@ -179,7 +184,8 @@ class CheckReport:
                 without = f", {len(pairs) - len(known)} without" if len(known) < len(pairs) else ""
                 lines.append(f"  {name:<6} {size}{without}")
         if self.statistics is not None and self.statistics.count.any():
-            lines.append(f"  mean   {_numbers(self.statistics.mean)} (a band, in the files' units)")
+            of = f"of {' '.join(self.bands)}" if self.bands else "a band"
+            lines.append(f"  mean   {_numbers(self.statistics.mean)} ({of}, in the files' units)")
             lines.append(f"  std    {_numbers(self.statistics.std)}")
         kept = [fact.kept for fact in facts if fact.kept is not None]
         if kept:
@@ -207,13 +213,18 @@ class CheckReport:
     def _image_proposals(self) -> list[str]:
         found = []
         bands = Counter(fact.channels for fact in self.images)
-        if len(bands) > 1:
+        if len({fact.band_names for fact in self.images}) > 1 and self.bands:
+            found.append(
+                "images hold different bands, or in another order: take those that all of them have by name, "
+                f"model.input.band_names: [{', '.join(self.bands)}] (--write sets it)"
+            )
+        elif len(bands) > 1:
             rgb = "; model.input.rgb reads the others as RGB too" if self.rgb_helps else ""
             bands_found = _tally(fact.channels for fact in self.images)
             found.append(f"images have {bands_found} bands: a model takes one number{rgb}")
         if len({fact.dtype for fact in self.images}) > 1:
             found.append("images have different number types: check that they are in the same units")
-        if len({fact.band_names for fact in self.images}) > 1 and len(bands) == 1:
+        if len({fact.band_names for fact in self.images}) > 1 and len(bands) == 1 and not self.bands:
             found.append("images name their bands differently: check that they are in the same order")
         for unit in ("mpp", "gsd_m"):
             sizes = [sum(pair) / 2 for pair in (getattr(fact, unit) for fact in self.images) if pair is not None]
@@ -250,6 +261,19 @@ class CheckReport:
         if rare and not absent:
             found.append(f"mask values {', '.join(rare[:5])} are under 0.1% of the pixels: set head.class_weights")
         return found
+
+
+def shared_bands(images: Sequence[ImageFacts]) -> tuple[str, ...]:
+    """The bands that all images have, by name, in the most common order; empty where some do not name theirs."""
+    names = [fact.band_names for fact in images]
+    if not names or any(_unnamed(own) or len(set(own)) < len(own) for own in names):
+        return ()
+    usual = Counter(names).most_common(1)[0][0]
+    return tuple(name for name in usual if all(name in own for own in names))
+
+
+def _unnamed(names: Sequence[str]) -> bool:
+    return names == tuple(str(band + 1) for band in range(len(names)))
 
 
 def _count_lines(manifest: Manifest) -> list[str]:

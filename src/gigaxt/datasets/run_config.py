@@ -144,10 +144,8 @@ def _input(report: CheckReport, statistics: BandStatistics) -> str:
     ]
     if report.channels == 3 and report.rgb_helps:
         lines.append("rgb: true  # grey pictures, and those with alpha or a palette, are read as RGB")
-    names = {fact.band_names for fact in report.images if fact.channels == report.channels}
-    given = next(iter(names)) if len(names) == 1 else ()
-    if given and given != tuple(str(band + 1) for band in range(report.channels)):
-        lines.append(f"band_names: {_list(map(_text, given))}  # checked against each image's")
+    if report.bands:
+        lines.append(f"band_names: {_list(map(_text, report.bands))}  # taken from each image by name, in this order")
     metres, micrometres = report.pixel_size("gsd_m"), report.pixel_size("mpp")
     if metres is not None:
         lines.append(f"gsd_m: {_number(metres)}  # metres a pixel; images of another size are resampled to it")

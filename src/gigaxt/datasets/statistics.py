@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,12 @@ class BandStatistics:
         part.mean = np.where(finite, values, 0).sum(axis=0) / np.maximum(part.count, 1)
         part._squares = (np.where(finite, values - part.mean, 0) ** 2).sum(axis=0)
         self.merge(part)
+
+    def select(self, bands: Sequence[int]) -> BandStatistics:
+        """Those of some bands, in the order given; indices from 0."""
+        part, chosen = BandStatistics(len(bands)), list(bands)
+        part.count, part.mean, part._squares = self.count[chosen], self.mean[chosen], self._squares[chosen]
+        return part
 
     def merge(self, other: BandStatistics) -> None:
         """Count what another one has seen."""
