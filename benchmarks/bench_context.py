@@ -4,9 +4,7 @@ Time: forward and backward of one layer (mixer, summary path and MLP; nothing ke
 CPU seconds per token, as a ratio to a pair of linear layers dim -> 3 dim -> dim that is measured in the same process
 just before and after. `growth` is the ratio at the longest length over that at the shortest.
 
-Memory: bytes of live tensors at the peak of forward and backward, in token stores (tokens x dim x bytes), counted on
-PyTorch's meta device, which makes every tensor but no numbers: so 4 layers of dim 768 in bfloat16 over a million tokens
-can be counted on any machine. What a GPU's kernels allocate inside is not in it.
+What they need of memory, `bench_context_memory.py` counts.
 
     python benchmarks/bench_context.py [--kinds mamba2 xl] [--lengths 16384 65536 262144] [--keep]
 """
@@ -18,28 +16,15 @@ import json
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from typing import Any
 
-from report import publish
+from report import lattice, publish
 
 KINDS = ("mamba2", "mamba", "xl", "longformer", "window", "hyper", "full")
 LENGTHS = (16_384, 65_536, 262_144)
 FULL_TO = 16_384
 """Tokens up to which the quadratic `full` is timed."""
-MEMORY_LENGTHS = (65_536, 262_144, 1_048_576)
 DIM = 192
-GIB = 2**30
-
-
-def lattice(tokens: int) -> Any:
-    """(1, tokens, 2) as (row, col) of a lattice twice as wide as high."""
-    import torch
-
-    rows = int((tokens / 2) ** 0.5)
-    while tokens % rows:
-        rows -= 1
-    return torch.cartesian_prod(torch.arange(rows), torch.arange(tokens // rows))[None].float()
 
 
 def baseline(tokens: int) -> float:
@@ -76,31 +61,9 @@ def timed(kind: str, tokens: int) -> dict[str, Any]:
     return {"tokens": tokens, "us": round(min(times) * 1e6, 1), "ratio": round(min(times) / linear, 2)}
 
 
-def counted(kind: str, tokens: int) -> dict[str, Any]:
-    import torch
-
-    from gigaxt.live_memory import LiveMemory
-    from gigaxt.nn.context import ContextConfig, build_context
-
-    dim, depth = 768, 4
-    # The meta device knows no autocast; its state is asked for and set all the same.
-    torch.is_autocast_enabled = lambda kind: False
-    torch.get_autocast_dtype = lambda kind: torch.bfloat16
-    torch.autocast = lambda *args, **kwargs: nullcontext()  # type: ignore[assignment,misc]
-    with torch.device("meta"):
-        encoder = build_context(ContextConfig(kind=kind, dim=dim, depth=depth, keep_tokens=0))
-    encoder = encoder.to(torch.bfloat16)
-    coords = lattice(tokens)
-    x = torch.empty(1, tokens, dim, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    with LiveMemory([x, *encoder.parameters()]) as memory:
-        encoder(x, coords)[0].sum().backward()
-    store = tokens * dim * 2
-    return {"tokens": tokens, "gib": round(memory.peak / GIB, 2), "stores": round(memory.peak / store, 1)}
-
-
-def child(what: str, kind: str, tokens: int) -> dict[str, Any]:
+def child(kind: str, tokens: int) -> dict[str, Any]:
     """Run one measurement in a process of its own; resident memory never shrinks, and a failure stays alone."""
-    command = [sys.executable, __file__, "--child", what, kind, str(tokens)]
+    command = [sys.executable, __file__, "--child", kind, str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"tokens": tokens, "failed": (done.stderr.strip().splitlines() or ["?"])[-1]}
@@ -111,23 +74,21 @@ def child(what: str, kind: str, tokens: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
-    parser.add_argument("--lengths", type=int, nargs="*", default=list(LENGTHS), help="tokens, for the time")
-    parser.add_argument("--memory", type=int, nargs="*", default=list(MEMORY_LENGTHS), help="tokens, for the memory")
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens")
     parser.add_argument("--keep", action="store_true", help="write the result file")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        what, kind, tokens = options.child
-        print(json.dumps({"time": timed, "memory": counted}[what](kind, int(tokens))))
+        kind, tokens = options.child
+        print(json.dumps(timed(kind, int(tokens))))
         return
     rows = []
     for kind in options.kinds:
         lengths = [n for n in options.lengths if kind != "full" or n <= FULL_TO]
-        row: dict[str, Any] = {"kind": kind, "time": [child("time", kind, n) for n in lengths]}
+        row: dict[str, Any] = {"kind": kind, "time": [child(kind, n) for n in lengths]}
         ratios = [entry["ratio"] for entry in row["time"] if "ratio" in entry]
         if len(ratios) > 1:
             row["growth"] = round(ratios[-1] / ratios[0], 2)
-        row["memory"] = [child("memory", kind, n) for n in options.memory if kind != "full"]
         rows.append(row)
         print(row, flush=True)
     publish("context", {"dim": DIM, "rows": rows}, keep=options.keep)

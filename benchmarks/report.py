@@ -19,6 +19,7 @@ def environment() -> dict[str, object]:
     return {
         "machine": f"{platform.machine()} {_processor()}",
         "cores": os.cpu_count(),
+        **_gpu(),
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
@@ -28,12 +29,29 @@ def environment() -> dict[str, object]:
 
 def publish(name: str, result: dict[str, Any], *, keep: bool) -> None:
     """Print the result as the last line; with `keep`, also write it to `results/`."""
-    stamped = {"benchmark": name, "environment": environment(), **result}
+    machine = environment()
+    stamped = {"benchmark": name, "environment": machine, **result}
     if keep:
         RESULTS.mkdir(exist_ok=True)
-        cores, date = os.cpu_count(), stamped["environment"]["date"]
-        (RESULTS / f"{name}_cpu{cores}_{date}.json").write_text(json.dumps(stamped, indent=2) + "\n")
+        device = str(machine.get("gpu", f"cpu{machine['cores']}")).replace(" ", "-")
+        (RESULTS / f"{name}_{device}_{machine['date']}.json").write_text(json.dumps(stamped, indent=2) + "\n")
     print(json.dumps(stamped))
+
+
+def lattice(tokens: int) -> Any:
+    """(1, tokens, 2) as (row, col) of a lattice twice as wide as high."""
+    import torch
+
+    rows = int((tokens / 2) ** 0.5)
+    while tokens % rows:
+        rows -= 1
+    return torch.cartesian_prod(torch.arange(rows), torch.arange(tokens // rows))[None].float()
+
+
+def _gpu() -> dict[str, object]:
+    import torch
+
+    return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
 def _processor() -> str:

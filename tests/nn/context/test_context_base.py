@@ -25,10 +25,11 @@ def small(kind: str = "mamba2", **kwargs: object) -> ContextEncoder:
         ({"summary": -1}, "context.summary: expected at least 0"),
         ({"order": "hilber"}, "did you mean `hilbert`"),
         ({"mlp_ratio": 0}, "context.mlp_ratio: expected more than 0"),
+        ({"mlp_ratio": 0.001}, "a hidden width of at least 1 at dim 192, got 0.001"),
         ({"heads": 0}, "context.heads: expected at least 1"),
         ({"heads": 5}, "context.heads: expected a divisor of dim x expand = 384, got 5"),
         ({"kind": "full", "heads": 5}, "divisible by 4 x heads"),
-        ({"kind": "full", "dim": 30}, "divisible by 4 x heads"),
+        ({"kind": "full", "dim": 30}, "context.dim: `full` needs a multiple of 4 (2-D rotary positions), got 30"),
         ({"kind": "full", "bidirectional": False}, "`full` looks both ways"),
         ({"options": {"expend": 1}}, "context.options.expend: unknown key; did you mean `expand`"),
         ({"options": {"conv": 1}}, "context.options.conv: expected at least 2, got 1"),
@@ -85,6 +86,88 @@ def test_places_are_checked(kind: str) -> None:
     validity = torch.ones(2, 6, dtype=torch.bool)
     validity[1, 2] = False
     assert encoder(TOKENS, coords, validity)[0].isfinite().all()  # a masked token may be anywhere
+
+
+@pytest.mark.parametrize("kind", ["longformer", "window", "hyper", "full"])
+@pytest.mark.parametrize("dim", [4, 20, 100, 212])
+def test_heads_are_found_for_any_multiple_of_4(kind: str, dim: int) -> None:
+    encoder = build_context(ContextConfig(kind=kind, dim=dim, depth=1, summary=2))
+    assert encoder(torch.randn(1, 6, dim), COORDS[:1])[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.float16, torch.float64])
+def test_coordinates_of_any_number_type(dtype: torch.dtype) -> None:
+    encoder, coords = small("window", options={"radius": 1}), torch.cartesian_prod(torch.arange(2), torch.arange(3))
+    tokens = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    expected, _ = encoder(tokens, coords.float().expand(2, -1, -1))
+    torch.testing.assert_close(encoder(tokens, coords.to(dtype).expand(2, -1, -1))[0], expected)
+    if dtype in (torch.bfloat16, torch.float16):  # in which the places 2049 and 2050 are one
+        with pytest.raises(DataError, match="tells no larger ones apart, give float32"):
+            encoder(tokens, (coords + 2050).to(dtype).expand(2, -1, -1))
+
+
+CAUSAL = {"bidirectional": False, "summary": 0, "order": "raster", "dim": 8}
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "xl"])
+def test_states_that_do_not_fit_are_refused(kind: str) -> None:
+    others = {"mamba": "xl", "mamba2": "mamba", "xl": "mamba2"}
+
+    def state_of(batch: int = 2, dtype: torch.dtype = torch.float64, **changed: object) -> ContextState:
+        config = ContextConfig(**{"kind": kind, "depth": 1, **CAUSAL, **changed})  # type: ignore[arg-type]
+        tokens = torch.ones(batch, 6, config.dim, dtype=dtype)
+        state = build_context(config).to(dtype)(tokens, COORDS[:batch])[1]
+        assert state is not None
+        return state
+
+    encoder = build_context(ContextConfig(kind=kind, depth=1, **CAUSAL)).double()  # type: ignore[arg-type]
+    tokens = TOKENS.double()
+    encoder(tokens, COORDS, None, state_of())
+    wrong = (
+        state_of(depth=2),
+        state_of(dim=12),
+        state_of(batch=1),
+        state_of(dtype=torch.float32),
+        state_of(kind=others[kind]),
+        state_of()[:-1],
+        (),
+        "state",
+    )
+    for state in wrong:
+        with pytest.raises(
+            ConfigError, match=f"not one of this encoder .'{kind}', 1 layers of dim 8. for 2 batch rows"
+        ):
+            encoder(tokens, COORDS, None, state)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("order", "first", "then", "fine"),
+    [
+        ("raster", [(0, 0), (1, 2)], [(2, 0), (2, 1)], True),
+        ("raster", [(0, 0), (1, 2)], [(1, 3), (1, 4)], True),
+        ("raster", [(0, 0), (1, 2)], [(1, 2), (1, 3)], True),  # two tokens may share a place
+        ("raster", [(0, 0), (1, 2)], [(1, 1), (2, 0)], False),
+        ("raster", [(0, 0), (1, 2.5)], [(1, 2.25), (2, 0)], False),
+        ("snake", [(0, 0), (1, 2)], [(1, 1), (1, 0)], True),
+        ("snake", [(0, 0), (1, 2)], [(1, 3), (2, 0)], False),
+        ("hilbert", [(0, 0), (2, 1)], [(1, 2), (3, 3)], True),
+        ("hilbert", [(0, 0), (1, 2)], [(2, 1), (3, 3)], False),
+        ("hilbert", [(0, 0), (1, 1)], [(4, 4), (5, 4)], True),
+    ],
+)
+def test_parts_out_of_order_are_refused(order: str, first: list[object], then: list[object], fine: bool) -> None:
+    """Else a scene would be continued, and come out otherwise than in one pass."""
+    config = ContextConfig(kind="mamba2", depth=1, **{**CAUSAL, "order": order})  # type: ignore[arg-type]
+    encoder = build_context(config).double()
+    tokens = torch.randn(1, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    coords = torch.tensor([*first, *then], dtype=torch.float64)[None]
+    whole, _ = encoder(tokens, coords)
+    _, state = encoder(tokens[:, :2], coords[:, :2])
+    if not fine:
+        with pytest.raises(ConfigError, match=f"lie ahead of its end .* in the scan order '{order}'"):
+            encoder(tokens[:, 2:], coords[:, 2:], None, state)
+        return
+    torch.testing.assert_close(encoder(tokens[:, 2:], coords[:, 2:], None, state)[0], whole[:, 2:])
 
 
 def test_state_is_refused_where_nothing_is_causal() -> None:

@@ -112,3 +112,34 @@ def test_compiles(kind: str, settings: dict[str, Any]) -> None:
         y.square().sum().backward()
         results.append((y, x.grad))
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("keep_tokens", [0, 10**6])
+def test_cuda_equals_cpu(kind: str, keep_tokens: int) -> None:
+    """Ragged rows, in float64, outputs and gradients; and the activations of a budget."""
+    validity = torch.rand(2, 400, generator=torch.Generator().manual_seed(1)) > torch.tensor([[0.1], [0.6]])
+    results = []
+    for device in ("cpu", "cuda"):
+        encoder = build(kind, keep_tokens=keep_tokens, segment=64, budget_gib=1e-4).to(device)
+        x = draw(400).repeat(2, 1, 1).to(device).requires_grad_()
+        y, _ = encoder(x, lattice(20, 20).expand(2, -1, -1).to(device), validity.to(device))
+        leaves = [x, *encoder.parameters()]
+        results.append([t.cpu() for t in (y, *torch.autograd.grad(y.square().sum(), leaves))])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kind", MIXING)
+def test_a_step_in_bfloat16_on_cuda(kind: str) -> None:
+    """Under autocast, more tokens than a segment: finite outputs and gradients."""
+    encoder = build(kind, dim=64, keep_tokens=0, options={}).float().cuda()
+    x = torch.randn(1, 5000, 64, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        y, _ = encoder(x, lattice(50, 100).cuda())
+    y.float().square().mean().backward()
+    assert y.isfinite().all()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in (x, *encoder.parameters()))

@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
+from gigaxt.live_memory import LiveMemory
+from gigaxt.nn.context import ContextConfig, build_context
 from gigaxt.nn.context.full import FullMixer
 from gigaxt.nn.context.layers import Run
 from gigaxt.nn.context.ordering import find_places
 from gigaxt.nn.context.positions import rotary_angles, rotate
+from gigaxt.rows import Purse
 
 
 def dense(mixer: FullMixer, x: Tensor, coords: Tensor) -> Tensor:
@@ -37,3 +41,28 @@ def test_equals_attention_written_out() -> None:
         for row, count in ((0, 10), (1, 7)):
             expected = dense(mixer, x[row, :count], coords[row, :count])
             torch.testing.assert_close(back[row, :count], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["full", "hyper"])
+def test_heads_keep_what_the_budget_pays_for(kind: str) -> None:
+    """Live tensors after the forward pass grow with the budget and by no more; the result is the same."""
+    kept, results = [], []
+    options = {"exact_below": 0, "block": 16, "samples": 16} if kind == "hyper" else {}
+    for budget_mib in (0, 1, 2, 64):
+        torch.manual_seed(0)
+        config = ContextConfig(
+            kind=kind, dim=32, depth=1, heads=8, summary=0, keep_tokens=0, budget_gib=budget_mib / 1024, options=options
+        )
+        mixer = build_context(config).double().layers[0].mixer
+        x = torch.randn(1, 512, 32, dtype=torch.float64, requires_grad=True)
+        coords = torch.cartesian_prod(torch.arange(16), torch.arange(32))[None].double()
+        places = find_places(coords, None, "raster", x.device)
+        run = Run(1, 512, 4096, 0, Purse(config.budget_gib))
+        with LiveMemory([x, *mixer.parameters()]) as memory:
+            y, _, _ = mixer(x, None, places, run, None)
+            kept.append(memory.now / 2**20)
+        grads = torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()])
+        results.append((y, grads))
+        torch.testing.assert_close(results[-1], results[0], rtol=1e-10, atol=1e-12)
+    more = [k - kept[0] for k in kept]
+    assert 0.4 < more[1] <= 1 < more[2] <= 2 < more[3]

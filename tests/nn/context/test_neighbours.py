@@ -22,12 +22,13 @@ def listed(places: Places, radius: int, segment: int) -> tuple[Tensor, Tensor]:
     """How often each pair of flat places is listed, (n, n), and how often each place is owned, (n,)."""
     pairs, owned = torch.zeros(places.valid.numel(), places.valid.numel(), dtype=torch.int64), torch.zeros(0).long()
     for piece in find_pieces(places, radius, segment):
-        queries = piece.tokens[piece.queries]
-        assert torch.equal(queries.flatten()[piece.filled], piece.own)
+        queries = piece.tokens[piece.queries()]
+        assert torch.equal(queries.flatten()[piece.filled()], piece.own)
         owned = torch.cat((owned, piece.own))
-        filled = torch.zeros(queries.numel(), dtype=torch.bool).index_fill(0, piece.filled, True).view_as(queries)
-        for query, mine, keys, count, row in zip(queries, filled, piece.keys, piece.counts, piece.rows, strict=True):
-            key = piece.tokens[keys[:count]]
+        filled = torch.zeros(queries.numel(), dtype=torch.bool).index_fill(0, piece.filled(), True).view_as(queries)
+        for query, mine, keys, meant, row in zip(queries, filled, *piece.keys(), piece.rows, strict=True):
+            assert (keys[~meant] == 0).all()
+            key = piece.tokens[keys[meant]]
             assert (key // places.valid.shape[1] == row).all()
             assert torch.isin(query[~mine], query[mine][-1:]).all()
             pairs[query[mine].unsqueeze(1), key] += 1
@@ -52,22 +53,33 @@ def test_pieces_are_no_larger_than_a_segment_allows() -> None:
     for coords in (scattered(1, 9000, 100.0), crowd, scattered(1, 9000, 1.0)):
         for piece in find_pieces(places_of(coords), 8, 1024):
             assert len(piece.own) <= 1024
-            assert piece.keys.numel() <= MOST_KEYS * 1024 or len(piece.keys) == 1
+            keys, _ = piece.keys()
+            assert keys.numel() <= MOST_KEYS * 1024 or len(keys) == 1
 
 
 def test_a_full_lattice_lists_three_by_three_squares() -> None:
     lattice = torch.cartesian_prod(torch.arange(64), torch.arange(64)).float()[None]
     (piece,) = find_pieces(places_of(lattice), 8, 4096)
-    assert piece.queries.shape == (64, 64)
-    assert piece.keys.shape == (64, 9 * 64)
-    assert piece.counts.min() == 4 * 64  # in the corners
+    keys, meant = piece.keys()
+    assert piece.queries().shape == (64, 64)
+    assert keys.shape == (64, 9 * 64)
+    assert meant.sum(1).min() == 4 * 64  # in the corners
+
+
+@pytest.mark.parametrize(("radius", "most"), [(8, 8), (2, 8)])
+def test_tables_are_small(radius: int, most: int) -> None:
+    """Bytes a token: a few per cent of a token of 192 numbers in bfloat16."""
+    lattice = torch.cartesian_prod(torch.arange(128), torch.arange(128)).float()[None]
+    pieces = find_pieces(places_of(lattice), radius, 4096)
+    tables = [t for piece in pieces for t in vars(piece).values() if isinstance(t, Tensor)]
+    assert sum(t.nbytes for t in tables) < most * 128**2
 
 
 def test_gaps_cost_nothing() -> None:
     squares = torch.cartesian_prod(torch.arange(8), torch.arange(8)).float()
     corners = torch.randint(0, 2**20, (40, 1, 2), generator=torch.Generator().manual_seed(0)) * 16.0
     (piece,) = find_pieces(places_of((squares + corners).reshape(1, -1, 2)), 8, 4096)
-    assert piece.keys.shape == (40, 64)
+    assert piece.keys()[0].shape == (40, 64)
 
 
 def test_tables_are_kept_for_the_next_layers() -> None:

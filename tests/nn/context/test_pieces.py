@@ -22,7 +22,7 @@ class Blend(nn.Module):
     def forward(self, x: Tensor, coords: Tensor, shared: Tensor, piece: Piece) -> Tensor:
         self.runs += 1
         all_together = (self.linear(x).tanh() * coords.sum(-1, keepdim=True)).sum(0)
-        return (x * all_together + shared.sum(0)).index_select(0, piece.queries.flatten()[piece.filled])
+        return (x * all_together + shared.sum(0)).index_select(0, piece.queries().flatten()[piece.filled()])
 
 
 def setting() -> tuple[Blend, Tensor, Tensor, Tensor, list[Piece]]:

@@ -144,7 +144,7 @@ def test_bfloat16_autocast_is_near() -> None:
         ({"options": {"global_tokens": -1}}, "context.options.global_tokens: expected at least 0, got -1"),
         ({"options": {"window": 3}}, "context.options.window: unknown key"),
         ({"bidirectional": False}, "`window` looks both ways"),
-        ({"dim": 30}, "divisible by 4 x heads"),
+        ({"dim": 30}, "context.dim: `window` needs a multiple of 4"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, object], message: str) -> None:

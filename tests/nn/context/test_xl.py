@@ -186,13 +186,13 @@ def test_state_holds_no_more_than_the_next_tokens_need() -> None:
     for tokens, held in ((1, 1), (5, 5), (17, 17), (18, 12), (19, 13), (23, 17), (24, 12), (40, 16)):
         _, state = encoder(draw(1, tokens), line(1, tokens))
         assert state is not None
-        assert [(x.shape[1], count.tolist()) for x, count in state] == [(held, [held])] * 2
+        assert [(x.shape[1], count.tolist()) for x, count in state[:-1]] == [(held, [held])] * 2
 
 
 def test_state_of_another_batch_is_refused() -> None:
     encoder = build_causal()
     _, state = encoder(draw(2, 4), line(2, 4))
-    with pytest.raises(ConfigError, match="a state of 2 batch rows cannot be continued with 1"):
+    with pytest.raises(ConfigError, match=r"the state is not one of this encoder .* for 1 batch rows"):
         encoder(draw(1, 4), line(1, 4), None, state)
 
 

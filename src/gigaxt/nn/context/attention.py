@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from gigaxt.errors import ConfigError
 from gigaxt.nn.context.base import ContextConfig
 from gigaxt.nn.context.layers import Norm, Run, largest_divisor, linear
+from gigaxt.replay import counted_saves
+from gigaxt.rows import Purse
 
 Attend = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
 """q, k, v (batch, h, n, head_dim) of the heads in a slice -> what they find, likewise. A pure function."""
@@ -24,7 +26,8 @@ class HeadByHead(nn.Module):
 
     A head's queries, keys and values are `3 / heads` token stores, and so is what its attention makes of them; the
     backward pass computes them again, head by head. Beside the tokens and their gradient a layer at work then takes
-    about two token stores (the normalised tokens and a sum) plus one head's share.
+    about two token stores (the normalised tokens and a sum) plus one head's share. Heads that `run.purse` pays for keep
+    what the backward pass needs; the first one shows how much that is.
 
     Args:
         dim: width of the tokens.
@@ -44,10 +47,27 @@ class HeadByHead(nn.Module):
         y = x + self.out.bias.to(x.dtype)
         if not run.recompute:
             return y + self._find(x, attend, slice(0, self.heads))
-        for head in range(self.heads):
+        kept = 0
+        if run.purse.left and torch.is_grad_enabled():
+            found, kept = self._find_kept(x, attend, run.purse)
+            y = y if found is None else y + found
+        for head in range(kept, self.heads):
             heads = slice(head, head + 1)
             y = y + checkpoint(self._find, x, attend, heads, use_reentrant=False, preserve_rng_state=False)
         return y
+
+    def _find_kept(self, x: Tensor, attend: Attend, purse: Purse) -> tuple[Tensor | None, int]:
+        """What the first heads find that `purse` pays for, and how many these are."""
+        with counted_saves([x, *self.parameters()]) as saved:
+            found = self._find(x, attend, slice(0, 1))
+        size = saved() + found.nbytes
+        if not purse.take(size):
+            return None, 0
+        kept = 1
+        while kept < self.heads and purse.take(size):
+            found = found + self._find(x, attend, slice(kept, kept + 1))
+            kept += 1
+        return found, kept
 
     def _find(self, x: Tensor, attend: Attend, heads: slice) -> Tensor:
         """What some heads find in `x`, projected: (batch, n, dim)."""
@@ -64,12 +84,16 @@ class HeadByHead(nn.Module):
 
 
 def attention_heads(config: ContextConfig) -> int:
-    """Heads as configured, or of 32 channels.
+    """Heads as configured, or of about 32 channels.
 
     Raises:
         ConfigError: 2-D rotary positions need a head width that is a multiple of 4.
     """
-    heads = config.heads or largest_divisor(config.dim, max(1, config.dim // 32))
+    if config.dim % 4:
+        raise ConfigError(
+            f"context.dim: `{config.kind}` needs a multiple of 4 (2-D rotary positions), got {config.dim}"
+        )
+    heads = config.heads or largest_divisor(config.dim // 4, max(1, config.dim // 32))
     if config.dim % (4 * heads):
         raise ConfigError(
             f"context.heads: `{config.kind}` needs `dim` divisible by 4 x heads (2-D rotary positions), got dim "

@@ -15,7 +15,8 @@ from gigaxt.nn.context.ordering import check_places
 from gigaxt.recurrence import State
 
 ContextState = tuple[State, ...]
-"""What a causal context hands on to the next part of a scene: the state of each layer."""
+"""What a causal context hands on to the next part of a scene; `LayeredContext`: the state of each layer, and where the
+part ended."""
 
 
 @dataclass(kw_only=True)
@@ -72,8 +73,11 @@ class ContextConfig:
             raise ConfigError(f"context.order: got {self.order!r}{nearest(self.order, ('hilbert', 'raster', 'snake'))}")
         if self.heads is not None and self.heads < 1:
             raise ConfigError(f"context.heads: expected at least 1, got {self.heads}")
-        if self.mlp_ratio <= 0:
-            raise ConfigError(f"context.mlp_ratio: expected more than 0, got {self.mlp_ratio}")
+        if not self.mlp_ratio > 0 or round(self.dim * self.mlp_ratio) < 1:
+            raise ConfigError(
+                f"context.mlp_ratio: expected more than 0, and a hidden width of at least 1 at dim {self.dim}, got "
+                f"{self.mlp_ratio}"
+            )
         cls.check_config(self)
 
 
@@ -127,7 +131,8 @@ class ContextEncoder(nn.Module, ABC):
         Raises:
             DataError: zero tokens, a batch row that is masked as a whole, coordinates that are not on the lattice
                 (negative, not finite), or an overflow of float16.
-            ConfigError: shapes that do not fit each other or `dim`, or a state that this encoder cannot continue.
+            ConfigError: shapes that do not fit each other or `dim`, or a state that this encoder cannot continue: one
+                of another encoder, of another batch, or of a part of the scene that does not lie ahead of this one.
         """
         _check_shapes(tokens, coords, validity, self.config.dim)
         check_places(coords, validity)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gigaxt.errors import ConfigError
 from gigaxt.nn.context.base import ContextConfig, ContextEncoder, ContextState
 from gigaxt.nn.context.layers import Finish, Norm, Run, largest_divisor
-from gigaxt.nn.context.ordering import Places, find_places
+from gigaxt.nn.context.ordering import Places, find_places, follows, last_places
 from gigaxt.nn.context.positions import FourierPositions
 from gigaxt.nn.context.summary import Summary
 from gigaxt.recurrence import State
@@ -38,6 +38,10 @@ class Mixer(nn.Module, ABC):
             `x` and the global tokens, each plus what the mixer found, normalised inside; and the state after the last
             token, None where not causal.
         """
+
+    def fits(self, state: State, x: Tensor) -> bool:
+        """Whether `state` is like those that this mixer returns for tokens like `x` (batch, n, dim)."""
+        return True
 
 
 class LayeredContext(ContextEncoder):
@@ -115,12 +119,37 @@ class LayeredContext(ContextEncoder):
         latents, global_tokens = (
             None if learned is None else learned.expand(batch, -1, -1) for learned in (self.latents, self.global_tokens)
         )
-        states: list[State | None] = [None] * len(self.layers) if state is None else list(state)
+        if state is not None:
+            self._check_state(state, x, places)
+        states: list[State | None] = [None] * len(self.layers) if state is None else list(state[:-1])
         for i, layer in enumerate(self.layers):
             if i and config.alternate:
                 places, across, x = across, places, across.sort(places.unsort(x))
             x, latents, global_tokens, states[i] = layer(x, latents, global_tokens, places, run, states[i])
-        return places.unsort(x), tuple(s for s in states if s is not None) if self.causal else None
+        y = places.unsort(x)
+        return y, (*(s for s in states if s is not None), (last_places(places),)) if self.causal else None
+
+    def _check_state(self, state: ContextState, x: Tensor, places: Places) -> None:
+        """Refuse a state that does not fit, or that comes from another part of the scene than the one ahead."""
+        mixers: list[Mixer] = [layer.mixer for layer in self.layers]  # type: ignore[misc]  # a ModuleList forgets types
+        if not (
+            isinstance(state, tuple)
+            and len(state) == len(mixers) + 1
+            and all(isinstance(s, tuple) and all(isinstance(t, Tensor) for t in s) for s in state)
+            and [t.shape for t in state[-1]] == [(len(x), 2)]
+            and all(mixer.fits(s, x) for mixer, s in zip(mixers, state[:-1], strict=True))
+        ):
+            raise ConfigError(
+                f"context: the state is not one of this encoder ({self.config.kind!r}, {len(mixers)} layers of dim "
+                f"{self.config.dim}) for {len(x)} batch rows in {x.dtype}: pass what its last call returned"
+            )
+        order = self.config.order
+        if not follows(places, state[-1][0], order):
+            raise ConfigError(
+                f"context: a state is continued by tokens that lie ahead of its end at {state[-1][0].tolist()} in the "
+                f"scan order {order!r}: give the parts of a scene in that order (strips of whole rows from the top on "
+                "with context.order='raster')"
+            )
 
 
 class Entry(nn.Module):

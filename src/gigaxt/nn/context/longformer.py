@@ -51,7 +51,8 @@ class Longformer(LayeredContext):
     256, window 128; 2.7 times where activations are kept). Memory: see `LayeredContext`; keys and values exist for one
     segment at a time and are made again for the `window` tokens ahead of and behind it.
     Blocks of `window` queries go through PyTorch's fused attention with a band as mask. FlexAttention, which could skip
-    the third of the scores that the band masks, is not used on CUDA: nobody has measured it there.
+    the third of the scores that the band masks, is not used: whether it is faster on CUDA has not been measured yet
+    (`benchmarks/bench_flex.py`).
 
     Choose it for attention that asks for no lattice and costs little. Along the Hilbert order a window of 128 is about
     the 16 x 16 tokens around, not centred: `window` sees the same square around every token, in 1.6 times the time.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,23 +23,55 @@ class Piece:
     """Some blocks of queries, computed together, and all tokens that they may look at.
 
     A block is a fixed number of tokens that lie together; the last one of a batch row is filled up by repeating its
-    last token.
+    last token. What is kept is small, seven bytes a token on a full lattice; the tables that the attention wants are
+    made of it on the device, for one piece at a time.
     """
 
     tokens: Tensor
-    """(u,) int64: flat places, in (batch * n), of all tokens that the blocks need."""
-    queries: Tensor
-    """(blocks, block) int64: places of the queries among `tokens`."""
-    keys: Tensor
-    """(blocks, most) int64: places among `tokens` of those that some query of the block may be near to."""
-    counts: Tensor
-    """(blocks,) int64: how many of a block's `keys` are meant; 0 stands behind them."""
+    """(u,) int32: flat places, in (batch * n), of all tokens that the blocks need."""
+    start: int
+    """Place of the first query among `tokens`; the others follow it."""
+    count: int
+    """Queries without repetitions, s. Each valid token is one in one piece."""
+    block: int
+    """Queries of a block."""
+    most: int
+    """Keys of the block that has the most."""
+    lengths: Tensor
+    """(blocks,) int64: queries of each block without repetitions."""
     rows: Tensor
     """(blocks,) int64: batch row of each block."""
-    own: Tensor
-    """(s,) int64: flat places, in (batch * n), of the queries without repetitions. Each valid token is in one piece."""
-    filled: Tensor
-    """(s,) int64: places of `own` in the flattened `queries`."""
+    key_starts: Tensor
+    """(blocks, ranges) int32: where, among `tokens`, ranges of tokens begin to which some query of a block may be
+    near."""
+    key_sizes: Tensor
+    """(blocks, ranges) int32: their tokens; 0 behind a block's last range."""
+
+    @property
+    def own(self) -> Tensor:
+        """(s,) int64: flat places, in (batch * n), of the queries without repetitions."""
+        return self.tokens.narrow(0, self.start, self.count).long()
+
+    def queries(self) -> Tensor:
+        """(blocks, block) int64: places of the queries among `tokens`."""
+        within = torch.arange(self.block, device=self.tokens.device)
+        firsts = self.lengths.cumsum(0) - self.lengths + self.start
+        return firsts.unsqueeze(1) + torch.minimum(within, self.lengths.unsqueeze(1) - 1)
+
+    def filled(self) -> Tensor:
+        """(s,) int64: places of `own` in the flattened `queries`."""
+        repeated = (self.block - self.lengths).cumsum(0) - (self.block - self.lengths)  # in the blocks before
+        places = torch.arange(self.count, device=self.tokens.device)
+        return places + repeated.repeat_interleave(self.lengths, output_size=self.count)
+
+    def keys(self) -> tuple[Tensor, Tensor]:
+        """(blocks, most) int64: places of a block's keys among `tokens`; and bool, which are meant: 0 stands behind."""
+        ends = self.key_sizes.cumsum(1, dtype=torch.int32)
+        places = torch.arange(self.most, dtype=torch.int32, device=ends.device).expand(len(ends), -1).contiguous()
+        inside = torch.searchsorted(ends, places, right=True).clamp_(max=ends.shape[1] - 1)
+        meant = places < ends[:, -1:]
+        keys = (self.key_starts - (ends - self.key_sizes)).gather(1, inside) + places
+        return keys.masked_fill(~meant, 0).long(), meant
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # NumPy on the host; torch gives it no types
@@ -46,7 +79,7 @@ def find_pieces(places: Places, radius: int, segment: int) -> list[Piece]:
     """Cut the valid tokens of a batch into blocks and pieces, and list for each block the tokens around it.
 
     Only cells of the lattice that hold tokens cost anything: gaps may be as large as they like, and any number of
-    tokens may share a cell. Waits for the device once. Kept with `places`, for the next layers.
+    tokens may share a cell. Kept with `places`, for the next layers.
 
     Args:
         places: coordinates and validity of the tokens.
@@ -65,9 +98,10 @@ class _Finder:
 
     def __init__(self, places: Places, radius: int) -> None:
         self.device = places.coords.device
-        coords = places.coords.flatten(0, 1).cpu().double().numpy()
-        flat = np.flatnonzero(places.valid.flatten().cpu().numpy())
-        row = flat // places.valid.shape[1]
+        coords, counts = places.on_host()
+        within = np.arange(counts.max(), dtype=np.int64)
+        row, place = np.nonzero(within < counts[:, None])
+        flat = row * len(within) + place
         # Small enough that few tokens out of reach are listed, large enough that cells are fewer than tokens.
         side = max(2.0, radius / 2)
         cells = np.floor(coords[flat] / side).astype(np.int64)
@@ -114,27 +148,35 @@ class _Finder:
         cells, local = np.unique(self.pair_cell[pairs], return_inverse=True)
         sizes = self.sizes[cells]
         begins = np.cumsum(sizes) - sizes  # of the cells among the piece's tokens
-        counts = self.keys[start:stop]
-        keys = np.zeros((stop - start, counts.max()), np.int64)
-        keys[np.arange(keys.shape[1]) < counts[:, None]] = _ranges(begins[local], sizes[local])
+        # Cells that follow each other there are one range.
+        block = self.pair_block[pairs] - start
+        first = np.ones(len(block), bool)
+        first[1:] = (np.diff(local) != 1) | (np.diff(block) != 0)
+        heads = np.flatnonzero(first)
+        of_block = np.bincount(block[heads], minlength=stop - start)
+        shape = stop - start, int(of_block.max())
+        listed = np.arange(shape[1]) < of_block[:, None]
+        key_starts, key_sizes = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        key_starts[listed] = begins[local[heads]]
+        key_sizes[listed] = np.add.reduceat(sizes[local], heads)
 
         firsts, lasts = self.firsts[start:stop], self.lasts[start:stop]
-        queries = firsts[:, None] + np.arange(min(self.block, (lasts - firsts).max() + 1))
-        filled = np.flatnonzero(queries <= lasts[:, None])
-        queries = np.minimum(queries, lasts[:, None])
-        cell = self.cell[queries]
+        lengths = lasts - firsts + 1
+        cell = self.cell[firsts[0]]
 
-        def put(table: Ints) -> Tensor:
+        def put(table: NDArray[Any]) -> Tensor:
             return torch.from_numpy(table).to(self.device)
 
         return Piece(
-            tokens=put(self.flat[_ranges(self.starts[cells], sizes)]),
-            queries=put(begins[np.searchsorted(cells, cell)] + queries - self.starts[cell]),
-            keys=put(keys),
-            counts=put(counts),
+            tokens=put(self.flat[_ranges(self.starts[cells], sizes)].astype(np.int32)),
+            start=int(begins[np.searchsorted(cells, cell)] + firsts[0] - self.starts[cell]),
+            count=int(lengths.sum()),
+            block=int(lengths.max()),
+            most=int(self.keys[start:stop].max()),
+            lengths=put(lengths),
             rows=put(self.row[firsts]),
-            own=put(self.flat[firsts[0] : lasts[-1] + 1]),
-            filled=put(filled),
+            key_starts=put(key_starts),
+            key_sizes=put(key_sizes),
         )
 
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gigaxt.errors import DataError
-from gigaxt.regions import Order, scan_order
+from gigaxt.regions import Order, hilbert_key, scan_order
 
+Ints = NDArray[np.int64]
 FARTHEST = 2**24
-"""Largest row or column on the token lattice: float32 tells all places up to it apart."""
+"""Largest row or column on the token lattice: float32 tells all places up to it apart. (float16: 2,048.)"""
 
 
 @dataclass
@@ -38,8 +40,22 @@ class Places:
     """(batch, tokens, 2); 0 where masked."""
     given_valid: Tensor
     """(batch, tokens) bool."""
+    _host: tuple[NDArray[Any], Ints, Ints]
+    """Given coordinates (batch * tokens, 2), `_source`, and the valid tokens of each batch row."""
     memo: dict[Any, Any] = field(default_factory=dict)
     """Tables that mixers compute from the places, for the next layers."""
+
+    def on_host(self) -> tuple[NDArray[np.float64], Ints]:
+        """Coordinates (batch * n, 2) of the sorted tokens, and how many of each row are valid; asks no device."""
+        coords, source, counts = self._host
+        return coords[source].astype(np.float64), counts
+
+    def ends(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Coordinates of the first and of the last valid token of each row, (batch, 2) each; asks no device."""
+        coords, source, counts = self._host
+        starts = np.arange(len(counts)) * (len(source) // len(counts))
+        first, last = coords[source[starts]], coords[source[starts + counts - 1]]
+        return first.astype(np.float64), last.astype(np.float64)
 
     def sort(self, tokens: Tensor) -> Tensor:
         """(batch, tokens, ...) as given -> (batch, n, ...) in scan order."""
@@ -64,7 +80,7 @@ def find_places(
         turned: scan with rows and columns swapped.
     """
     batch, tokens = coords.shape[:2]
-    host = coords.detach().cpu().numpy()
+    host = _numpy(coords)
     valid = np.ones((batch, tokens), bool) if validity is None else validity.cpu().numpy()
     counts = valid.sum(axis=1)
     n = int(counts.max())
@@ -88,6 +104,7 @@ def find_places(
         _target=torch.from_numpy(target.reshape(-1)).to(device),
         given_coords=given_coords,
         given_valid=given,
+        _host=(host.reshape(-1, 2), source.reshape(-1), counts),
     )
     places.coords = places.sort(given_coords)
     return places
@@ -104,7 +121,12 @@ def check_places(coords: Tensor, validity: Tensor | None) -> None:
     Raises:
         DataError: a row without valid tokens, or coordinates that are not finite, negative or beyond `FARTHEST`.
     """
-    wrong = ~((coords >= 0) & (coords <= FARTHEST)).all(dim=-1)  # NaN is wrong, too
+    coords, farthest = coords.detach(), FARTHEST
+    if coords.is_floating_point():  # what half precision cannot tell apart would be put in a wrong order
+        farthest = min(farthest, int(2 / torch.finfo(coords.dtype).eps))
+    else:
+        coords = coords.long()  # FARTHEST is none of the numbers of a byte
+    wrong = ~((coords >= 0) & (coords <= farthest)).all(dim=-1)  # NaN is wrong, too
     empty = torch.zeros_like(wrong[:, 0])
     if validity is not None:
         validity = validity.to(coords.device)
@@ -119,8 +141,37 @@ def check_places(coords: Tensor, validity: Tensor | None) -> None:
     b, i = wrong.nonzero()[0].tolist()
     raise DataError(
         f"context: coordinates of token {i} in batch row {b} are {coords[b, i].tolist()}: expected (row, col) on the "
-        f"token lattice, finite numbers from 0 to {FARTHEST}"
+        f"token lattice, finite numbers from 0 to {farthest}"
+        + (f": {coords.dtype} tells no larger ones apart, give float32" if farthest < FARTHEST else "")
     )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # NumPy on the host; torch gives it no types
+def follows(places: Places, last: Tensor, order: Order) -> bool:
+    """Whether the first token of each row lies behind `last` (batch, 2), float64 on the host, in the scan order."""
+    first, _ = places.ends()
+    return all(_scan_key(a, order) <= _scan_key(b, order) for a, b in zip(last.numpy(), first, strict=True))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # NumPy on the host; torch gives it no types
+def last_places(places: Places) -> Tensor:
+    """Coordinates of the last token of each row, (batch, 2), float64 on the host."""
+    return torch.from_numpy(places.ends()[1])
+
+
+def _scan_key(place: NDArray[np.float64], order: Order) -> tuple[float, ...]:
+    """Increases along the scan of `find_places` (not turned)."""
+    row, col = (int(x) for x in place)
+    if order == "hilbert":
+        return int(hilbert_key(np.array([row]), np.array([col]))[0]), *place
+    return row, -col if order == "snake" and row % 2 else col, *place
+
+
+def _numpy(coords: Tensor) -> NDArray[Any]:
+    """On the host; NumPy knows no bfloat16."""
+    coords = coords.detach().cpu()
+    result: NDArray[Any] = (coords.float() if coords.dtype == torch.bfloat16 else coords).numpy()
+    return result
 
 
 class _Take(torch.autograd.Function):

@@ -61,13 +61,17 @@ class Directions(Mixer):
         self, x: Tensor, global_tokens: Tensor | None, places: Places, run: Run, state: State | None
     ) -> tuple[Tensor, Tensor | None, State | None]:
         """See `Mixer`."""
-        y, final = run(self.forth, (x, places.valid), state or self.forth.start(x))
+        y, final = run(self.forth, (x, places.valid), self.forth.start(x) if state is None else state)
         assert y is not None
         if self.back is None:
             return y, global_tokens, final
         z, _ = run(self.back, (x, places.valid), self.back.start(x), reverse=True)
         assert z is not None
         return y + z, global_tokens, None
+
+    def fits(self, state: State, x: Tensor) -> bool:
+        """See `Mixer`."""
+        return [(t.shape, t.dtype) for t in state] == [(t.shape, t.dtype) for t in self.forth.start(x)]
 
 
 class CausalConvolution(nn.Conv1d):

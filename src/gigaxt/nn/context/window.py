@@ -51,7 +51,7 @@ class Window(LayeredContext):
     long as a pair of linear layers with threefold width (CPU, dim 256, radius 8; 4.2 times where activations are kept),
     and the tables of neighbours 1 us a token and call. Memory: see `LayeredContext`; keys and values exist for one
     piece of the lattice at a time, of `config.segment` tokens, and are made again for the tokens around it. A radius
-    of more than an eighth of `segment**0.5` wants a longer segment. The tables take 100 bytes a token.
+    of more than an eighth of `segment**0.5` wants a longer segment. The tables of neighbours take 7 bytes a token.
     Choose it where what surrounds a token matters most and the same in all directions.
     """
 
@@ -108,32 +108,32 @@ class SquareWindow(nn.Module):
         global_scores, global_key, global_value = attention.of_global_tokens(global_tokens)
         normed = attention.norm(x)
         key, value = (t.squeeze(0) for t in attention.keys_values(normed.unsqueeze(0), coords.unsqueeze(0), count))
-        queries = piece.queries.flatten()
-        own_coords = coords.index_select(0, queries).unflatten(0, piece.queries.shape)  # (blocks, block, 2)
+        places, (keys, meant) = piece.queries(), piece.keys()
+        queries = places.flatten()
+        own_coords = coords.index_select(0, queries).unflatten(0, places.shape)  # (blocks, block, 2)
         query = attention.queries(
-            normed.index_select(0, queries).unflatten(0, piece.queries.shape),
+            normed.index_select(0, queries).unflatten(0, places.shape),
             own_coords,
             global_scores.index_select(0, piece.rows),
         )
         # Global tokens' keys lie behind those of all tokens, (u + batch * g, heads, width), and in a block's list, too.
         of_row = piece.rows.unsqueeze(1) * count + torch.arange(len(x), len(x) + count, device=x.device)
-        table = torch.cat((piece.keys, of_row), dim=1)
+        table = torch.cat((keys, of_row), dim=1)
         found = attention.attend(
             query,
             _look_up(torch.cat((key, global_key.flatten(0, 1))), table),
             _look_up(torch.cat((value, global_value.flatten(0, 1))), table),
-            self._near(own_coords, coords, piece),
+            self._near(own_coords, coords, keys, meant),
         )
         # (blocks, block, dim) -> (s, dim)
-        found = found.flatten(0, 1).index_select(0, piece.filled)
-        own = x.index_select(0, queries.index_select(0, piece.filled))
+        found = found.flatten(0, 1).index_select(0, piece.filled())
+        own = x.narrow(0, piece.start, piece.count)
         y: Tensor = own + attention.out(found).to(x.dtype)
         return y
 
-    def _near(self, own_coords: Tensor, coords: Tensor, piece: Piece) -> Tensor:
+    def _near(self, own_coords: Tensor, coords: Tensor, keys: Tensor, meant: Tensor) -> Tensor:
         """Which of a block's keys its queries look at: (blocks, block, keys) bool."""
-        key_coords = coords.index_select(0, piece.keys.flatten()).unflatten(0, piece.keys.shape)
-        meant = torch.arange(piece.keys.shape[1], device=coords.device) < piece.counts.unsqueeze(1)
+        key_coords = coords.index_select(0, keys.flatten()).unflatten(0, keys.shape)
         near = meant.unsqueeze(1)
         for a, b in zip(own_coords.unbind(-1), key_coords.unbind(-1), strict=True):  # rows, columns
             near = near & ((a.unsqueeze(2) - b.unsqueeze(1)).abs() <= self.radius)

@@ -113,8 +113,6 @@ class TransformerXLMixer(Mixer):
         else:
             # Put what is held ahead of the strip, so that each row begins at a border of its segments.
             old, held = state[0], state[1].tolist()
-            if len(old) != len(x):
-                raise ConfigError(f"context: a state of {len(old)} batch rows cannot be continued with {len(x)}")
             ends = [h + count for h, count in zip(held, counts, strict=True)]
             x = _pack(torch.cat((a[:h], b[:count])) for a, h, b, count in zip(old, held, x, counts, strict=True))
             valid = torch.arange(x.shape[1], device=x.device) < torch.tensor(ends, device=x.device).unsqueeze(1)
@@ -124,6 +122,15 @@ class TransformerXLMixer(Mixer):
         starts = [max(0, end - end % self.segment - self.memory * self.segment) for end in ends]
         recent = _pack(row[start:end] for row, start, end in zip(x, starts, ends, strict=True))
         return y, global_tokens, (recent, torch.tensor(ends) - torch.tensor(starts))
+
+    def fits(self, state: State, x: Tensor) -> bool:
+        """See `Mixer`."""
+        if len(state) != 2:
+            return False
+        tokens, held = state
+        alike = tokens.ndim == 3 and (len(tokens), tokens.shape[2], tokens.dtype) == (len(x), x.shape[2], x.dtype)
+        fits = alike and held.shape == (len(x),) and held.max() <= tokens.shape[1] < (self.memory + 1) * self.segment
+        return bool(fits)
 
     def _attend(self, x: Tensor, valid: Tensor, run: Run) -> Tensor:
         """`x` (batch, n, dim), whose rows begin at a border of their segments, plus what attention found."""
