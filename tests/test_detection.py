@@ -14,8 +14,9 @@ from array_image import ArrayImage
 from gigaxt import GigaXT, open_image
 from gigaxt.augment import dihedral
 from gigaxt.boxes import BoxTarget
-from gigaxt.detection import CandidatePool, Detections, detect, no_detections
+from gigaxt.detection import CandidatePool, Candidates, detect, no_candidates
 from gigaxt.nn.xt import RegionAnswer
+from gigaxt.objects import Objects
 from tiny_models import tiny_model
 
 
@@ -75,7 +76,9 @@ def image(**given: Any) -> Any:
     return open_image(np.full((100, 150, 3), 7, np.uint8), **given)
 
 
-def assert_found(found: Detections, target: BoxTarget) -> None:
+def assert_found(found: Objects, target: BoxTarget) -> None:
+    assert found.boxes_xyxy is not None
+    np.testing.assert_allclose(found.places, (found.boxes_xyxy[:, 1::-1] + found.boxes_xyxy[:, :1:-1]) / 2)
     wanted = sorted([c, *box] for c, box in zip(target.classes.tolist(), target.boxes_xyxy.tolist(), strict=True))
     got = sorted([c, *box] for c, box in zip(found.classes.tolist(), found.boxes_xyxy.tolist(), strict=True))
     assert len(got) == len(wanted)
@@ -118,7 +121,7 @@ def test_suppression_of_all_classes_and_the_best_n() -> None:
     assert len(detect(model, image()).scores) == 1
     model.config.head.score = 1.0
     found = detect(model, image())
-    assert [len(part) for part in found] == [0, 0, 0]
+    assert len(found) == 0
 
 
 def test_pool_keeps_the_best_and_cuts_at_the_border() -> None:
@@ -126,7 +129,7 @@ def test_pool_keeps_the_best_and_cuts_at_the_border() -> None:
     pool, everything = CandidatePool(100, 50, most=40), []
     for _ in range(30):
         low = rng.uniform(-20, 120, (10, 2))
-        part = Detections(np.concatenate([low, low + 10], axis=1), rng.random(10), rng.integers(0, 3, 10))
+        part = Candidates(np.concatenate([low, low + 10], axis=1), rng.random(10), rng.integers(0, 3, 10))
         pool.add(part)
         inside = (part.boxes_xyxy[:, 2:] > 0).all(axis=1) & (part.boxes_xyxy[:, :2] < (100, 50)).all(axis=1)
         everything += part.scores[inside].tolist()
@@ -134,7 +137,7 @@ def test_pool_keeps_the_best_and_cuts_at_the_border() -> None:
     assert sorted(found.scores.tolist()) == sorted(everything)[-40:]
     assert found.boxes_xyxy.min() >= 0
     assert (found.boxes_xyxy.max(axis=0) <= (100, 50, 100, 50)).all()
-    assert CandidatePool(9, 9).all().scores.shape == no_detections().scores.shape == (0,)
+    assert CandidatePool(9, 9).all().scores.shape == no_candidates().scores.shape == (0,)
 
 
 def test_a_fresh_model_answers() -> None:

@@ -14,6 +14,7 @@ from gigaxt.image.base import Image
 from gigaxt.nms import suppress
 from gigaxt.nn.heads.detect import DetectConfig, DetectHead, at_locations
 from gigaxt.nn.xt import GigaXT, RegionAnswer
+from gigaxt.objects import Objects
 
 MOST_OF_REGION = 1000
 """Candidates of one region, those that score best."""
@@ -21,8 +22,8 @@ MOST_CANDIDATES = 1_000_000
 """Of a scene; of more, those that score best are kept as they come. 48 bytes each."""
 
 
-class Detections(NamedTuple):
-    """n objects of a scene, best first."""
+class Candidates(NamedTuple):
+    """What the cells of a scene say, n boxes; several for one object."""
 
     boxes_xyxy: NDArray[np.float64]
     """(n, 4) left, top, right, bottom in px."""
@@ -31,22 +32,22 @@ class Detections(NamedTuple):
     classes: NDArray[np.int64]
     """(n,) from 0."""
 
-    def take(self, chosen: NDArray[np.int64] | NDArray[np.bool_] | slice) -> Detections:
+    def take(self, chosen: NDArray[np.int64] | NDArray[np.bool_] | slice) -> Candidates:
         """Some of them, by number, mask or slice."""
-        return Detections(self.boxes_xyxy[chosen], self.scores[chosen], self.classes[chosen])
+        return Candidates(self.boxes_xyxy[chosen], self.scores[chosen], self.classes[chosen])
 
 
-def no_detections() -> Detections:
+def no_candidates() -> Candidates:
     """None at all."""
-    return Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
+    return Candidates(np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
 
 
-def joined(parts: list[Detections]) -> Detections:
+def joined(parts: list[Candidates]) -> Candidates:
     """Those of several, one after the other."""
-    return Detections(*(np.concatenate(same) for same in zip(no_detections(), *parts, strict=True)))
+    return Candidates(*(np.concatenate(same) for same in zip(no_candidates(), *parts, strict=True)))
 
 
-def detect(model: GigaXT, image: Image, *, progress: Callable[[int, int], None] | None = None) -> Detections:
+def detect(model: GigaXT, image: Image, *, progress: Callable[[int, int], None] | None = None) -> Objects:
     """The objects of one scene; memory grows with its tokens and with its objects.
 
     Args:
@@ -55,7 +56,7 @@ def detect(model: GigaXT, image: Image, *, progress: Callable[[int, int], None] 
         progress: called with (regions done, all).
 
     Returns:
-        Boxes in px of `image`, whatever pixel size the model works at.
+        Best first; boxes in px of `image`, whatever pixel size the model works at.
 
     Raises:
         ImageError: unreadable input. DataError: an image that does not fit the model.
@@ -68,12 +69,10 @@ def detect(model: GigaXT, image: Image, *, progress: Callable[[int, int], None] 
         pool.add(candidates(answer, head.lattice.strides, head.config))
         if progress is not None:
             progress(done, batch.full_size)
-    found = select(pool.all(), head.config)
-    scale = np.array([image.width / seen.width, image.height / seen.height] * 2)
-    return found._replace(boxes_xyxy=found.boxes_xyxy * scale)
+    return select(pool.all(), head.config).on(seen.height, seen.width, image.height, image.width)
 
 
-def candidates(answer: RegionAnswer, strides: tuple[int, ...], config: DetectConfig) -> Detections:
+def candidates(answer: RegionAnswer, strides: tuple[int, ...], config: DetectConfig) -> Candidates:
     """What one region's cells say, before suppression: boxes in px of the scene, which may reach beyond it."""
     classes = config.classes
     valid = torch.from_numpy(answer.valid)[None]
@@ -93,13 +92,13 @@ def candidates(answer: RegionAnswer, strides: tuple[int, ...], config: DetectCon
     return _best(box, score, config.score)
 
 
-def _best(boxes: Tensor, scores: Tensor, least: float) -> Detections:
+def _best(boxes: Tensor, scores: Tensor, least: float) -> Candidates:
     cell, class_ = (scores >= least).nonzero(as_tuple=True)
     score = scores[cell, class_]
     if len(score) > MOST_OF_REGION:
         score, best = score.topk(MOST_OF_REGION)
         cell, class_ = cell[best], class_[best]
-    return Detections(boxes[cell].cpu().numpy(), score.cpu().numpy(), class_.cpu().numpy())
+    return Candidates(boxes[cell].cpu().numpy(), score.cpu().numpy(), class_.cpu().numpy())
 
 
 class CandidatePool:
@@ -113,10 +112,10 @@ class CandidatePool:
 
     def __init__(self, width: int, height: int, most: int = MOST_CANDIDATES) -> None:
         self.limits, self.most = np.array([width, height, width, height], dtype=np.float64), most
-        self._parts: list[Detections] = []
+        self._parts: list[Candidates] = []
         self._count = 0
 
-    def add(self, found: Detections) -> None:
+    def add(self, found: Candidates) -> None:
         """Those of one region."""
         boxes = np.clip(found.boxes_xyxy, 0, self.limits)
         kept: NDArray[np.bool_] = np.asarray((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
@@ -126,7 +125,7 @@ class CandidatePool:
             best = self.all()
             self._parts, self._count = [best], len(best.scores)
 
-    def all(self) -> Detections:
+    def all(self) -> Candidates:
         """The best of all."""
         found = joined(self._parts)
         if len(found.scores) > self.most:
@@ -134,7 +133,10 @@ class CandidatePool:
         return found
 
 
-def select(found: Detections, config: DetectConfig) -> Detections:
+def select(found: Candidates, config: DetectConfig) -> Objects:
     """One of each group that overlaps, best first, `max_objects` at most."""
     kept = suppress(found.boxes_xyxy, found.scores, config.nms_iou, found.classes if config.class_aware else None)
-    return found.take(kept[: config.max_objects])
+    best = found.take(kept[: config.max_objects])
+    left, top, right, bottom = best.boxes_xyxy.T
+    places = np.stack([top + bottom, left + right], axis=1) / 2
+    return Objects(places=places, classes=best.classes, scores=best.scores, boxes_xyxy=best.boxes_xyxy)

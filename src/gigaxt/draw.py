@@ -156,6 +156,33 @@ def with_legend(picture: Picture, names: Sequence[str], colours: Sequence[Colour
     return np.asarray(canvas)
 
 
+def with_boxes(
+    picture: Picture,
+    boxes_xyxy: NDArray[np.float64],
+    classes: NDArray[np.int64],
+    names: Sequence[str],
+    *,
+    colours: Sequence[Colour] | None = None,
+) -> Picture:
+    """A picture with boxes in class colours and a legend at its side.
+
+    Args:
+        picture: (h, w, 3) uint8.
+        boxes_xyxy: (n, 4) left, top, right, bottom in px of the picture.
+        classes: (n,) from 0.
+        names: of the classes.
+        colours: one a class; None: `class_palette` without its black.
+    """
+    colours = class_palette(len(names) + 1)[1:] if colours is None else colours
+    canvas = Pillow.fromarray(picture)
+    pen = ImageDraw.Draw(canvas)
+    for box, class_ in zip(boxes_xyxy.tolist(), classes.tolist(), strict=True):
+        left, top, right, bottom = (round(side) for side in box)
+        frame = (left, top, max(right - 1, left), max(bottom - 1, top))  # the last pixel inside
+        pen.rectangle(frame, outline=colours[class_], width=2 if min(right - left, bottom - top) > 8 else 1)
+    return with_legend(np.asarray(canvas), names, colours)
+
+
 def save_png(picture: Picture, path: str | Path) -> Path:
     """Write a picture as PNG; folders are made."""
     path = Path(path)

@@ -19,6 +19,7 @@ VERBS = {
     "predict": ("gigaxt.cli.predict", "answer for new images: class scores as CSV, masks as tiled TIFF"),
     "info": ("gigaxt.cli.info", "what an image file or a model folder holds"),
     "convert": ("gigaxt.cli.convert", "make a tiled TIFF pyramid of an image, in bounded memory"),
+    "import-coco": ("gigaxt.cli.import_coco", "make a CSV of the images and boxes of a COCO JSON"),
     "import-inat": ("gigaxt.cli.import_inat", "make a CSV of iNaturalist 2018, or of some of its supercategories"),
     "import-xt": ("gigaxt.cli.import_xt", "make a model folder of a published xT checkpoint"),
 }
@@ -29,7 +30,7 @@ USAGE = """usage: gigaxt <verb> [arguments]     gigaxt <verb> --help
 {verbs}
 
 Own data in two commands:
-  gigaxt check data.csv --write run.yaml      # the CSV has columns image,label or image,mask
+  gigaxt check data.csv --write run.yaml      # the CSV has columns image,label, image,mask or image,boxes
   gigaxt train --config run.yaml --out runs/first
 
 --debug after any verb shows the traceback of an error; --version the version."""

@@ -24,8 +24,8 @@ class CheckArguments:
 
     gigaxt check data.csv --write run.yaml
 
-    The CSV has columns image,label or image,mask, or image,time,event, or label columns of any names; images that share
-    `case` are one sample. Exit status 2 where files are missing, unreadable or do not fit.
+    The CSV has columns image,label, image,mask or image,boxes, or image,time,event, or label columns of any names;
+    images that share `case` are one sample. Exit status 2 where files are missing, unreadable or do not fit.
     """
 
     csv: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CSV")]
@@ -38,8 +38,8 @@ class CheckArguments:
     """What of the images is worth encoding: tissue, or the path of a raster or of GeoJSON polygons."""
     overlays: Path | None = None
     """Write pictures of the first 32 images to this folder: masks in colours, foreground framed."""
-    task: Literal["classification", "segmentation"] | None = None
-    """Which column counts where the CSV has both label and mask."""
+    task: Literal["classification", "detection", "segmentation"] | None = None
+    """Which column counts where the CSV has several of label, mask, boxes."""
     target: Literal["single", "multi", "regression", "survival"] | None = None
     """What labels are: one class, several (a|b), numbers, or time until an event; None: what the columns suggest."""
     label_columns: tuple[str, ...] = ()

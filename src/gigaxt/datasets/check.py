@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from gigaxt.datasets.box_facts import count_boxes, draw_boxes
+from gigaxt.datasets.boxes import BoxClasses, box_classes
 from gigaxt.datasets.labels import Target
 from gigaxt.datasets.manifest import Manifest, Row, Task
 from gigaxt.datasets.mask_facts import MaskFacts, look_at_mask, mask_head
@@ -55,13 +58,13 @@ def check_manifest(
 
     Args:
         csv: the manifest.
-        task: which column counts where the CSV has both `label` and `mask`.
+        task: which column counts where the CSV has several of `label`, `mask` and `boxes`.
         target: what labels are; see `Manifest.read`. None: what the columns suggest.
         label_columns: columns of labels in place of `label`; see `Manifest.read`.
         class_field: of masks that are vector files: the property with each polygon's class.
         foreground: `tissue`, or the path of a raster or of polygons: what of the images is worth encoding. Band
             statistics are then taken there alone.
-        overlay_folder: gets a PNG of the first images: their mask in class colours, their foreground framed.
+        overlay_folder: gets a PNG of the first images: their mask or boxes in class colours, their foreground framed.
         max_overlays: how many pictures to draw at most.
         workers: threads.
         progress: called with (images done, images in all).
@@ -78,9 +81,11 @@ def check_manifest(
     head = mask_head(rows, target, class_field) if manifest.task == "segmentation" else None
     if head is not None:
         manifest = replace(manifest, target=head.target)
+    classes = box_classes(manifest) if manifest.task == "detection" and not missing else None
     looker = _Looker(
         manifest=manifest,
         head=head,
+        classes=classes,
         windows=int(np.clip(WINDOWS_IN_ALL // max(len(rows), 1), 2, 16)),
         mask_pixels=int(np.clip(MASK_PIXELS_IN_ALL // max(len(rows), 1), 1 << 22, 1 << 26)),
         foreground=_foreground(foreground),
@@ -94,7 +99,7 @@ def check_manifest(
             findings[jobs[job]] = job.result()
             if progress is not None:
                 progress(done, len(rows))
-    return _report(manifest, head, missing, [findings[line] for line in sorted(findings)], foreground)
+    return _report(manifest, head, classes, missing, [findings[line] for line in sorted(findings)], foreground)
 
 
 @dataclass
@@ -104,6 +109,7 @@ class _Finding:
     facts: ImageFacts | None = None
     statistics: BandStatistics | None = None
     mask: MaskFacts = field(default_factory=MaskFacts)
+    boxes: Counter[str] = field(default_factory=Counter)
     unreadable: list[Problem] = field(default_factory=list)
     mismatched: list[Problem] = field(default_factory=list)
     empty: list[Problem] = field(default_factory=list)
@@ -117,6 +123,8 @@ class _Looker:
     manifest: Manifest
     head: SegmentConfig | None
     """What the masks are for."""
+    classes: BoxClasses | None
+    """Of boxes; None: of another task."""
     windows: int
     mask_pixels: int
     foreground: Foreground | None
@@ -134,6 +142,12 @@ class _Looker:
             finding.unreadable.append(Problem(row.line, row.image, cause.lstrip(": ")))
         if image is not None:
             self._look_at_image(row, image, mask, finding)
+        if image is not None and self.classes is not None and row.target_path is not None:
+            try:
+                finding.boxes = count_boxes(row, image, self.classes)
+            except GigaxtError as error:
+                cause = str(error).removeprefix(f"{row.target_path}: ")
+                finding.mismatched.append(Problem(row.line, row.target_path, cause))
         return finding
 
     def _open(self, row: Row, path: Path, finding: _Finding) -> Image | None:
@@ -195,6 +209,9 @@ class _Looker:
             highest = max((value for value in finding.mask.pixels if value < draw.NOT_A_CLASS), default=0)
             shown = replace(self.head, classes=max(self.head.classes, highest + 1), ignore=-1)
             picture = with_mask(picture, mask, shown if self.head.target == "single" else self.head)
+        if self.classes is not None:
+            with suppress(GigaxtError):  # told where the boxes are counted
+                picture = draw_boxes(picture, row, image, self.classes)
         finding.overlay = draw.save_png(picture, path)
 
 
@@ -232,6 +249,7 @@ def _cause(error: Exception) -> str:
 def _report(
     manifest: Manifest,
     head: SegmentConfig | None,
+    classes: BoxClasses | None,
     missing: list[Problem],
     findings: list[_Finding],
     foreground: str | None,
@@ -256,6 +274,8 @@ def _report(
         statistics=statistics,
         head=head,
         mask=MaskFacts.of_all([finding.mask for finding in findings]),
+        boxes=dict(sorted(sum((finding.boxes for finding in findings), Counter[str]()).items())),
+        box_classes=classes,
         foreground=foreground,
         overlays=[finding.overlay for finding in findings if finding.overlay is not None],
     )

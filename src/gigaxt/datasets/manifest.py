@@ -1,10 +1,12 @@
-"""The CSV that says what a model learns from: one image a line, with its label or its mask.
+"""The CSV that says what a model learns from: one image a line, with its label, its mask or its boxes.
 
-Columns: `image`, then what is learnt: `label`, label columns of any names, or `time` and `event` (classification), or
-`mask` (segmentation). Optional: `case` (images that share it are one sample with one answer, such as the slides of a
-patient), `group` (a patient, a site), `split` (train, val, test), `label_id` (whole numbers, the order of the classes),
-`aoi` (a vector file; outside of its polygons a mask is not known) and `sha256` of the image file. No image, case or
-group is ever in two splits. Other columns are kept as text. Comma separated, UTF-8; paths are relative to the CSV.
+Columns: `image`, then what is learnt: `label`, label columns of any names, or `time` and `event` (classification),
+`mask` (segmentation), or `boxes` (detection: a COCO JSON of any number of images, or a GeoJSON of this one). Optional:
+`case` (images that share it are one sample with one answer, such as the slides of a patient), `group` (a patient, a
+site), `split` (train, val, test), `label_id` (whole numbers, the order of the classes), `aoi` (a vector file; outside of
+its polygons a mask is not known), `image_id` (which image of a COCO JSON; without it, the one of that file name) and
+`sha256` of the image file. No image, case or group is ever in two splits. Other columns are kept as text. Comma
+separated, UTF-8; paths are relative to the CSV.
 """
 
 from __future__ import annotations
@@ -46,13 +48,13 @@ from gigaxt.datasets.split import (
 )
 from gigaxt.errors import DataError
 
-Task = Literal["classification", "segmentation"]
+Task = Literal["classification", "detection", "segmentation"]
 
-TARGET_COLUMNS: dict[str, Task] = {"label": "classification", "mask": "segmentation"}
+TARGET_COLUMNS: dict[str, Task] = {"label": "classification", "mask": "segmentation", "boxes": "detection"}
 """The column that holds what is to be learnt, and the task that it stands for."""
 DENSE_COLUMNS: dict[Task, str] = {task: column for column, task in TARGET_COLUMNS.items() if task != "classification"}
 """Tasks that learn from a file, and the column with its path."""
-OPTIONAL_COLUMNS = ("split", "group", "case", "sha256", "label_id", "aoi")
+OPTIONAL_COLUMNS = ("split", "group", "case", "sha256", "label_id", "aoi", "image_id")
 KNOWN_COLUMNS = frozenset(("image", *TARGET_COLUMNS, *OPTIONAL_COLUMNS))
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gigaxt.datasets.boxes import BoxClasses
 from gigaxt.datasets.labels import LABEL
 from gigaxt.datasets.manifest import Case, Manifest
 from gigaxt.datasets.mask_facts import MaskFacts, has_vectors, numbers_line, shares
@@ -65,7 +66,7 @@ class CheckReport:
     missing: list[Problem]
     unreadable: list[Problem]
     mismatched: list[Problem]
-    """Masks of another size than their image, or that are no masks."""
+    """Masks of another size than their image, or that are no masks; boxes that do not fit."""
     empty: list[Problem]
     """Images without a valid pixel in what was read, or without foreground."""
     statistics: BandStatistics | None
@@ -74,6 +75,10 @@ class CheckReport:
     """What the masks suggest; None where there are none."""
     mask: MaskFacts
     """What they hold."""
+    boxes: dict[str, int]
+    """Boxes of each class, and those that are not learnt, see `gigaxt.datasets.box_facts`."""
+    box_classes: BoxClasses | None
+    """Of boxes; None: of another task, or where files are missing."""
     foreground: str | None
     overlays: list[Path]
 
@@ -125,6 +130,7 @@ class CheckReport:
         lines += _count_lines(manifest)
         lines += self._image_lines()
         lines += self._mask_lines()
+        lines += self._box_lines()
         for title, problems in self._problems():
             lines.append(f"{title}: {len(problems) or 'none'}")
             lines += [f"  line {p.line}: {p.path}: {p.cause}" for p in problems[:LISTED]] + _more(len(problems))
@@ -147,9 +153,16 @@ class CheckReport:
             ("unreadable", self.unreadable),
             ("without valid pixels or foreground", self.empty),
         ]
-        return (
-            [*problems, ("masks that do not fit", self.mismatched)] if self.mask.known or self.mismatched else problems
-        )
+        if not (self.mask.known or self.mismatched):
+            return problems
+        what = "boxes" if self.manifest.task == "detection" else "masks"
+        return [*problems, (f"{what} that do not fit", self.mismatched)]
+
+    def _box_lines(self) -> list[str]:
+        if self.box_classes is None:
+            return []
+        found = [f"  {count:>7}  {name}" for name, count in self.boxes.items()]
+        return [f"boxes: {sum(self.boxes.values()):,}", *found[:LISTED], *_more(len(found))]
 
     def _mask_lines(self) -> list[str]:
         facts, head = self.mask, self.head
@@ -202,7 +215,9 @@ class CheckReport:
             found.append(
                 f"replace or remove unreadable files ({len(self.unreadable)}), or train with on_bad_image: skip"
             )
-        if self.mismatched:
+        if self.mismatched and self.manifest.task == "detection":
+            found.append("correct the boxes that do not fit: their image, its size, their place or their class")
+        elif self.mismatched:
             found.append("correct the masks that do not fit: see `gigaxt.masks.open_mask` for what may be one")
         if self.empty:
             found.append(

@@ -91,6 +91,13 @@ def _head(report: CheckReport) -> str:
     manifest = report.manifest
     if manifest.task == "segmentation":
         return _segment_head(report)
+    if report.box_classes is not None:
+        known, ids = report.box_classes
+        lines = ["kind: detect  # objects with boxes", f"classes: {len(known)}"]
+        lines.append(f"class_names: {_list(map(_text, known))}")
+        if ids is not None:
+            lines.append(f"category_ids: {_list(map(str, ids))}  # of the classes, in COCO JSON")
+        return _indented(*lines)
     if manifest.target == "survival":
         return _indented(
             "kind: classify  # one answer for the whole image or case",

@@ -56,13 +56,18 @@ class Numbering:
         return to_rle(segmentation, *size)
 
 
-def read_truth(source: str | Path | Item, iou: Iou) -> tuple[Numbering, list[Json]]:
-    """Read images, categories and objects.
+def read_truth(source: str | Path | Item, iou: Iou, name: str = "truth") -> tuple[Numbering, list[Json]]:
+    """Read images, categories and objects. What has no box has that of its mask.
+
+    Args:
+        source: COCO JSON, the file or what it holds.
+        iou: whether boxes or masks are read.
+        name: what errors call it where it is no file.
 
     Raises:
         DataError: named with the file and the annotation.
     """
-    name, data = _load(source, "truth")
+    name, data = load_json(source, name)
     if not isinstance(data, Mapping):
         raise DataError(f"{name}: expected COCO JSON, an object with `images`, got {type(data).__name__}")
     for key in ("images", "categories", "annotations"):
@@ -86,7 +91,7 @@ def read_predictions(source: str | Path | Sequence[Item], numbering: Numbering, 
     Raises:
         DataError: named with the file and the prediction's place in the list.
     """
-    name, data = _load(source, "predictions")
+    name, data = load_json(source, "predictions")
     if not isinstance(data, Sequence) or isinstance(data, str):
         raise DataError(f"{name}: expected COCO results, a list of predictions, got {type(data).__name__}")
     return _read_all(data, f"{name}: prediction", lambda item: _read_prediction(item, numbering, iou))
@@ -115,7 +120,10 @@ def _read_object(item: Item, numbering: Numbering, iou: Iou) -> Json:
         result["segmentation"] = numbering.mask(item.get("segmentation"), result["image_id"])
         area, _ = area_and_box(result["segmentation"])
     else:
-        _, _, width, height = result["bbox"] = _read_box(item.get("bbox"))
+        box = item.get("bbox")
+        if not _has(item, "bbox") and _has(item, "segmentation"):
+            _, box = area_and_box(numbering.mask(item["segmentation"], result["image_id"]))
+        _, _, width, height = result["bbox"] = _read_box(box)
         area = width * height
     given = item.get("area")
     return result | {"area": area if given is None else _read_number("area", given, at_least=0)}
@@ -176,7 +184,7 @@ def _number(name: str, key: str, items: Sequence[Any]) -> dict[Any, int]:
     return {given: number for number, given in enumerate(sorted(ids), start=1)}
 
 
-def _load(source: Any, name: str) -> tuple[str, Any]:
+def load_json(source: Any, name: str) -> tuple[str, Any]:
     """What errors call it, and what the JSON holds."""
     if not isinstance(source, (str, Path)):
         return name, source

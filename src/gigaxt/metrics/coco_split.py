@@ -78,7 +78,7 @@ def _boxes(items: list[Json]) -> Boxes:
 
 def _group(objects: Boxes, found: Boxes) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """A number for each object and each prediction, the same where they overlap, directly or by way of others."""
-    pairs = _overlapping(objects, found)
+    pairs = overlapping(objects, found)
     n, total = len(objects), len(objects) + len(found)
     edges = coo_array((np.ones(len(pairs)), (pairs[:, 0], n + pairs[:, 1])), shape=(total, total))
     _, cluster = connected_components(edges, directed=False)
@@ -88,7 +88,7 @@ def _group(objects: Boxes, found: Boxes) -> tuple[NDArray[np.intp], NDArray[np.i
     return group[:n], group[n:]
 
 
-def _overlapping(first: Boxes, second: Boxes) -> NDArray[np.intp]:
+def overlapping(first: Boxes, second: Boxes) -> NDArray[np.intp]:
     """All pairs of a box of each that overlap or touch, (pairs, 2)."""
     order = np.argsort(second[:, 0])
     second = second[order]

@@ -10,11 +10,13 @@ from gigaxt.errors import ConfigError
 from gigaxt.nn.heads import DetectConfig, HeadConfig, PointsConfig, SegmentConfig
 from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase
 from gigaxt.tasks.classification import Classification
+from gigaxt.tasks.detection import Detection
 from gigaxt.tasks.fitting import fitted, fitted_numbers
 from gigaxt.tasks.segmentation import Segmentation
 
 __all__ = [
     "Classification",
+    "Detection",
     "Evaluation",
     "Segmentation",
     "Tally",
@@ -40,7 +42,9 @@ def read_manifest(head: HeadConfig, csv: str | Path, *, split_seed: int = 0, fol
         DataError: the CSV has no column for this head, or labels that are not the model's classes.
         ConfigError: the head has another number of classes than the CSV, and no `class_names` to tell them by.
     """
-    if isinstance(head, DetectConfig | PointsConfig):
+    if isinstance(head, DetectConfig):
+        return Manifest.read(csv, task="detection", split_seed=split_seed, fold=fold)
+    if isinstance(head, PointsConfig):
         raise ConfigError(f"model.head: {head.kind} learns in a loop of your own as yet, not from a CSV")
     if isinstance(head, SegmentConfig):
         return Manifest.read(csv, task="segmentation", target=head.target, split_seed=split_seed, fold=fold)
@@ -75,5 +79,7 @@ def make_task(head: HeadConfig, manifest: Manifest) -> Task:
     """The task that goes with a model's head."""
     if isinstance(head, SegmentConfig):
         return Segmentation(manifest, head)
-    assert not isinstance(head, DetectConfig | PointsConfig), "refused by read_manifest"
+    if isinstance(head, DetectConfig):
+        return Detection(manifest, head)
+    assert not isinstance(head, PointsConfig), "refused by read_manifest"
     return Classification(manifest, head.class_names, head.time_bins)

@@ -12,7 +12,7 @@ from torch import Tensor
 from gigaxt.datasets.manifest import Manifest, Row
 from gigaxt.image.base import Image
 
-COUNT_COLUMNS = ("cases", "known", "pixels", "at_risk", "events")
+COUNT_COLUMNS = ("boxes", "cases", "known", "pixels", "at_risk", "events")
 """Columns of `Evaluation.per_class` that are whole numbers."""
 WORST_KEPT = 12
 """Worst cases that an evaluation remembers."""
@@ -129,6 +129,20 @@ class Task(ABC):
             DataError: the manifest's target does not fit the image or the model.
             ImageError: a target raster cannot be read.
         """
+
+    def answer(self, model: Any, images: Sequence[Any], targets: Sequence[Any]) -> Mapping[str, Any]:
+        """What a tally is given of some cases: the sums or logits of the model, and more where the task needs it.
+
+        Args:
+            model: has `evaluate(images, targets)`.
+            images: of the cases.
+            targets: of `target`, one a case.
+        """
+        output: Mapping[str, Any] = model.evaluate(images, targets)
+        return output
+
+    def settle(self, head: Any, evaluation: Evaluation) -> None:  # noqa: B027  # most tasks have nothing to settle
+        """Set in the config of a head what follows from an evaluation of its model, which is now the best."""
 
     @abstractmethod
     def tally(self) -> Tally:

@@ -21,8 +21,8 @@ class DataConfig:
     """Which images, and how they are divided."""
 
     csv: str
-    """The manifest: `image,label[,split][,group][,case]` or `image,mask[,...]`, paths relative to the CSV. In a YAML
-    file the CSV's own path is relative to that file."""
+    """The manifest: `image,label[,split][,group][,case]`, `image,mask[,...]` or `image,boxes[,...]`, paths relative to
+    the CSV. In a YAML file the CSV's own path is relative to that file."""
     split_seed: int = 0
     """Divides the groups into train, val and test where the CSV has no `split` column, and into folds."""
     folds: int | None = None
@@ -157,10 +157,10 @@ class RunConfig:
     """How."""
 
     def __post_init__(self) -> None:
-        augment, dense = self.train.augment, self.model.head.kind == "segment"
+        augment, dense = self.train.augment, self.model.head.kind != "classify"
         if dense and augment.randaugment is not None:
             raise ConfigError(
-                "train.augment.randaugment: knows nothing of masks; for segmentation use colour, dihedral"
+                "train.augment.randaugment: knows nothing of masks and boxes; for dense heads use colour, dihedral"
             )
         if self.model.input.foreground is not None and augment.crop_area is not None:
             raise ConfigError("train.augment.crop_area and model.input.foreground exclude each other; remove one")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -69,7 +68,7 @@ def tallied(
                 images, targets = [sample.given for sample in group], [sample.target for sample in group]
                 try:
                     with torch.no_grad():
-                        output: Mapping[str, Any] = model.evaluate(images, targets)  # type: ignore[operator]
+                        output = task.answer(model, images, targets)
                 except ImageError as error:
                     group = without_guilty(group, error, skipped)
                     continue

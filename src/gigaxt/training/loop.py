@@ -287,6 +287,7 @@ class Run:
         # A score that is never defined cannot choose: then the newest model is kept, as without a val split.
         if math.isnan(old) or self.task.better(evaluation.metrics[name], old):
             state.best = Best(step=state.step, evaluation=evaluation)
+            self.task.settle(cast(ModelConfig, self.evaluated_model.config).head, evaluation)
             self.save_model()
 
     def _evaluate(self) -> Evaluation:

@@ -13,8 +13,8 @@ from gigaxt.config import to_dict
 from gigaxt.datasets.labels import LABEL
 from gigaxt.datasets.manifest import Manifest
 from gigaxt.errors import CheckpointError, ConfigError
-from gigaxt.nn.heads import ClassifyConfig, SegmentConfig
-from gigaxt.tasks import Task, fitted, fitted_numbers, make_task, read_manifest
+from gigaxt.nn.heads import ClassifyConfig, DetectConfig, SegmentConfig
+from gigaxt.tasks import Detection, Task, fitted, fitted_numbers, make_task, read_manifest
 from gigaxt.training.checkpoint import checkpoints, one_line, recover_folder
 from gigaxt.training.config import RunConfig, differences, read_yaml, run_config
 from gigaxt.training.device import check_budgets, pick_device
@@ -115,6 +115,9 @@ def _resolved(config: RunConfig, manifest: Manifest, stored: RunConfig | None) -
     task = make_task(head, manifest)
     if head.class_names is None:
         head = replace(head, class_names=list(task.class_names))
+    if isinstance(task, Detection) and isinstance(head, DetectConfig) and head.category_ids is None:
+        ids = task.classes.ids
+        head = replace(head, category_ids=None if ids is None else list(ids))
     if config.train.class_weights == "balanced":
         if head.class_weights is not None and (stored is None or stored.model.head.class_weights != head.class_weights):
             raise ConfigError("train.class_weights and model.head.class_weights are both set; remove one")

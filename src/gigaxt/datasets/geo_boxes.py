@@ -1,0 +1,146 @@
+"""Boxes of GeoJSON: around each geometry of a file of one image, with the class that its properties name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gigaxt.errors import DataError
+from gigaxt.image.base import Image
+from gigaxt.polygons import epsg_code
+
+CLASS_KEYS = ("class", "category", "label", "name")
+"""Properties that may name the class, the first that is there; after QuPath's `classification`."""
+LON_LAT = "4326"
+
+
+def is_geojson(path: Path) -> bool:
+    """Whether a file holds GeoJSON by its name; COCO JSON ends with .json."""
+    return path.suffix.lower() == ".geojson"
+
+
+def geojson_classes(path: Path) -> list[str | None]:
+    """The class of each feature, None where its properties name none."""
+    return [_class_of(feature) for feature, _ in _features(path)]
+
+
+def read_geojson_boxes(path: Path, image: Image) -> tuple[NDArray[np.float64], list[str | None]]:
+    """Boxes (n, 4) as left, top, right, bottom in px of an image, and their classes.
+
+    Coordinates are in the image's CRS; in another one that the file's member `crs` names; longitude and latitude, where
+    it names none, all numbers can be such and the image's CRS has another unit; or px (x, y), where the image has no
+    CRS.
+
+    Raises:
+        DataError: no GeoJSON, a geometry without finite corners, a CRS where the image has none or that is not known,
+            or a box outside of the image.
+    """
+    crs, features = _crs(path), list(_features(path))
+    corners = [_corners(path, number, geometry) for number, (_, geometry) in enumerate(features)]
+    if not corners:
+        return np.zeros((0, 4)), []
+    everything = np.concatenate(corners)
+    pixels = _to_pixels(path, crs, everything, image)
+    parts = np.split(pixels, np.cumsum([len(part) for part in corners])[:-1])
+    boxes = np.array([[*part.min(axis=0), *part.max(axis=0)] for part in parts])
+    x0, y0, x1, y1 = boxes.T
+    outside = (x0 >= image.width) | (y0 >= image.height) | (x1 <= 0) | (y1 <= 0)
+    if outside.any():
+        number = int(np.flatnonzero(outside)[0])
+        raise DataError(
+            f"{path}: feature {number} (from 0) lies outside of {image.name}, {image.width} x {image.height} px: its "
+            f"box is {boxes[number].round(1).tolist()} px; is the file of this image, and in its CRS?"
+        )
+    return boxes, [_class_of(feature) for feature, _ in features]
+
+
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: expected GeoJSON, got {error}") from error
+
+
+def _features(path: Path) -> Iterator[tuple[Mapping[str, Any], Any]]:
+    """Properties and geometry of each feature that has one; QuPath writes a bare list."""
+    data = _load(path)
+    members = data.get("features") if isinstance(data, Mapping) else data
+    if not isinstance(members, list):
+        raise DataError(f"{path}: expected a FeatureCollection, or a list of features, got {type(data).__name__}")
+    for member in members:
+        if not isinstance(member, Mapping) or member.get("type") != "Feature":
+            raise DataError(f"{path}: expected features, got {member!r:.60}")
+        if member.get("geometry") is not None:
+            properties = member.get("properties")
+            yield properties if isinstance(properties, Mapping) else {}, member["geometry"]
+
+
+def _crs(path: Path) -> str | None:
+    data = _load(path)
+    crs = data.get("crs") if isinstance(data, Mapping) else None
+    name = crs.get("properties", {}).get("name") if isinstance(crs, Mapping) else crs
+    return None if name is None else str(name)
+
+
+def _class_of(properties: Mapping[str, Any]) -> str | None:
+    own = properties.get("classification")
+    if isinstance(own, Mapping) and own.get("name") is not None:
+        return str(own["name"])
+    found = next((properties[key] for key in CLASS_KEYS if properties.get(key) is not None), None)
+    return None if found is None else str(found)
+
+
+def _corners(path: Path, number: int, geometry: Any) -> NDArray[np.float64]:
+    """All corners (n, 2) of a geometry as (x, y)."""
+    found = list(_positions(geometry.get("coordinates"))) if isinstance(geometry, Mapping) else []
+    corners = np.array(found, dtype=np.float64).reshape(-1, 2)
+    if len(corners) < 2 or not np.isfinite(corners).all() or not (np.ptp(corners, axis=0) > 0).all():
+        raise DataError(
+            f"{path}: feature {number} (from 0): expected a geometry with finite corners around an area, got "
+            f"{geometry!r:.80}"
+        )
+    return corners
+
+
+def _positions(coordinates: Any) -> Iterator[tuple[float, float]]:
+    if not isinstance(coordinates, list):
+        return
+    if len(coordinates) >= 2 and all(isinstance(number, int | float) for number in coordinates[:2]):
+        yield float(coordinates[0]), float(coordinates[1])
+        return
+    for part in coordinates:
+        yield from _positions(part)
+
+
+def _to_pixels(path: Path, crs: str | None, corners: NDArray[np.float64], image: Image) -> NDArray[np.float64]:
+    if image.crs is None or image.transform is None:
+        if crs is not None:
+            raise DataError(f"{path}: has the CRS {crs}, but {image.name} has none; write px (x, y), without `crs`")
+        return corners
+    own, given = epsg_code(image.crs), epsg_code(crs)
+    if crs is None and own != LON_LAT and (np.abs(corners) <= (180, 90)).all():
+        crs, given = "EPSG:4326", LON_LAT
+    if crs is not None and (given is None or given != own):
+        corners = _transformed(path, crs if given is None else f"EPSG:{given}", corners, image)
+    a, b, c, d, e, f = image.transform
+    return np.asarray(np.linalg.solve(np.array([[a, b], [d, e]]), (corners - (c, f)).T).T)
+
+
+def _transformed(path: Path, crs: str, corners: NDArray[np.float64], image: Image) -> NDArray[np.float64]:
+    try:
+        from rasterio.errors import CRSError
+        from rasterio.warp import transform
+    except ImportError as error:
+        raise DataError(
+            f"{path}: is in {crs}, {image.name} in {image.crs}: pip install 'gigaxt[geo]', or use ogr2ogr -t_srs"
+        ) from error
+    try:
+        x, y = transform(crs, image.crs, *corners.T.tolist())
+    except CRSError as error:
+        raise DataError(f"{path}: cannot go from {crs} to the CRS of {image.name}: {error}") from error
+    return np.stack([x, y], axis=1)

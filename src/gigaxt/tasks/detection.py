@@ -1,0 +1,251 @@
+"""Objects of a scene, with boxes and classes: COCO's average precision, and F1 at one score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gigaxt.boxes import BoxTarget
+from gigaxt.datasets.boxes import BoxClasses, RowBoxes, box_classes, learnt_boxes, row_boxes
+from gigaxt.datasets.manifest import Manifest, Row
+from gigaxt.errors import ConfigError, DataError
+from gigaxt.image.base import Image
+from gigaxt.metrics import coco_score
+from gigaxt.nn.heads.detect import DetectConfig
+from gigaxt.objects import Objects
+from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase, worst_first
+from gigaxt.tasks.bootstrap import about_groups, estimate
+from gigaxt.tasks.box_matching import FALSE, FOUND, match
+
+MATCHED_IOU = 0.5
+"""Overlap from which on an object counts as found in F1."""
+COCO_MOST = 100
+"""Predictions of an image and class that COCO scores; more where an image has more objects of a class."""
+
+
+class TruthTarget(BoxTarget):
+    """Boxes to learn, which remember what their file says of them for the scores."""
+
+    truth: RowBoxes
+
+
+class Detection(Task):
+    """Objects with boxes and classes.
+
+    Args:
+        manifest: where the boxes are.
+        head: of the model.
+
+    Raises:
+        ConfigError: the files have another number of classes than the head, which names none.
+    """
+
+    best = "AP"
+    metric_names = ("AP", "AP50", "AP75", "f1", "precision", "recall", "best_f1", "best_threshold")
+    images_per_call = 1  # the loss of each image is wanted, and its objects are found one scene at a time
+
+    def __init__(self, manifest: Manifest, head: DetectConfig) -> None:
+        self.manifest, self.head = manifest, head
+        if head.class_names is not None:
+            ids = head.category_ids
+            self.classes = BoxClasses(tuple(head.class_names), None if ids is None else tuple(ids))
+        else:
+            self.classes = box_classes(manifest)
+        self.class_names = self.classes.names
+        if len(self.class_names) != head.classes:
+            raise ConfigError(
+                f"model.head.classes is {head.classes}, but the boxes of {manifest.path} have {len(self.class_names)}: "
+                f"{', '.join(self.class_names[:8])}; set it to that"
+            )
+
+    def target(self, row: Row, image: Image) -> TruthTarget:
+        """The boxes, in px of `image`."""
+        truth = row_boxes(row, image, self.classes)
+        boxes = learnt_boxes(truth, image)
+        target = TruthTarget(
+            boxes.boxes_xyxy,
+            boxes.classes,
+            boxes.crowd,
+            name=str(row.target_path),
+            size_px=(image.height, image.width),
+        )
+        target.truth = truth
+        return target
+
+    def answer(self, model: Any, images: Sequence[Any], targets: Sequence[Any]) -> Mapping[str, Any]:
+        """The sums of the loss, and `objects` of each image."""
+        from gigaxt.detection import detect  # which needs models, and they need no tasks
+
+        return {**model.evaluate(images, targets), "objects": [detect(model, image) for image in images]}
+
+    def settle(self, head: Any, evaluation: Evaluation) -> None:
+        """The score from which on an object counts is the best on what was evaluated."""
+        if math.isfinite(evaluation.metrics["best_threshold"]):
+            head.threshold = evaluation.metrics["best_threshold"]
+
+    def tally(self) -> DetectionTally:
+        """A fresh, empty tally."""
+        return DetectionTally(self)
+
+    def class_counts(self, split: str) -> list[float]:
+        """Boxes of each class."""
+        from gigaxt.image.open import open_image
+
+        counts = np.zeros(len(self.class_names))
+        for row in self.manifest.split(split):
+            boxes = row_boxes(row, open_image(row.image), self.classes)
+            counts += np.bincount(boxes.classes[~boxes.crowd], minlength=len(counts))
+        return [float(count) for count in counts]
+
+
+class _Image(NamedTuple):
+    """What came of one image."""
+
+    row: Row
+    size_px: tuple[int, int]
+    truth: RowBoxes
+    objects: Objects
+    matched: NDArray[np.int64]
+    """(objects,) `FOUND`, `FALSE` or `IGNORED`."""
+    loss_sum: float
+    answering: float
+
+    @property
+    def true_count(self) -> int:
+        """Objects to find."""
+        return int((~self.truth.crowd).sum())
+
+    def counts(self, threshold: float) -> tuple[int, int, int]:
+        """Objects found, predictions that find none, and objects to find, from a score on."""
+        matched = self.matched[self.objects.scores >= threshold]
+        return int((matched == FOUND).sum()), int((matched == FALSE).sum()), self.true_count
+
+
+class DetectionTally(Tally):
+    """Objects of each image of a split, with the truth."""
+
+    def __init__(self, task: Detection) -> None:
+        self.task: Detection = task
+        self.images: list[_Image] = []
+
+    @property
+    def rows(self) -> list[Row]:
+        """The row of each image."""
+        return [image.row for image in self.images]
+
+    def update(self, rows: Sequence[Row], targets: Sequence[Any], output: Mapping[str, Any]) -> None:
+        """Add `{"loss_sum", "answering", "objects"}` of one image."""
+        (row,), (target,), (objects,) = rows, targets, output["objects"]
+        truth: RowBoxes = target.truth
+        matched = match(objects.boxes_xyxy, objects.classes, truth.boxes_xyxy, truth.classes, truth.crowd, MATCHED_IOU)
+        sums = float(output["loss_sum"]), float(output["answering"])
+        self.images.append(_Image(row, target.size_px, truth, objects, matched, *sums))
+
+    def select(self, keep: Callable[[Row], bool]) -> Self:
+        """The tally of some images."""
+        part = type(self)(self.task)
+        part.images = [image for image in self.images if keep(image.row)]
+        return part
+
+    def merged(self, other: Self) -> Self:
+        """The tally of the images of both."""
+        both = type(self)(self.task)
+        both.images = self.images + other.images
+        return both
+
+    def compute(self) -> Evaluation:
+        """COCO's AP, F1 at the model's threshold and the best one; AP and boxes per class."""
+        if not self.images:
+            raise DataError("there is no image to evaluate")
+        most = self._most_of_a_class()
+        scores = coco_score(*self._as_coco(), max_dets=(1, 10, most))
+        stats = {name: _or_nan(scores["stats"][name]) for name in ("AP", "AP50", "AP75")}
+        counts = torch.tensor([image.counts(self.task.head.threshold) for image in self.images], dtype=torch.float64)
+        groups = [image.row.group or image.row.case or str(image.row.image) for image in self.images]
+        metrics, intervals = estimate(partial(_scores, counts), groups)
+        best_f1, best_threshold = self._best_threshold()
+        answering = sum(image.answering for image in self.images)
+        notes = [f"F1, precision and recall count objects of a score from {self.task.head.threshold:.3g} on"]
+        if most > COCO_MOST:
+            notes.append(f"AP is of up to {most} predictions an image and class, since there are so many objects")
+        return Evaluation(
+            images=len(self.images),
+            loss=sum(image.loss_sum for image in self.images) / max(answering, 1),
+            metrics={**stats, **metrics, "best_f1": best_f1, "best_threshold": best_threshold},
+            intervals=intervals,
+            notes=[*notes, *about_groups(len(set(groups)))],
+            per_class=self._per_class(scores["per_category_AP"]),
+            worst=worst_first([self._worst_case(image) for image in self.images]),
+        )
+
+    def _as_coco(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Truth and predictions, with images and classes numbered from 1."""
+        truth: list[dict[str, Any]] = []
+        found: list[dict[str, Any]] = []
+        for number, image in enumerate(self.images, start=1):
+            columns = zip(*(column.tolist() for column in image.truth), strict=True)
+            for box, class_, crowd, area in columns:
+                object_ = {"id": len(truth) + 1, "image_id": number, "category_id": class_ + 1, "area": area}
+                truth.append({**object_, "bbox": _xywh(box), "iscrowd": int(crowd)})
+            assert image.objects.boxes_xyxy is not None
+            objects = image.objects.boxes_xyxy.tolist(), image.objects.classes.tolist(), image.objects.scores.tolist()
+            for box, class_, score in zip(*objects, strict=True):
+                found.append({"image_id": number, "category_id": class_ + 1, "bbox": _xywh(box), "score": score})
+        sizes = [{"id": i, "height": im.size_px[0], "width": im.size_px[1]} for i, im in enumerate(self.images, 1)]
+        categories = [{"id": i} for i, _ in enumerate(self.task.class_names, start=1)]
+        return {"images": sizes, "categories": categories, "annotations": truth}, found
+
+    def _most_of_a_class(self) -> int:
+        most = max((int(np.bincount(im.truth.classes, minlength=1).max()) for im in self.images), default=0)
+        return max(COCO_MOST, most)
+
+    def _best_threshold(self) -> tuple[float, float]:
+        """The largest F1 over all thresholds, and the score where it is reached; NaN without objects."""
+        scores = np.concatenate([image.objects.scores for image in self.images])
+        matched = np.concatenate([image.matched for image in self.images])
+        order = np.argsort(-scores, kind="stable")
+        scores, matched = scores[order], matched[order]
+        true = sum(image.true_count for image in self.images)
+        if not true or not len(scores):
+            return (0.0 if true else math.nan), math.nan
+        found, wrong = (np.cumsum(matched == kind) for kind in (FOUND, FALSE))
+        f1 = 2 * found / (found + wrong + true)
+        f1[:-1][scores[1:] == scores[:-1]] = -1  # a threshold takes all of one score
+        best = int(f1.argmax())
+        return float(f1[best]), float(scores[best])
+
+    def _per_class(self, precision: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        classes = len(self.task.class_names)
+        counts = sum(np.bincount(im.truth.classes[~im.truth.crowd], minlength=classes) for im in self.images)
+        return {
+            name: {"AP": _or_nan(precision[str(i)]), "boxes": float(np.asarray(counts)[i - 1])}
+            for i, name in enumerate(self.task.class_names, start=1)
+        }
+
+    def _worst_case(self, image: _Image) -> WorstCase:
+        found, wrong, true = image.counts(self.task.head.threshold)
+        f1 = 2 * found / (found + wrong + true) if found + wrong + true else 1.0
+        caption = f"F1 {f1:.3f}: {found} of {true} objects found, {wrong} predictions of nothing"
+        return WorstCase(image=str(image.row.image), badness=1 - f1, caption=caption)
+
+
+def _scores(counts: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Scores (draws,) of images weighted by (images, draws), from (images, 3) found, wrong and true."""
+    found, wrong, true = counts.T @ weights  # (draws,) each
+    return {"f1": 2 * found / (found + wrong + true), "precision": found / (found + wrong), "recall": found / true}
+
+
+def _xywh(box: Sequence[float]) -> list[float]:
+    left, top, right, bottom = box
+    return [left, top, right - left, bottom - top]
+
+
+def _or_nan(value: float) -> float:
+    return math.nan if value < 0 else value
