@@ -1,4 +1,4 @@
-"""`gigaxt eval`: score a model, a run or folds on the images of a CSV."""
+"""`gigaxt eval`: score a model, a run or folds on the images of a CSV, or predictions in a file."""
 
 from __future__ import annotations
 
@@ -29,12 +29,16 @@ FEW_CASES = 10
 
 @dataclass(kw_only=True)
 class EvalArguments:
-    """Score a model on the images of a CSV: gigaxt eval runs/a data.csv --split test."""
+    """Score a model on the images of a CSV, or COCO results against COCO JSON.
+
+    gigaxt eval runs/a data.csv --split test          gigaxt eval predictions.json truth.json --iou segm
+    """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Folder of a model, of a run (its best model), or of folds (each on what it was not trained on)."""
+    """Folder of a model, of a run (its best model), or of folds (each on what it was not trained on); or a .json of
+    COCO results."""
     csv: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CSV")]
-    """The manifest."""
+    """The manifest; or the .json of COCO's truth."""
     split: Literal["train", "val", "test", "all"] = "val"
     """Which rows."""
     by: str | None = None
@@ -43,6 +47,12 @@ class EvalArguments:
     """MODEL holds the runs of `gigaxt train --folds`; the number, which may be left out, is how many there must be."""
     split_seed: int | None = None
     """Divides a CSV without a `split` column; None: as the run did (0 for a model alone)."""
+    iou: Literal["bbox", "segm"] = "bbox"
+    """Of COCO results: compare boxes or masks."""
+    categories: Literal["apart", "together"] = "apart"
+    """Of COCO results: together takes all objects for one category."""
+    max_dets: tuple[int, ...] = (1, 10, 100)
+    """Of COCO results: how many of an image and category count, best first; raise it where there are more objects."""
     json: Path | None = None
     """Also write the scores to this file."""
     batch: int = 4
@@ -71,6 +81,9 @@ def main(args: Sequence[str]) -> int:
     """Evaluate and print tables; exit status 0."""
     arguments = parse(EvalArguments, _with_fold_count(args), verb="eval")
 
+    if arguments.model.suffix.lower() == ".json":
+        return score_files(arguments)
+
     from gigaxt.training.folds import fold_folders
 
     folders = fold_folders(arguments.model)
@@ -84,6 +97,24 @@ def main(args: Sequence[str]) -> int:
         print(f"skipped: {reason}")
     if arguments.json is not None:
         write_json(arguments.json, {**scores, "skipped": skipped or {}})
+    return 0
+
+
+def score_files(arguments: EvalArguments) -> int:
+    """Print COCO's scores of results in a file; exit status 0."""
+    from gigaxt.cli.tables import print_coco
+    from gigaxt.metrics import coco_score
+
+    scores = coco_score(
+        arguments.csv,
+        arguments.model,
+        iou=arguments.iou,
+        max_dets=arguments.max_dets,
+        use_categories=arguments.categories == "apart",
+    )
+    print_coco(scores, f"{arguments.model} against {arguments.csv}, {arguments.iou}")
+    if arguments.json is not None:
+        write_json(arguments.json, dict(scores))
     return 0
 
 

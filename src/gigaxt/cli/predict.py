@@ -1,4 +1,4 @@
-"""`gigaxt predict`: a model's answers for images; class scores as CSV, masks as tiled TIFF."""
+"""`gigaxt predict`: a model's answers for images; class scores as CSV, masks as tiled TIFF, objects as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class PredictArguments:
-    """Answers for images of any size, class scores or masks.
+    """Answers for images of any size: class scores, masks or objects.
 
     gigaxt predict runs/a scene.tif --out mask.tif     The same command goes on where a stopped one stood.
     """
@@ -35,7 +35,11 @@ class PredictArguments:
     ]
     """Images, folders, quoted patterns, or CSVs with columns `image` and, for a classifier, `case`."""
     out: Path
-    """A .csv for scores, a .tif for one mask, or a folder for the masks of several images."""
+    """A .csv for scores, a .tif for one mask, or a folder for the masks of several images. Of objects: a .json (COCO
+    results, all images), a .csv (all images), a .geojson (one image; in its CRS, or px as QuPath reads them), or a
+    folder for a .geojson each."""
+    score: float | None = None
+    """Objects that score less are left out. None: the model's threshold; of COCO results nearly all are kept."""
     probabilities: Probabilities | None = None
     """Also write NAME_probabilities.tif, a band a class."""
     overlap: int | None = None
@@ -43,7 +47,7 @@ class PredictArguments:
     dihedral: Literal[1, 4, 8] = 1
     """Average over quarter turns (4), and mirror images (8)."""
     png: bool = False
-    """Also draw each mask over its image, as a small PNG."""
+    """Also draw each mask, or the objects, over their image, as a small PNG."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What an image that cannot be read or does not fit the model does; skipped ones are listed, exit status 1."""
     device: str = "auto"
@@ -69,7 +73,13 @@ def main(args: Sequence[str]) -> int:
     model.streaming = replace(model.streaming, chunk_regions=arguments.chunk_regions)
     skipped: dict[str, str] | None = {} if arguments.on_bad_image == "skip" else None
     with autocast(device, arguments.amp):
-        if model.dense:
+        if model.config.head.kind == "detect":
+            from gigaxt.cli.predict_objects import predict_objects
+
+            predict_objects(model, images, arguments, skipped)
+        elif arguments.score is not None:
+            raise ConfigError("--score: is for models that find objects")
+        elif model.dense:
             predict_masks(model, images, arguments, skipped)
         else:
             predict_scores(model, images, arguments, skipped)

@@ -70,6 +70,21 @@ def print_folds(spreads: Mapping[str, Spread], title: str) -> None:
     console.print(table)
 
 
+def print_coco(scores: Mapping[str, Mapping[str, float]], title: str) -> None:
+    """What `gigaxt.metrics.coco_score` returns; -1, where there is no object to find, as a dash."""
+    console = _console()
+    console.print(title, markup=False)
+    for part, first in (("stats", "score"), ("per_category_AP", "category")):
+        if not scores[part]:
+            continue
+        table = Table()
+        table.add_column(first)
+        table.add_column("value" if part == "stats" else "AP", justify="right")
+        for name, value in scores[part].items():
+            table.add_row(name, _number(value if value >= 0 else math.nan))
+        console.print(table)
+
+
 def _console() -> Console:
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=WIDE)

@@ -1,4 +1,4 @@
-"""Scene in, streamed result out: scores to CSV, masks and probabilities to tiled pyramidal TIFF."""
+"""Scene in, streamed result out: scores to CSV, masks and probabilities to tiled TIFF, objects to JSON and CSV."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image import Image, open_image
+from gigaxt.inference.found import write_found
 from gigaxt.inference.masks import Probabilities, segment
 from gigaxt.inference.parts import is_done, make_plan
 from gigaxt.inference.scores import class_names, scores, write_scores
@@ -47,7 +48,8 @@ def predict(
             model writes a tiled pyramidal TIFF of class numbers, with the scene's CRS and
             transform or pixel size and the classes' colours; pixels without data, and regions that the model's
             `foreground` leaves out, hold 255 as nodata (65535 from 256 classes on). Labels are bands of 0 and 1 (nodata
-            255), numbers bands of float32 (nodata NaN).
+            255), numbers bands of float32 (nodata NaN). A detection model writes the objects that score `threshold` of
+            its head or more as GeoJSON or CSV (see `gigaxt.objects`), or all as COCO results (.json), by the suffix.
         cases: of a classifier: which case each of the sources belongs to; one answer for all images of a case. Empty:
             the image is its own.
         overlap: of a segmentation: px by which the windows that are decoded overlap, against seams. Their probabilities
@@ -78,18 +80,17 @@ def predict(
             if model.dense
             else f"predict: expected a case for each of {len(sources)} images, got {len(cases)}"
         )
-    if not model.dense and (overlap is not None or dihedral != 1 or probabilities):
-        raise ConfigError("predict: `overlap`, `dihedral` and `probabilities` are for models that segment")
     if model.dense and len(sources) > 1:
-        raise ConfigError(f"predict: a segmentation model writes one file a scene, got {len(sources)}: loop over them")
-    kind = model.config.head.kind
-    if kind not in ("classify", "segment"):
-        raise ConfigError(f"predict: expected a model that classifies or segments, got a head of kind {kind}")
+        raise ConfigError(f"predict: a dense model writes one file a scene, got {len(sources)}: loop over them")
+    if model.config.head.kind != "segment" and (overlap is not None or dihedral != 1 or probabilities):
+        raise ConfigError("predict: `overlap`, `dihedral` and `probabilities` are for models that segment")
     training = model.training
     model.eval()
     try:
         if not model.dense:
             return write_scores(output, model, sources, cases, skipped, progress)
+        if model.config.head.kind == "detect":
+            return write_found(output, model, open_image(sources[0], rgb=model.config.input.rgb), progress)
         settings = {"overlap": overlap, "dihedral": dihedral, "probabilities": probabilities}
         # Of an Image in memory, or a view of a file, nothing tells whether its pixels are those of last time.
         plan = None if isinstance(sources[0], Image) else make_plan(model, Path(sources[0]), settings, digest=digest)

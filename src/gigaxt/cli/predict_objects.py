@@ -1,0 +1,142 @@
+"""`gigaxt predict` for models that find objects: COCO JSON, GeoJSON, CSV, and pictures."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gigaxt.errors import ConfigError, DataError, ImageError
+
+if TYPE_CHECKING:
+    from gigaxt.cli.predict import PredictArguments
+    from gigaxt.image.base import Image
+    from gigaxt.nn.xt import GigaXT
+    from gigaxt.objects import Objects
+
+FILES = (".json", ".geojson", ".csv")
+
+
+def predict_objects(
+    model: GigaXT, images: Sequence[Path], arguments: PredictArguments, skipped: dict[str, str] | None
+) -> None:
+    """Write the objects of all images to one file, or those of each to a GeoJSON in a folder."""
+    from gigaxt.coco_results import write_coco_results
+    from gigaxt.inference import class_names
+    from gigaxt.objects import write_csv, write_geojson
+
+    if arguments.probabilities or arguments.overlap is not None or arguments.dihedral != 1:
+        raise ConfigError("--probabilities, --overlap, --dihedral: the model gives objects, these are for masks")
+    if arguments.score is not None and not 0 <= arguments.score <= 1:
+        raise ConfigError(f"--score: expected 0 to 1, got {arguments.score}")
+    out, names = arguments.out, class_names(model)
+    suffix = _check_out(out, images)
+    paths = _geojson_paths(out, images) if suffix == "" else [out] * len(images)
+    for path in dict.fromkeys(paths):
+        _make_folder(path.parent)
+    found = _found(model, images, arguments, skipped, out if suffix else None)
+    if suffix == ".json":
+        ids = image_ids(arguments.images)
+        with_ids = ((ids.get(path, path.name), objects) for path, _, objects in found)
+        count = write_coco_results(out, with_ids, model.config.head.category_ids)  # type: ignore[union-attr]  # detects
+        print(f"{out}: {count:,} objects as COCO results")
+    elif suffix == ".csv":
+        write_csv(out, ((image, objects) for _, image, objects in found), names)
+        print(f"{out}: objects of {len(images) - len(skipped or ()):,} images")
+    else:
+        place = dict(zip(images, paths, strict=True))
+        for path, image, objects in found:
+            write_geojson(place[path], image, objects, names)
+            print(f"{place[path]}: {len(objects):,} objects")
+
+
+def image_ids(paths: Sequence[Path]) -> dict[Path, int | str]:
+    """The `image_id` of images in CSVs that have such a column; whole numbers as such."""
+    ids: dict[Path, int | str] = {}
+    for path in paths:
+        if path.suffix.lower() != ".csv":
+            continue
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            for row in csv.DictReader(file, skipinitialspace=True):
+                cells = {(name or "").strip().lower(): (cell or "").strip() for name, cell in row.items() if name}
+                if cells.get("image") and cells.get("image_id"):
+                    id_ = cells["image_id"]
+                    ids[path.parent / cells["image"]] = int(id_) if id_.lstrip("-").isdigit() else id_
+    return ids
+
+
+def _found(
+    model: GigaXT,
+    images: Sequence[Path],
+    arguments: PredictArguments,
+    skipped: dict[str, str] | None,
+    out: Path | None,
+) -> Iterator[tuple[Path, Image, Objects]]:
+    """Path, image and objects that score enough, image by image; pictures are drawn on the way."""
+    from gigaxt.cli.progress import Steps
+    from gigaxt.detection import detect
+    from gigaxt.image import open_image
+
+    head = model.config.head
+    default = head.score if out is not None and out.suffix.lower() == ".json" else head.threshold  # type: ignore[union-attr]  # detects
+    least = default if arguments.score is None else arguments.score
+    model.eval()
+    for path in images:
+        try:
+            image = open_image(path, rgb=model.config.input.rgb)
+            with Steps(path.name, "regions") as steps:
+                objects = detect(model, image, progress=steps)
+        except (ImageError, DataError) as error:
+            if skipped is None:
+                raise
+            skipped[str(path)] = str(error)
+            continue
+        objects = objects.take(objects.scores >= least)
+        if arguments.png:
+            folder = arguments.out if out is None else arguments.out.parent
+            picture = folder / f"{path.name.removesuffix(path.suffix)}.png"
+            if picture.exists() and picture.samefile(path):
+                raise ConfigError(f"--png: {picture} is one of the images; choose another --out")
+            print(f"{draw(model, image, objects, picture)}: the objects over the image")
+        yield path, image, objects
+
+
+def draw(model: GigaXT, image: Image, objects: Objects, path: Path) -> Path:
+    """Write a small picture of an image with the boxes of its objects; raises as `open_image`."""
+    from gigaxt.draw import save_png, thumbnail, with_boxes
+    from gigaxt.inference import class_names
+
+    picture = thumbnail(image)
+    assert objects.boxes_xyxy is not None
+    scale = np.tile([picture.shape[1] / image.width, picture.shape[0] / image.height], 2)
+    worst_first = np.argsort(objects.scores, kind="stable")  # the best are on top
+    boxes = objects.boxes_xyxy[worst_first] * scale
+    return save_png(with_boxes(picture, boxes, objects.classes[worst_first], class_names(model)), path)
+
+
+def _check_out(out: Path, images: Sequence[Path]) -> str:
+    """The suffix that says what is written; empty for a folder."""
+    suffix = "" if out.is_dir() else out.suffix.lower()
+    if suffix and suffix not in FILES:
+        raise ConfigError(f"--out {out}: the model gives objects: expected a .json, .geojson or .csv file, or a folder")
+    if suffix == ".geojson" and len(images) > 1:
+        raise ConfigError(f"--out {out}: a .geojson holds one image's objects, got {len(images)}: give a folder")
+    return suffix
+
+
+def _geojson_paths(out: Path, images: Sequence[Path]) -> list[Path]:
+    paths = [out / f"{image.name.removesuffix(image.suffix)}.geojson" for image in images]
+    twice = next((path for path in paths if paths.count(path) > 1), None) if len(set(paths)) < len(paths) else None
+    if twice is not None:
+        raise ConfigError(f"--out: two images would both become {twice}: predict them in two calls")
+    return paths
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: cannot make the folder {path}: {error.strerror or error}") from error

@@ -1,0 +1,29 @@
+"""The objects of one scene to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from gigaxt.coco_results import write_coco_results
+from gigaxt.detection import detect
+from gigaxt.image import Image
+from gigaxt.inference.scores import class_names
+from gigaxt.nn.heads import DetectConfig
+from gigaxt.nn.xt import GigaXT
+from gigaxt.objects import write_objects
+
+
+def write_found(output: Path, model: GigaXT, image: Image, progress: Callable[[int, int], None] | None) -> Path:
+    """Write the objects of an image; see `gigaxt.predict`.
+
+    Raises:
+        ConfigError: another suffix than .json, .geojson or .csv. ImageError: the file cannot be written.
+    """
+    head = cast(DetectConfig, model.config.head)
+    objects = detect(model, image, progress=progress)
+    if output.suffix.lower() == ".json":
+        write_coco_results(output, [(Path(image.name).name, objects)], head.category_ids)
+        return output
+    return write_objects(output, image, objects.take(objects.scores >= head.threshold), class_names(model))
