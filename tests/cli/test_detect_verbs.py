@@ -73,12 +73,13 @@ def test_from_coco_json_to_predictions(tmp_path: Path, capsys: pytest.CaptureFix
     assert saved["model"]["head"]["threshold"] != 0.3  # the best on val
 
     predict = ["predict", str(run), str(table), "--out"]
-    assert main([*predict, str(tmp_path / "found.json"), "--png"]) == 0
-    found = json.loads((tmp_path / "found.json").read_text())
+    assert main([*predict, str(tmp_path / "out" / "found.json"), "--png"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["0.png", "1.png", "2.png"]
+    found = json.loads((tmp_path / "out" / "found.json").read_text())
     assert {entry["image_id"] for entry in found} == {10, 11, 12}
     assert {entry["category_id"] for entry in found} == {2, 4}
     assert coco_score(truth, found)["stats"]["AP50"] > 0.6
-    assert main(["eval", str(tmp_path / "found.json"), str(truth)]) == 0
+    assert main(["eval", str(tmp_path / "out" / "found.json"), str(truth)]) == 0
     assert "AP50" in capsys.readouterr().out
     assert main([*predict, str(tmp_path / "found.csv"), "--score", "0.5"]) == 0
     rows = list(csv.DictReader((tmp_path / "found.csv").open()))
@@ -118,9 +119,7 @@ def test_wrong_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         ("real_val2014_100", "segm", "dt_segm.json"),
     ],
 )
-def test_scores_of_files_are_those_of_pycocotools(
-    tmp_path: Path, fixtures: Path, case: str, run: str, found: str
-) -> None:
+def test_files_are_scored_as_by_pycocotools(tmp_path: Path, fixtures: Path, case: str, run: str, found: str) -> None:
     folder, out = fixtures / "coco_map_cases" / case, tmp_path / "scores.json"
     expected: dict[str, Any] = json.loads((folder / "expected.json").read_text())["runs"][run]
     options = ["--iou", expected["args"]["iou"], "--json", str(out)]

@@ -105,13 +105,8 @@ def score_files(arguments: EvalArguments) -> int:
     from gigaxt.cli.tables import print_coco
     from gigaxt.metrics import coco_score
 
-    scores = coco_score(
-        arguments.csv,
-        arguments.model,
-        iou=arguments.iou,
-        max_dets=arguments.max_dets,
-        use_categories=arguments.categories == "apart",
-    )
+    apart, limits = arguments.categories == "apart", arguments.max_dets
+    scores = coco_score(arguments.csv, arguments.model, iou=arguments.iou, max_dets=limits, use_categories=apart)
     print_coco(scores, f"{arguments.model} against {arguments.csv}, {arguments.iou}")
     if arguments.json is not None:
         write_json(arguments.json, dict(scores))
