@@ -82,7 +82,7 @@ def test_from_coco_json_to_predictions(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["eval", str(tmp_path / "out" / "found.json"), str(truth)]) == 0
     assert "AP50" in capsys.readouterr().out
     assert main([*predict, str(tmp_path / "found.csv"), "--score", "0.5"]) == 0
-    rows = list(csv.DictReader((tmp_path / "found.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "found.csv").read_text().splitlines()))
     assert min(float(row["score"]) for row in rows) >= 0.5
     assert {row["class"] for row in rows} == {"bright", "dark"}
     assert main([*predict, str(tmp_path / "found")]) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from gigaxt.errors import ConfigError, DataError, ImageError
 if TYPE_CHECKING:
     from gigaxt.cli.predict import PredictArguments
     from gigaxt.image.base import Image
+    from gigaxt.nn.heads import DetectConfig
     from gigaxt.nn.xt import GigaXT
     from gigaxt.objects import Objects
 
@@ -41,7 +42,7 @@ def predict_objects(
     if suffix == ".json":
         ids = image_ids(arguments.images)
         with_ids = ((ids.get(path, path.name), objects) for path, _, objects in found)
-        count = write_coco_results(out, with_ids, model.config.head.category_ids)  # type: ignore[union-attr]  # detects
+        count = write_coco_results(out, with_ids, cast("DetectConfig", model.config.head).category_ids)
         print(f"{out}: {count:,} objects as COCO results")
     elif suffix == ".csv":
         write_csv(out, ((image, objects) for _, image, objects in found), names)
@@ -80,8 +81,8 @@ def _found(
     from gigaxt.detection import detect
     from gigaxt.image import open_image
 
-    head = model.config.head
-    default = head.score if out is not None and out.suffix.lower() == ".json" else head.threshold  # type: ignore[union-attr]  # detects
+    head = cast("DetectConfig", model.config.head)
+    default = head.score if out is not None and out.suffix.lower() == ".json" else head.threshold
     least = default if arguments.score is None else arguments.score
     model.eval()
     for path in images:

@@ -3,8 +3,8 @@
 Columns: `image`, then what is learnt: `label`, label columns of any names, or `time` and `event` (classification),
 `mask` (segmentation), or `boxes` (detection: a COCO JSON of any number of images, or a GeoJSON of this one). Optional:
 `case` (images that share it are one sample with one answer, such as the slides of a patient), `group` (a patient, a
-site), `split` (train, val, test), `label_id` (whole numbers, the order of the classes), `aoi` (a vector file; outside of
-its polygons a mask is not known), `image_id` (which image of a COCO JSON; without it, the one of that file name) and
+site), `split` (train, val, test), `label_id` (whole numbers, the order of the classes), `aoi` (a vector file; outside
+of its polygons a mask is not known), `image_id` (which image of a COCO JSON; without it, the one of that file name) and
 `sha256` of the image file. No image, case or group is ever in two splits. Other columns are kept as text. Comma
 separated, UTF-8; paths are relative to the CSV.
 """
