@@ -6,6 +6,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gigaxt.augment import Edges, below_turns, turn
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image import open_image
 from gigaxt.image.base import Image, Mask
+from gigaxt.image.views import Cropped
 from gigaxt.polygons import Polygon, epsg_code, polygon_from_array, rasterised_area, read_geojson, to_pixels
 from gigaxt.regions import READ_BYTES, core_px, lattice_edges
 
@@ -102,6 +104,12 @@ class Foreground(ABC):
 
     def _enough(self, image: Image, row_edges: Edges, col_edges: Edges) -> Mask:
         below, row_edges, col_edges, k = below_turns(image, row_edges, col_edges)
+        if isinstance(below, Cropped):  # foreground is found in the whole image
+            found = self._enough(
+                below.base, *(_shifted(edges, by) for edges, by in ((row_edges, below.y), (col_edges, below.x)))
+            )
+            found = found[int(below.y > 0) :, int(below.x > 0) :]
+            return np.ascontiguousarray(turn(found, k))
         covered = self._covered_px(below, row_edges, col_edges)
         fraction = covered / np.outer(np.diff(row_edges), np.diff(col_edges))
         return np.ascontiguousarray(turn(fraction >= max(self.min_fraction - TINY, TINY), k))
@@ -216,10 +224,15 @@ class Tissue(Foreground):
         super().__init__("tissue", min_fraction)
 
     def _covered_px(self, image: Image, row_edges: Edges, col_edges: Edges) -> NDArray[np.float64]:
-        mask = tissue_mask(image)
+        mask = _tissue_of(image)
         h, w = mask.shape
         area = area_between(mask, row_edges * h / image.height, col_edges * w / image.width)
         return np.asarray(area * (image.height / h * image.width / w))
+
+
+def _shifted(edges: Edges, by: int) -> Edges:
+    """Lines of a window as lines of the whole image, the first 0."""
+    return np.concatenate([np.zeros(int(by > 0), dtype=np.int64), edges + by])
 
 
 def area_between(mask: Mask, rows: NDArray[np.float64], cols: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -242,6 +255,12 @@ def area_between(mask: Mask, rows: NDArray[np.float64], cols: NDArray[np.float64
     left_of = at(np.cumsum(mask, axis=1, dtype=np.int32).T, cols)  # (h, w) -> (lines, h)
     above = at(np.cumsum(np.diff(left_of, axis=0).T, axis=0), rows)  # (cells, h) -> (lines, cells)
     return np.asarray(np.diff(above, axis=0))
+
+
+@lru_cache(maxsize=32)
+def _tissue_of(image: Image) -> Mask:
+    """Kept for windows of the same image, of which there are many."""
+    return tissue_mask(image)
 
 
 THUMBNAIL_PX = 2048

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from gigaxt.image.open import PICTURE_SUFFIXES
 from gigaxt.image.views import resample
 from gigaxt.inputs import InputConfig, to_pixel_size, to_size
 from gigaxt.regions import Place, RegionGrid, keep_valid
-from gigaxt.targets import SceneTarget
+from gigaxt.targets import SceneTarget, WindowTarget
 
 
 class TensorImage:
@@ -109,6 +109,10 @@ class Scene:
         )
         return TensorImage(shrunk[0], self.image.name)
 
+    def answers_for(self, place: Place) -> bool:
+        """Whether anything of a region of full size counts."""
+        return not isinstance(self.target, WindowTarget) or self.target.reaches(*self.grid.core_xywh(place))
+
     def core_validity(self, x: int, y: int) -> Mask:
         """Which pixels of the core at (x, y) lie in the image and have data: (core, core)."""
         core = self.grid.core
@@ -137,6 +141,8 @@ class Scene:
 
 class SceneBatch:
     """Scenes of any sizes as one sequence of regions: those of full size of all scenes, then their overviews'.
+
+    Where targets are windows (`WindowTarget`), the regions that these do not reach stand between the two.
 
     Args:
         images: Images or cases (lists of them), or one float tensor (B, C, H, W) that is already normalised.
@@ -178,19 +184,28 @@ class SceneBatch:
             Scene(image, config, region, channels, target) for image, target in zip(sources, wanted, strict=True)
         ]
         placed = [(s, i, place) for s, scene in enumerate(self.scenes) for i, place in enumerate(scene.grid.places)]
-        self.places = [p for p in placed if p[2].level == 0] + [p for p in placed if p[2].level > 0]
-        self.full_size = sum(place.level == 0 for _, _, place in self.places)
+        full_size = [p for p in placed if p[2].level == 0]
+        answered = [p for p in full_size if self.scenes[p[0]].answers_for(p[2])]
+        beside = [p for p in full_size if not self.scenes[p[0]].answers_for(p[2])]
+        if not answered:
+            raise DataError(f"{self.scenes[0].image.name}: no region of the window holds data or foreground")
+        self.places = [*answered, *beside, *(p for p in placed if p[2].level > 0)]
+        self.full_size, self.beside = len(answered), len(beside)
         self.token_validity = torch.zeros(len(self.places), self.t**2, dtype=torch.bool)
         """(regions, t * t): which tokens cover a valid pixel. Filled by `load`, the same each time."""
         self._place_of = {(scene, index): row for row, (scene, index, _) in enumerate(self.places)}
 
     def chunks(self, regions: int) -> list[Chunk]:
-        """The regions of full size, `regions` at a time."""
+        """The regions of full size that are answered for, `regions` at a time."""
         return self._cut(0, self.full_size, regions)
 
     def overview_chunks(self, regions: int) -> list[Chunk]:
         """The regions of the overviews; none without `overview`."""
-        return self._cut(self.full_size, len(self.places), regions)
+        return self._cut(self.full_size + self.beside, len(self.places), regions)
+
+    def chunks_beside(self, regions: int) -> list[Chunk]:
+        """The regions of full size beside the targets' windows; none where whole scenes are answered for."""
+        return self._cut(self.full_size, self.full_size + self.beside, regions)
 
     def rows_of(self, scene: int) -> Tensor:
         """Rows of the batch that hold a scene's regions, in the order of its grid: (regions,) int64."""
@@ -296,7 +311,7 @@ def kept_regions(image: Image, config: InputConfig, region: int) -> Mask:
         return _KEPT[file, place]
     keep = keep_valid(image, region, config.halo)
     if config.foreground is not None:
-        keep = keep & Foreground.from_spec(config.foreground).keep(image, region, config.halo)
+        keep = keep & _foreground(config.foreground).keep(image, region, config.halo)
     if not keep.any():
         what = "foreground" if config.foreground else "data"
         raise DataError(f"{image.name}: none of its {keep.size} regions holds {what}: leave the image out")
@@ -305,6 +320,12 @@ def kept_regions(image: Image, config: InputConfig, region: int) -> Mask:
             _KEPT.pop(next(iter(_KEPT)))
         _KEPT[file, place] = keep
     return keep
+
+
+@lru_cache(maxsize=8)
+def _foreground(spec: str) -> Foreground:
+    """Read once for many scenes and windows."""
+    return Foreground.from_spec(spec)
 
 
 _KEPT: dict[tuple[Any, ...], Mask] = {}

@@ -156,6 +156,64 @@ class BandsTarget(MaskTarget):
         return type(self)(mask, self.bands, numbers=self.numbers)
 
 
+class WindowTarget(SceneTarget):
+    """A target of which only a window counts: of the rest of the image a model sees the tokens alone.
+
+    Args:
+        target: of the whole image.
+        window: (x, y, w, h) in px of the image.
+        size: (width, height) of the image, px.
+    """
+
+    def __init__(self, target: SceneTarget, window: tuple[int, int, int, int], size: tuple[int, int]) -> None:
+        self.target, self.window, self.size, self.name = target, window, size, target.name
+
+    def check(self, image: Grid) -> None:
+        """As the whole target."""
+        self.target.check(image)
+
+    def reaches(self, x: int, y: int, w: int, h: int) -> bool:
+        """Whether anything there counts."""
+        left, top, width, height = self.window
+        return x < left + width and left < x + w and y < top + height and top < y + h
+
+    def draw(self, x: int, y: int, w: int, h: int) -> dict[str, NDArray[Any]]:
+        """As the whole target, with nothing known outside of the window."""
+        left, top, width, height = self.window
+        found = self.target.draw(x, y, w, h)
+        inside = np.zeros((h, w), dtype=np.bool_)
+        inside[max(top - y, 0) : max(top + height - y, 0), max(left - x, 0) : max(left + width - x, 0)] = True
+        return {**found, "valid": inside & found.get("valid", True)}
+
+    def turned(self, k: int) -> WindowTarget:
+        """See `SceneTarget.turned`."""
+        (x, y, w, h), (width, height) = self.window, self.size
+        if k & 4:
+            x, y, w, h, width, height = y, x, h, w, height, width
+        x, y = width - x - w if k & 1 else x, height - y - h if k & 2 else y
+        return WindowTarget(self.target.turned(k), (x, y, w, h), (width, height))
+
+    def cropped(self, x: int, y: int, width: int, height: int) -> WindowTarget:
+        """See `SceneTarget.cropped`."""
+        left, top, w, h = self.window
+        return WindowTarget(self.target.cropped(x, y, width, height), (left - x, top - y, w, h), (width, height))
+
+    def resampled(self, scale_x: float, scale_y: float) -> WindowTarget:
+        """See `SceneTarget.resampled`."""
+        size = max(1, round(self.size[0] / scale_x)), max(1, round(self.size[1] / scale_y))
+        return self._scaled(self.target.resampled(scale_x, scale_y), 1 / scale_x, 1 / scale_y, size)
+
+    def resized(self, width: int, height: int) -> WindowTarget:
+        """See `SceneTarget.resized`."""
+        changed = self.target.resized(width, height)
+        return self._scaled(changed, width / self.size[0], height / self.size[1], (width, height))
+
+    def _scaled(self, target: SceneTarget, by_x: float, by_y: float, size: tuple[int, int]) -> WindowTarget:
+        x, y, w, h = self.window
+        left, top, right, bottom = round(x * by_x), round(y * by_y), round((x + w) * by_x), round((y + h) * by_y)
+        return WindowTarget(target, (left, top, max(1, right - left), max(1, bottom - top)), size)
+
+
 def as_bands(target: Any, bands: int, *, numbers: bool) -> BandsTarget:
     """Labels or numbers from an Image, or from an array or tensor (H, W), of several bands (H, W, bands).
 

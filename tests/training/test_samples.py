@@ -11,6 +11,7 @@ from PIL import Image as Pillow
 from gigaxt.augment import ColourAugmented, Dihedral
 from gigaxt.datasets.manifest import Manifest
 from gigaxt.image.views import Cropped
+from gigaxt.nn.heads import SegmentConfig
 from gigaxt.randaugment import RandAugmented, draw_operations
 from gigaxt.tasks import Classification, Segmentation
 from gigaxt.training.config import AugmentConfig
@@ -70,7 +71,7 @@ def test_order_of_the_changes(folder: Path) -> None:
 
 def test_masks_are_cut_and_turned_alike(folder: Path) -> None:
     manifest = Manifest.read(folder / "masks.csv")
-    samples = Samples(manifest.cases("train"), Segmentation(manifest, 250, None, None))
+    samples = Samples(manifest.cases("train"), Segmentation(manifest, SegmentConfig(classes=250)))
     config = AugmentConfig(dihedral=True, crop_area=0.2)
     for seed in range(12):
         _, (image,), target = samples.augmented(0, seed, config)

@@ -83,6 +83,11 @@ class Cropped(Image):
 
     Its name tells the window, so that what is remembered of a file is not taken for that of its parts.
 
+    Attributes:
+        base: the image below.
+        x: left edge of the window in it, px.
+        y: top edge.
+
     Args:
         image: where the window is.
         x: its left edge, px of level 0.
@@ -100,7 +105,7 @@ class Cropped(Image):
             raise ImageError(image.name, f"expected a window inside {size}, got {width} x {height} at x {x}, y {y}")
         copy_description(self, image)
         self.name = f"{image.name}, {width} x {height} px at x {x}, y {y}"
-        self._image, self._x, self._y, self.width, self.height = image, x, y, width, height
+        self.base, self.x, self.y, self.width, self.height = image, x, y, width, height
         self.levels = (Level(width, height, 1.0, 1.0),)
         if image.transform is not None:
             a, b, c, d, e, f = image.transform
@@ -109,18 +114,18 @@ class Cropped(Image):
     @property
     def all_valid(self) -> bool:
         """See `Image.all_valid`."""
-        return self._image.all_valid
+        return self.base.all_valid
 
     def _read_inside(self, x: int, y: int, w: int, h: int, level: int) -> Pixels:
-        return self._image._read_inside(x + self._x, y + self._y, w, h, 0)
+        return self.base._read_inside(x + self.x, y + self.y, w, h, 0)
 
     def _read_bands(self, bands: tuple[int, ...], x: int, y: int, w: int, h: int, level: int) -> Pixels:
-        return self._image._read_bands(bands, x + self._x, y + self._y, w, h, 0)
+        return self.base._read_bands(bands, x + self.x, y + self.y, w, h, 0)
 
     def _read_valid_inside(
         self, x: int, y: int, w: int, h: int, level: int, bands: tuple[int, ...] | None = None
     ) -> tuple[Pixels, Mask]:
-        return self._image._read_valid_inside(x + self._x, y + self._y, w, h, 0, bands)
+        return self.base._read_valid_inside(x + self.x, y + self.y, w, h, 0, bands)
 
 
 class Resampled(Image):

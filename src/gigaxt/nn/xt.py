@@ -149,8 +149,9 @@ class GigaXT(nn.Module):
             images: Images of any sizes, or a normalised float tensor (B, C, H, W). Classification: a list of Images in
                 place of one is a case, with one answer: each has a context of its own, the head pools all their tokens.
             targets: classification: B class numbers (or (B, classes) labels or numbers, or (B, 2) times and events);
-                dense heads: B of what the head's `as_target` takes, on the grids of the images; segmentation: masks
-                (Images, or integer arrays or tensors (H, W)).
+                dense heads: B SceneTargets, or what the head's `as_target` takes, on the grids of the images;
+                segmentation: masks (Images, or integer arrays or tensors (H, W)). Of a `WindowTarget` the loss is that
+                of its window; the tokens of the rest of the scene are context, whose encoding gets no gradient.
             seed: of dropout and stochastic depth; None draws one from PyTorch's default generator.
 
         Returns:
@@ -272,7 +273,8 @@ class GigaXT(nn.Module):
         return torch.stack([answers[case] for case in range(len(batch.cases))])
 
     def _sums(self, images: Cases, targets: Any, seed: int, *, linear: bool) -> tuple[Tensor, ...]:
-        batch = self.batch(images, [self._dense_head.as_target(target) for target in targets])
+        head = self._dense_head
+        batch = self.batch(images, [t if isinstance(t, SceneTarget) else head.as_target(t) for t in targets])
         decode = LossSums(self._dense_head, self.encode)
         return self._decode(batch, decode, batch.load_targets, "sum", linear, seed)
 
@@ -291,14 +293,16 @@ class GigaXT(nn.Module):
         if len(batch.cases) < len(batch.scenes):
             raise DataError("expected one image a mask; several images as one case are for classification")
         chunk = self.streaming.chunk_regions
-        coarse = batch.overview_chunks(chunk)
-        overview: Tensor | None = None
-        if coarse:
-            encode = TokensOnly(self.encode)
-            overview = stream(encode, batch.load, coarse, seed=seed, streaming=self.streaming)
+        encode, others = TokensOnly(self.encode), list[Tensor]()  # tokens of what is not answered for
+        if beside := batch.chunks_beside(chunk):
+            # What the context makes of them is learnt; how they are encoded is learnt where they are in a window.
+            with torch.no_grad():
+                others.append(stream(encode, batch.load, beside, seed=seed))
+        if coarse := batch.overview_chunks(chunk):
+            others.append(stream(encode, batch.load, coarse, seed=seed, streaming=self.streaming))
         return stream_nested(
             self.encode,
-            lambda tokens: self._join(batch, tokens, tokens[:0] if overview is None else overview),
+            lambda tokens: self._join(batch, tokens, torch.cat(others) if others else tokens[:0]),
             decode,
             batch.load,
             batch.chunks(chunk),
@@ -309,9 +313,9 @@ class GigaXT(nn.Module):
             streaming=self.streaming,
         )
 
-    def _join(self, batch: SceneBatch, tokens: Tensor, overview: Tensor) -> Tensor:
-        """Tokens of the regions of full size (regions, t * t, dim), and of the overviews', to the former's context."""
-        everything = torch.cat([tokens, overview]) if len(overview) else tokens
+    def _join(self, batch: SceneBatch, tokens: Tensor, others: Tensor) -> Tensor:
+        """Tokens of the regions that are answered for (regions, t * t, dim), and others, to the former's context."""
+        everything = torch.cat([tokens, others]) if len(others) else tokens
         parts: list[Tensor] = []
         order: list[Tensor] = []
         for group in _alike(batch):
@@ -319,7 +323,7 @@ class GigaXT(nn.Module):
             joined = self._tell(_gather(everything, rows), coords, valid)
             joined = joined.unflatten(1, (rows.shape[1], -1)).flatten(0, 1)  # (b, N, dim) -> (b * regions, t * t, dim)
             full = rows.flatten() < len(tokens)
-            parts.append(joined[full] if len(overview) else joined)
+            parts.append(joined[full] if len(others) else joined)
             order.append(rows.flatten()[full])
         if len(parts) == 1 and _in_order(order[0]):
             return parts[0]

@@ -86,6 +86,14 @@ class TrainConfig:
     """Images in one forward pass; cases, where several images are one."""
     accumulate: int = 1
     """Forward passes in one step: a step sees batch x accumulate images."""
+    window: int | None = None
+    """Px (of the model's pixel size) of windows that dense models train on in place of whole scenes; each is drawn
+    anew, from where there are data and labels. Evaluation is of whole scenes."""
+    windows_per_scene: int = 1
+    """Windows of each scene in an epoch."""
+    window_context: bool = False
+    """Encode the whole scene with each window, as its context. Only the window's regions are decoded and scored;
+    through the regions beside it, which are encoded without a graph, no gradient flows to the region encoder."""
     optimizer: str = "adamw"
     """Any of timm's optimisers."""
     lr: float = 3e-4
@@ -126,7 +134,15 @@ class TrainConfig:
     """What an image that cannot be read does: end the run, or be left out and listed in the report."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "accumulate", "eval_every"):
+        if self.window is None and (self.windows_per_scene != 1 or self.window_context):
+            raise ConfigError(
+                "train: `windows_per_scene` and `window_context` are for a `window`; set it, or remove them"
+            )
+        if self.window is not None and self.window < 32:
+            raise ConfigError(f"train.window: expected at least 32 px, got {self.window}")
+        if self.window is not None and self.augment.crop_area is not None:
+            raise ConfigError("train.window and train.augment.crop_area exclude each other; remove one")
+        for name in ("epochs", "batch", "accumulate", "eval_every", "windows_per_scene"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("lr", "encoder_lr", "clip_grad"):
@@ -162,6 +178,10 @@ class RunConfig:
             raise ConfigError(
                 "train.augment.randaugment: knows nothing of masks and boxes; for dense heads use colour, dihedral"
             )
+        if self.train.window is not None and self.model.head.kind == "classify":
+            raise ConfigError("train.window: a window of an image may lack what its label means; for dense models only")
+        if self.train.window is not None and self.model.input.resize_px is not None:
+            raise ConfigError("train.window and model.input.resize_px exclude each other; remove one")
         if self.model.input.foreground is not None and augment.crop_area is not None:
             raise ConfigError("train.augment.crop_area and model.input.foreground exclude each other; remove one")
 

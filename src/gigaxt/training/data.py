@@ -20,6 +20,7 @@ from gigaxt.randaugment import RandAugmented, draw_operations
 from gigaxt.targets import SceneTarget
 from gigaxt.tasks import Classification, Task
 from gigaxt.training.config import AugmentConfig
+from gigaxt.training.windows import Windows
 
 OPEN_IMAGES = 32
 """Images whose headers are kept parsed (and files open) between epochs."""
@@ -78,12 +79,22 @@ class Samples:
     Args:
         cases: of the manifest.
         task: makes the targets.
+        windows: draws the part of a scene that `augmented` gives; None: all of it.
         verify_sha256: compare files with the manifest's digests when they are first opened.
         rgb: see `InputConfig.rgb`.
     """
 
-    def __init__(self, cases: Sequence[Case], task: Task, *, verify_sha256: bool = False, rgb: bool = False) -> None:
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        task: Task,
+        *,
+        verify_sha256: bool = False,
+        rgb: bool = False,
+        windows: Windows | None = None,
+    ) -> None:
         self.cases, self.task, self.verify_sha256, self.rgb = list(cases), task, verify_sha256, rgb
+        self.windows = windows
         self._verified: set[int] = set()
         self._open: OrderedDict[int, tuple[Image, Any]] = OrderedDict()
 
@@ -110,6 +121,9 @@ class Samples:
     def augmented(self, index: int, seed: int, config: AugmentConfig) -> Sample:
         """The sample with the random changes that `seed` draws, others for each image; raises as `plain`."""
         case, images, target = self.plain(index)
+        if self.windows is not None:  # dense: there is one image
+            image, target = self.windows.take(index, images[0], target, seed)
+            images = (image,)
         if not config.changes:
             return Sample(case, images, target)
         changed = []

@@ -46,8 +46,11 @@ from gigaxt.training.report import answers, write_report
 from gigaxt.training.run_folder import RunFolder, prepare_run
 from gigaxt.training.signals import Signals
 from gigaxt.training.state import Best, RunResult, State
+from gigaxt.training.windows import Windows
 
 T = TypeVar("T")
+FEW_STEPS = 10
+"""With fewer steps an epoch of whole scenes, windows are proposed."""
 OnStep = Callable[[int, int], None]
 
 
@@ -97,14 +100,21 @@ class Run:
         self.settings = settings = config.train
         manifest = task.manifest
         self.train_samples, self.val_samples = (
-            Samples(manifest.cases(name), task, verify_sha256=config.data.verify_sha256, rgb=config.model.input.rgb)
+            Samples(
+                manifest.cases(name),
+                task,
+                verify_sha256=config.data.verify_sha256,
+                rgb=config.model.input.rgb,
+                windows=self._windows() if name == "train" else None,
+            )
             for name in ("train", "val")
         )
         if not len(self.train_samples):
             raise DataError(f"{manifest.path}: expected images in the split `train`, got none")
         self.sample_weights = balanced_weights(task) if settings.sampling == "balanced" else None
         self.images_per_step = settings.batch * settings.accumulate
-        self.steps_per_epoch = math.ceil(len(self.train_samples) / self.images_per_step)
+        self.samples_per_epoch = len(self.train_samples) * settings.windows_per_scene
+        self.steps_per_epoch = math.ceil(self.samples_per_epoch / self.images_per_step)
         self.total_steps = settings.epochs * self.steps_per_epoch
 
         self.model: nn.Module = build_model(self._first_model()).to(device)
@@ -142,6 +152,11 @@ class Run:
         with log:
             self.log = log
             log.line(self._headline())
+            if self.steps_per_epoch < FEW_STEPS and self.task.images_per_call == 1 and self.settings.window is None:
+                log.line(
+                    f"{self.train_samples.size} make {self.steps_per_epoch} steps an epoch: for more of them train on "
+                    "windows (train.window, such as 1024, and train.windows_per_scene)"
+                )
             saved, saved_at = (state.step, state.evaluated), time.monotonic()
             try:
                 self.evaluate_if_due()  # a run may have been stopped between a step and its evaluation
@@ -225,15 +240,17 @@ class Run:
 
     def step_samples(self) -> list[Sample]:
         """The augmented images of the coming step, without those that cannot be opened and may be skipped."""
-        step, seed = self.state.step, self.settings.seed
+        step, settings = self.state.step, self.settings
+        seed = settings.seed
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order(seed, epoch, len(self.train_samples), self.sample_weights))
+            weights = self.sample_weights and self.sample_weights * settings.windows_per_scene
+            self._order = (epoch, epoch_order(seed, epoch, self.samples_per_epoch, weights))
         wanted = []
         for at in range(place * self.images_per_step, min((place + 1) * self.images_per_step, len(self._order[1]))):
-            index = int(self._order[1][at])
+            index = int(self._order[1][at]) % len(self.train_samples)
             # Seeded by the place in the epoch, so that an image that is drawn twice is changed in two ways.
-            change = (derive_seed(seed, "augment", epoch, at), self.settings.augment)
+            change = (derive_seed(seed, "augment", epoch, at), settings.augment)
             wanted.append((self.train_samples.cases[index], partial(self.train_samples.augmented, index, *change)))
         return open_samples(wanted, self.skipped)
 
@@ -372,6 +389,15 @@ class Run:
         """Where images that cannot be read are noted; None where they end the run."""
         return self.state.skipped if self.settings.on_bad_image == "skip" else None
 
+    def _windows(self) -> Windows | None:
+        """What draws windows of scenes; None where scenes are seen whole."""
+        settings, model = self.settings, self.config.model
+        if settings.window is None:
+            return None
+        ignore = getattr(model.head, "ignore", None)
+        region = model.region_encoder.region
+        return Windows(settings.window, model.input, region, ignore=ignore, context=settings.window_context)
+
     def _first_model(self) -> ModelConfig:
         """The model's config, without pretrained weights where a checkpoint or `train.init` holds better ones."""
         model = self.config.model
@@ -399,7 +425,7 @@ class Run:
             done = f"starting from the weights of {self.settings.init}{fresh}: "
         return (
             f"{done}{self.folder.path}: {self.train_samples.size} to train on, {self.val_samples.size} to evaluate on, "
-            f"{count / 1e6:.2f} M weights, {self.total_steps} steps on {self.device}"
+            f"{count / 1e6:.2f} M weights, {self.total_steps} steps ({self.steps_per_epoch} an epoch) on {self.device}"
         )
 
     def _farewell(self) -> str:
