@@ -59,11 +59,7 @@ class Stitcher:
             rows: of windows, ascending. A row is complete if all `WindowGrid.rows_reaching` it are among them.
             answers: of the needed windows of these rows, in their order.
         """
-        before = -1
-        for row in rows:
-            if row != before + 1:
-                self.below.zero_()
-            before = row
+        for row in rows:  # where some are left out, what waits in `below` lies above the next row that is complete
             yield from self._row(row, answers)
 
     def _row(self, row: int, answers: Iterator[WindowMaps]) -> Iterator[Block]:

@@ -1,0 +1,118 @@
+"""Large scenes segmented on the CPU: peak memory above the model, and pixels a second.
+
+Each case runs in a child process: an RGB JPEG TIFF on disk is read lazily, a small model writes its class raster. The
+peak is the child's resident memory as the kernel counts it (ru_maxrss), less what it was once the model had segmented a
+scene of one region. `plain` decodes each pixel once; `overlap` blends windows that overlap by a quarter, the default;
+`probabilities` writes these, too. Seconds on a busy machine mean little; CPU time a pixel is given beside them.
+
+The size in question is 29000x25000 (width x height): 725 million px, nine minutes of CPU time. Memory has two parts
+that grow: with the width, the rows of windows that are blended and written; with the area, the tokens. Strips of the
+full width show the first at a fraction of the time, and `token_store_gib` says what the second is.
+
+    python benchmarks/bench_predict.py [--sizes 2048x2048 29000x25000] [--cases plain overlap probabilities] [--keep]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_memory import make_image, size_of
+from report import publish
+
+REGION, DIM, DEPTH, CLASSES = 256, 64, 1, 4
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"overlap": 0},
+    "overlap": {},
+    "probabilities": {"probabilities": "uint8"},
+}
+LIMIT_GIB = 3.0
+GIB = 2**30
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def child(path: Path, case: str) -> dict[str, Any]:
+    import torch
+
+    import gigaxt
+
+    torch.manual_seed(0)
+    config = {
+        "region_encoder": {
+            "name": "convnextv2_atto",
+            "region": REGION,
+            "options": {"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]},
+        },
+        "context": {"kind": "mamba2", "dim": DIM, "depth": DEPTH, "segment": 1024},
+        "head": {"kind": "segment", "classes": CLASSES, "dim": 16},
+    }
+    model = gigaxt.build_model(gigaxt.ModelConfig.from_dict(config)).eval()
+    out = path.with_suffix(".mask.tif")
+    small = gigaxt.open_image(np.zeros((REGION, REGION, 3), np.uint8))  # loads what the first use of a library loads
+    gigaxt.predict(model, small, out, **CASES[case])
+    before = peak_bytes()
+    image = gigaxt.open_image(path)
+    pixels = image.height * image.width
+    start, cpu = time.perf_counter(), time.process_time()
+    gigaxt.predict(model, path, out, **CASES[case])
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+    tokens = -(-image.height // REGION) * -(-image.width // REGION) * (REGION // 32) ** 2
+    return {
+        "height": image.height,
+        "width": image.width,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "mp_per_s": round(pixels / seconds / 1e6, 3),
+        "mp_per_cpu_s": round(pixels / cpu_seconds / 1e6, 3),
+        "before_gib": round(before / GIB, 3),
+        "above_model_gib": round((peak_bytes() - before) / GIB, 3),
+        "token_store_gib": round(tokens * DIM * 4 / GIB, 4),
+        "files_mib": round(sum(p.stat().st_size for p in path.parent.glob("*.mask*.tif")) / 2**20, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--sizes", nargs="+", default=["1024x1024", "2048x2048", "4096x4096"], help="width x height, px"
+    )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["overlap"])
+    parser.add_argument("--keep", action="store_true", help="write the result file")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(child(Path(options.child[0]), options.child[1])))
+        return
+    rows: list[dict[str, Any]] = []
+    sizes = [size_of(size) for size in options.sizes]
+    # glibc keeps freed blocks for itself otherwise, and resident memory would tell of it, not of us.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
+    for size in sizes:
+        for case in options.cases:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "scene.tif"
+                make_image(path, size)
+                command = [sys.executable, __file__, "--child", str(path), case]
+                done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    sys.exit(done.stderr)
+                rows.append({"case": case, **json.loads(done.stdout.splitlines()[-1])})
+                print(rows[-1], flush=True)
+    most = max(row["above_model_gib"] for row in rows)
+    publish("predict", {"limit_gib": LIMIT_GIB, "within_limit": most < LIMIT_GIB, "rows": rows}, keep=options.keep)
+
+
+if __name__ == "__main__":
+    main()
