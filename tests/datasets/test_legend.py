@@ -31,7 +31,7 @@ def test_bytes_depend_on_seed_and_index_alone(tmp_path: Path, rule: str) -> None
     alone = write_scene(config, 2, tmp_path / "alone")
     names = sorted(path.relative_to(folders[0]).as_posix() for path in folders[0].rglob("*") if path.is_file())
     rasters = [f"{kind}/00000{i}.tif" for kind in ("images", "masks") for i in range(3)]
-    assert set(names) == {*rasters, "boxes.json", "legend.json", "masks.csv", "scenes.csv"}
+    assert set(names) == {*rasters, "boxes.csv", "boxes.json", "legend.json", "masks.csv", "scenes.csv"}
     for name in names:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
     assert alone.image.read_bytes() == (folders[0] / "images/000002.tif").read_bytes()

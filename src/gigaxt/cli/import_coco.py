@@ -1,4 +1,4 @@
-"""`gigaxt import-coco`: a CSV of the images and boxes of a COCO JSON."""
+"""`gigaxt import-coco`: a CSV of the images and boxes of a COCO JSON, or of Cityscapes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ImportCocoArguments:
     """
 
     json: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="JSON")]
-    """With images, categories and annotations."""
+    """With images, categories and annotations; or gtFine/train of Cityscapes, of which OUT.json is made first."""
     images: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
     """The folder that its file names count from."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
@@ -46,7 +46,13 @@ def main(args: Sequence[str]) -> int:
     out = arguments.out
     if out.exists() and not (arguments.force or arguments.append):
         raise ConfigError(f"{out} exists; choose another name, --append to add to it, or --force to overwrite it")
-    found = import_coco(arguments.json, arguments.images, out, split=arguments.split, append=arguments.append)
+    json = arguments.json
+    if json.is_dir():
+        from gigaxt.datasets.cityscapes import cityscapes_to_coco
+
+        name = f"{out.stem}_{json.name}.json" if arguments.append else f"{out.stem}.json"
+        json = cityscapes_to_coco(json, out.with_name(name))
+    found = import_coco(json, arguments.images, out, split=arguments.split, append=arguments.append)
     notes = [f"{found['crowds']:,} crowds, where nothing is learnt"] if found["crowds"] else []
     notes += [f"{found['empty']:,} boxes without an area, which are left out"] if found["empty"] else []
     print(

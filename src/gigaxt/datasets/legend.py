@@ -209,8 +209,9 @@ def make_dataset(config: LegendConfig, folder: str | Path, *, scenes: int, val: 
 
     Args:
         config: what the scenes have in common.
-        folder: gets `images/`, `masks/`, `scenes.csv` (image,label,split), `masks.csv` (image,mask,split),
-            `boxes.json` (COCO style, all splits) and `legend.json` (the configuration and the class names).
+        folder: gets `images/`, `masks/`, `scenes.csv` (image,label,split), `masks.csv` (image,mask,split), `boxes.csv`
+            (image,boxes,image_id,split), `boxes.json` (COCO style, all splits) and `legend.json` (the configuration and
+            the class names).
         scenes: how many to train on; their indices come first.
         val: how many of split `val`.
         test: how many of split `test`.
@@ -230,15 +231,18 @@ def make_dataset(config: LegendConfig, folder: str | Path, *, scenes: int, val: 
     with (
         (folder / "scenes.csv").open("w", encoding="utf-8", newline="\n") as labels,
         (folder / "masks.csv").open("w", encoding="utf-8", newline="\n") as masks,
+        (folder / "boxes.csv").open("w", encoding="utf-8", newline="\n") as boxed,
         _CocoFile(folder / "boxes.json", config) as coco,
     ):
         labels.write("image,label,split\n")
         masks.write("image,mask,split\n")
+        boxed.write("image,boxes,image_id,split\n")
         for index, split in enumerate(splits):
             files = write_scene(config, index, folder)
             image, mask = (path.relative_to(folder).as_posix() for path in (files.image, files.mask))
             labels.write(f"{image},{files.scene.label},{split}\n")
             masks.write(f"{image},{mask},{split}\n")
+            boxed.write(f"{image},boxes.json,{index},{split}\n")
             coco.add(image, files.scene)
     return folder
 
