@@ -7,8 +7,8 @@ floor. Beside it the published training step, rebuilt from what is known of it: 
 through `gigaxt.from_xt_release`, random weights, all regions in one batch, a plain loop in float32 without compilation;
 with the anomaly detection that its trainer leaves on, and without.
 
-All contenders take turns in one process; medians of `--repetitions` turns, as ratios to the floor: wall time, and CPU
-time of all threads (which says nothing on a GPU).
+All contenders take turns in one process; medians of `--repetitions` turns of the ratio to the floor in the same turn:
+wall time, and CPU time of all threads (which says nothing on a GPU).
 
     python benchmarks/bench_small_images.py [--backbone swinv2_tiny_window16_256] [--images 2] [--amp bf16] [--keep]
     python benchmarks/bench_small_images.py --device cuda --images 32 --batches 16 32 64 128 --amp bf16 --compile
@@ -163,15 +163,15 @@ def timed(step: Step, device: torch.device) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def race(steps: Mapping[K, Step], repetitions: int, device: torch.device) -> dict[K, tuple[float, float]]:
-    """Medians of (wall, CPU) seconds; the contenders take turns, after one turn that does not count."""
+def race(steps: Mapping[K, Step], repetitions: int, device: torch.device) -> dict[K, list[tuple[float, float]]]:
+    """(wall, CPU) seconds of each turn; the contenders take turns, after one turn that does not count."""
     times: dict[K, list[tuple[float, float]]] = {name: [] for name in steps}
     for turn in range(repetitions + 1):
         for name, step in steps.items():
             found = timed(step, device)
             if turn:
                 times[name].append(found)
-    return {name: tuple(map(statistics.median, zip(*found, strict=True))) for name, found in times.items()}  # type: ignore[misc]  # pairs
+    return times
 
 
 def contenders(bench: Bench, batch: int, backbone: Step) -> tuple[dict[str, Step], dict[str, list[str]]]:
@@ -199,15 +199,18 @@ def contenders(bench: Bench, batch: int, backbone: Step) -> tuple[dict[str, Step
 
 
 def ratios(
-    found: Mapping[str, tuple[float, float]], floors: Mapping[str, Sequence[str]], device: torch.device
+    found: Mapping[str, list[tuple[float, float]]], floors: Mapping[str, Sequence[str]], device: torch.device
 ) -> list[dict[str, Any]]:
-    """One row a contender: its time over that of its floor."""
+    """One row a contender: its time over that of its floor in the same turn, the median over the turns."""
     rows = []
     for name, parts in floors.items():
-        wall, cpu = (found[name][k] / sum(found[part][k] for part in parts) for k in (0, 1))
-        row: dict[str, Any] = {"contender": name, "floor": " + ".join(parts), "wall_ratio": round(wall, 3)}
-        rows.append(row if device.type == "cuda" else {**row, "cpu_ratio": round(cpu, 3)})
-        print(rows[-1], flush=True)
+        row: dict[str, Any] = {"contender": name, "floor": " + ".join(parts)}
+        for k, kind in enumerate(("wall",) if device.type == "cuda" else ("wall", "cpu")):
+            floor = [sum(turn[k] for turn in turns) for turns in zip(*(found[part] for part in parts), strict=True)]
+            of_turns = [turn[k] / least for turn, least in zip(found[name], floor, strict=True)]
+            row[f"{kind}_ratio"] = round(statistics.median(of_turns), 3)
+        rows.append(row)
+        print(row, flush=True)
     return rows
 
 
@@ -229,7 +232,7 @@ def main() -> None:
     bench = Bench(options)
     choices = {(n, layout): bench.bare(n, layout) for n in options.batches for layout in LAYOUTS}
     tried = race(choices, 2, bench.device)
-    batch, layout = best = min(tried, key=lambda choice: tried[choice][0])
+    batch, layout = best = min(tried, key=lambda choice: min(tried[choice]))
     print(f"the backbone is fastest with {batch} regions of {options.batches}, {layout}", flush=True)
     steps, floors = contenders(bench, batch, choices[best])
     found = race(steps, options.repetitions, bench.device)
@@ -237,7 +240,7 @@ def main() -> None:
     card = (
         {"gpu": torch.cuda.get_device_name()} if bench.device.type == "cuda" else {"threads": torch.get_num_threads()}
     )
-    seconds = {name: round(wall, 4) for name, (wall, _) in found.items()}
+    seconds = {name: round(statistics.median(wall for wall, _ in turns), 4) for name, turns in found.items()}
     rows = ratios(found, floors, bench.device)
     result = {"settings": {**settings, **card}, "batch": batch, "layout": layout, "rows": rows, "seconds": seconds}
     name = f"small_images_{options.backbone}_{options.amp}{'_compile' if options.compile else ''}"

@@ -77,7 +77,7 @@ def _cause(error: Exception) -> str:
     code = re.search(r"GLOBAL (\S+)", str(error))
     if code:
         return f"refused: beside weights it holds `{code[1]}`, which would be run to read it; nothing was"
-    told = "" if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split())[:200]
+    told = "" if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split()).split(". ")[0][:200]
     return f"damaged, or no checkpoint{f': {told}' if told else ''}; get the file again"
 
 
