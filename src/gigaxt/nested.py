@@ -12,6 +12,7 @@ encoder, F forward and B backward, by what is kept of a chunk:
     its feature maps, then their gradients (host budget)      2F + 1B
     nothing, and the loss is one linear sum (`linear`)        3F + 1B
     nothing                                                   4F + 1B
+    an encoder that does not learn: 2F, or 3F where the loss is not linear; 1F where its feature maps are kept
 """
 
 from __future__ import annotations
@@ -193,6 +194,8 @@ class _Job:
         self.reader = Reader(partial(_load_turn, load, load_targets), self.device, seed)
         self.autocast = Autocast.now(self.device)
         self.encode, self.decode = Aliases(encode), Aliases(decode)
+        self.encode_learns = any(p.requires_grad for p in self.encode)
+        """Without, no chunk is encoded for the sake of gradients, and none is taken of the maps."""
         self.tokens, self.outputs = Joined("cat"), Joined(reduce)
         self.counts: list[int] = []
         self.kept: dict[int, _Encoded] = {}
@@ -225,8 +228,8 @@ class _Job:
         graph_bytes: int | None = None  # what a region's graph saves; from the first rows, so the same in every run
         for i, rows in enumerate(self._rows(lambda i: (True, False))):
             self.counts.append(rows.count)
-            look = training and graph_bytes is None
-            graph = training and not look and device.take((graph_bytes or 0) * rows.count)
+            look = training and self.encode_learns and graph_bytes is None
+            graph = training and self.encode_learns and not look and device.take((graph_bytes or 0) * rows.count)
             results = self.reader.run(rows, partial(self._encode_rows, graph=graph or look, look=look))
             part, (tokens, maps, saved) = results[0]
             if look:
@@ -235,10 +238,14 @@ class _Job:
             for part, found in results:
                 self.tokens.add(part, [found[0]], len(self.chunks))
             whole = len(results) == 1  # else the device is out of memory: nothing is kept there
+            size = sum(t.nbytes for t in maps)
+            on_device = whole and not self.encode_learns and device.take(size)
             if whole and graph:
                 self.kept[i] = _Encoded(rows.start, tokens, maps)
-            elif whole and host.take(sum(t.nbytes for t in maps)):
-                self.kept[i] = _Encoded(rows.start, None, tuple(t.detach().cpu() for t in maps))
+            elif on_device or (whole and host.take(size)):
+                self.kept[i] = _Encoded(
+                    rows.start, None, tuple(t.detach() if on_device else t.detach().cpu() for t in maps)
+                )
             del results, tokens, maps, found  # else their graph would stand beside the next chunk's
         return self.tokens.results(sum(self.counts))[0]
 
@@ -247,9 +254,7 @@ class _Job:
         if context.shape[0] != sum(self.counts):
             raise ConfigError(f"join_tokens: expected {sum(self.counts)} rows, one a region, got {context.shape[0]}")
         self.context = context.detach()
-        unit: list[Tensor | None] | None = None
-        if training and self.linear:
-            unit = [context.new_ones((), dtype=torch.float64)]
+        unit = [context.new_ones((), dtype=torch.float64)] if training and self.linear else None
         for part, decoded in self._decode_stage(unit, check=training):
             self.outputs.add(part, decoded.outputs, len(self.chunks))
         return self.outputs.results(sum(self.counts))
@@ -275,6 +280,9 @@ class _Job:
         encode_sums, decode_sums = Sums(list(self.encode)), self.decode_sums
         if scale is not None:
             decode_sums.scale(scale)
+        if not self.encode_learns:
+            self.kept.clear()
+            return [*encode_sums.results(), *decode_sums.results()]
         p = len(encode_sums.like)
         loads = self._rows(self._missing_for_gradients)
         for i, rows in enumerate(loads):
@@ -319,6 +327,7 @@ class _Job:
                     part.of([context_grad])[0].copy_(decoded.context_grad)
                 if kept is not None and grads is not None:
                     kept.map_grads.append(decoded.map_grads)
+                if decoded.parameter_grads:
                     self.decode_sums.add(decoded.parameter_grads)
                 yield part, decoded
             if kept is not None and kept.tokens is None and grads is not None:
@@ -336,15 +345,17 @@ class _Job:
         run = self.decode.call_checked if check else self.decode
         if grads is None:
             return _Decoded(self._call_decode(run, maps, context, rows))
-        maps = tuple(t.requires_grad_(kept is not None and t.is_floating_point()) for t in maps)
+        flows = kept is not None and self.encode_learns
+        maps = tuple(t.requires_grad_(flows and t.is_floating_point()) for t in maps)
         context = context.detach().requires_grad_()
         with torch.enable_grad():
             outputs = self._call_decode(run, maps, context, rows)
         share = gradient_of(rows, [*grads, *[None] * (len(outputs) - len(grads))], self.outputs.per_row)
-        parameters = list(self.decode) if kept is not None else []
+        # Else they come with the encoder's, in one pass.
+        parameters = list(self.decode) if kept is not None or not self.encode_learns else []
         found = grad(outputs, [context, *maps, *parameters], share)
-        if kept is None:
-            return _Decoded(tuple(t.detach() for t in outputs), found[0])
+        if kept is None or not flows:
+            return _Decoded(tuple(t.detach() for t in outputs), found[0], (), found[1 + len(maps) :])
         place = kept.maps[0].device
         flowed = [torch.zeros_like(t) if g is None else g for t, g in zip(maps, found[1:], strict=False)]
         map_grads = tuple(g.to(place) for g in flowed)

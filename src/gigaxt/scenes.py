@@ -54,12 +54,34 @@ class Chunk:
         """(scene, index in its grid, place) of each region."""
         return self.batch.places[self.start : self.stop]
 
+    @property
+    def rows(self) -> slice | list[int]:
+        """Of the batch, for indexing."""
+        return slice(self.start, self.stop)
+
     def __str__(self) -> str:
         named: dict[str, list[str]] = {}
         for scene, _, (row, col, level) in self.places:
             where = f"({row}, {col})" + (f" of overview {level}" if level else "")
             named.setdefault(self.batch.scenes[scene].image.name, []).append(where)
         return "; ".join(f"{name}, regions {', '.join(places)}" for name, places in named.items())
+
+
+@dataclass
+class Picked(Chunk):
+    """Regions that need not follow each other."""
+
+    picked: list[int]
+
+    @property
+    def places(self) -> list[tuple[int, int, Place]]:
+        """See `Chunk.places`."""
+        return [self.batch.places[row] for row in self.picked]
+
+    @property
+    def rows(self) -> list[int]:
+        """See `Chunk.rows`."""
+        return self.picked
 
 
 class Scene:
@@ -70,6 +92,8 @@ class Scene:
     ):
         if target is not None:
             target.check(image)
+        self.source = image
+        """The image as it was given."""
         if isinstance(image, Image):
             if config.band_names is not None and list(image.band_names) != config.band_names:
                 image = self._select(image, config.band_names)
@@ -207,6 +231,17 @@ class SceneBatch:
         """The regions of full size beside the targets' windows; none where whole scenes are answered for."""
         return self._cut(self.full_size, self.full_size + self.beside, regions)
 
+    def picked(self, rows: Sequence[int], regions: int) -> list[Chunk]:
+        """Some regions, `regions` at a time: `rows` of the batch."""
+        first, count = (rows[0], len(rows)) if rows else (0, 0)
+        if list(rows) == list(range(first, first + count)):  # what follows each other can be sliced
+            return self._cut(first, first + count, regions)
+        return [Picked(self, 0, 0, list(rows[i : i + regions])) for i in range(0, count, regions)]
+
+    def levels_of(self, rows: Sequence[int]) -> Tensor:
+        """The level of each region's place, (len(rows),) int64."""
+        return torch.tensor([self.places[row][2].level for row in rows])
+
     def rows_of(self, scene: int) -> Tensor:
         """Rows of the batch that hold a scene's regions, in the order of its grid: (regions,) int64."""
         count = len(self.scenes[scene].grid)
@@ -273,7 +308,7 @@ class SceneBatch:
     def _note_validity(self, chunk: Chunk, valid: Tensor | None) -> None:
         """A token is valid where its cell holds a valid pixel; all are where `valid` is None."""
         if valid is None:
-            self.token_validity[chunk.start : chunk.stop] = True
+            self.token_validity[chunk.rows] = True
             return
         halo, core = self.config.halo, self.region - 2 * self.config.halo
         real = valid.any(dim=3)[:, halo : halo + core, halo : halo + core]
@@ -283,7 +318,7 @@ class SceneBatch:
             for top, bottom in pairwise(edges)
             for left, right in pairwise(edges)
         ]
-        self.token_validity[chunk.start : chunk.stop] = torch.stack(cells, dim=1)
+        self.token_validity[chunk.rows] = torch.stack(cells, dim=1)
 
 
 def read_region(image: Image, x: int, y: int, w: int, h: int) -> tuple[NDArray[np.generic], Mask | None]:
@@ -306,7 +341,7 @@ def kept_regions(image: Image, config: InputConfig, region: int) -> Mask:
     below = image.base if isinstance(image, ColourAugmented) else image
     k = below.k if isinstance(below, Dihedral) else 0
     place = (image.height, image.width, image.band_names, k, region, config.halo, config.foreground)
-    file = _file_identity(image.name)
+    file = file_identity(image.name)
     if file is not None and (file, place) in _KEPT:
         return _KEPT[file, place]
     keep = keep_valid(image, region, config.halo)
@@ -333,7 +368,7 @@ MOST_KEPT = 4096
 """Scenes whose empty regions are remembered; a byte a region."""
 
 
-def _file_identity(name: str) -> tuple[str, int, int] | None:
+def file_identity(name: str) -> tuple[str, int, int] | None:
     """A file's path, time and size; None for what is no single file."""
     path = Path(name)
     try:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tiny_run import TinyModel, make_scenes
 
-from gigaxt.training import loop
+from gigaxt.training import initial, loop
 
 
 @pytest.fixture
@@ -25,5 +25,5 @@ def models(monkeypatch: pytest.MonkeyPatch) -> list[TinyModel]:
         built.append(TinyModel(config))
         return built[-1]
 
-    monkeypatch.setattr(loop, "build_model", build)
+    monkeypatch.setattr(initial, "build_model", build)
     return built

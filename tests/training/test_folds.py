@@ -12,7 +12,7 @@ import torch
 from tiny_run import TinyModel, tiny_config
 
 from gigaxt.errors import ConfigError, DataError
-from gigaxt.training import loop
+from gigaxt.training import initial, loop
 from gigaxt.training.checkpoint import checkpoints
 from gigaxt.training.config import DataConfig
 from gigaxt.training.folds import fold_folders, spread, train_folds
@@ -98,7 +98,7 @@ class CaseModel(TinyModel):
 def cases(csv: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Ten images of five cases; the model sees lists."""
     monkeypatch.setattr(loop, "write_report", lambda *_: None)
-    monkeypatch.setattr(loop, "build_model", CaseModel)
+    monkeypatch.setattr(initial, "build_model", CaseModel)
     lines = [f"{i}.tif,{'ab'[i // 2 % 2]},p{i // 2},{'val' if i > 5 else 'train'}" for i in range(10)]
     csv.write_text("\n".join(["image,label,case,split", *lines]))
     return csv

@@ -41,7 +41,7 @@ def run(tmp_path: Path, *, terminal: bool) -> str:
 def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
     text = run(tmp_path, terminal=False)
     assert "step 1/20  epoch 1  loss 0.5000  4.00 images/s" in text
-    assert "an epoch of 10 steps takes about 5 s" in text
+    assert "epoch 1 will take about 5 s (0.5 s a step, 10 steps)" in text
     assert "epoch 1  val loss 0.2500  accuracy 0.7500" in text
     assert "\x1b" not in text
     assert "accuracy 0.7500" in (tmp_path / "log.txt").read_text()

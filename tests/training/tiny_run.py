@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gigaxt.rows import Streaming
-from gigaxt.training import RunConfig, loop, run_config, train
+from gigaxt.training import RunConfig, initial, run_config, train
 
 IMAGES, VAL = 10, 3
 
@@ -90,5 +90,5 @@ KILLED_SETTINGS: dict[str, Any] = {
 }
 
 if __name__ == "__main__":
-    loop.build_model = SlowModel  # type: ignore[assignment]
+    initial.build_model = SlowModel  # type: ignore[assignment]
     train(tiny_config(Path(sys.argv[1]) / "data.csv", **KILLED_SETTINGS), sys.argv[2])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class RegionTokens(nn.Module):
             raise ConfigError(
                 f"input.halo: {halo} px are {side * halo / region:g} tokens of {region // side} px, not whole ones"
             )
+        self._fixed: list[nn.Module] = []
         self.halo_tokens, self.halo_px = side * halo // region, halo
         self.tokens_per_core, self.core_px = side - 2 * self.halo_tokens, region - 2 * halo
 
@@ -44,6 +45,28 @@ class RegionTokens(nn.Module):
         Returns:
             tokens (n, t * t, dim), row by row; feature maps (n, c_i, h_i, w_i), fine to coarse.
         """
+        features, maps = self.features(loaded)
+        return self.embed(features, loaded["level"]), maps
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing of the encoder learns."""
+        return bool(self._fixed) and not any(p.requires_grad for p in self.encoder.parameters())
+
+    def fix(self, modules: list[nn.Module]) -> None:
+        """Let parts of the encoder behave as in evaluation from now on; see `gigaxt.nn.freezing`."""
+        self._fixed = modules
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module, but for the fixed parts."""
+        super().train(mode)
+        for module in self._fixed:
+            module.training = False
+        return self
+
+    def features(self, loaded: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What the encoder makes of regions: (n, t * t, encoder.dim), and feature maps."""
         pixels = self._network_input(loaded)
         found = self.encoder(pixels)
         check_encoded(found, self.encoder, len(pixels), self.region, self.maps)
@@ -53,10 +76,12 @@ class RegionTokens(nn.Module):
             tokens = tokens[:, k:-k, k:-k]
             cuts = [self.halo_px // stride for stride in self.encoder.map_strides] if self.maps else []
             maps = [m[:, :, cut:-cut, cut:-cut] for m, cut in zip(maps, cuts, strict=True)]
-        tokens = self.project(self.norm(tokens.flatten(1, 2)))  # (n, t, t, dim) -> (n, t * t, dim)
-        if self.level is not None:
-            tokens = tokens + self.level(loaded["level"])[:, None]
-        return tokens, tuple(maps)
+        return tokens.flatten(1, 2), tuple(maps)  # (n, t, t, dim) -> (n, t * t, dim)
+
+    def embed(self, features: Tensor, level: Tensor) -> Tensor:
+        """Features (n, t * t, encoder.dim) of regions of levels (n,) to tokens (n, t * t, dim)."""
+        tokens: Tensor = self.project(self.norm(features))
+        return tokens if self.level is None else tokens + self.level(level.to(tokens.device))[:, None]
 
     def _network_input(self, loaded: Mapping[str, Tensor]) -> Tensor:
         """(n, h, w, C) as stored -> (n, C, h, w) normalised, zeros where not valid. A view: channels stay last."""
@@ -67,6 +92,26 @@ class RegionTokens(nn.Module):
         if "valid" in loaded:
             x = x.masked_fill(~loaded["valid"], 0)
         return x.permute(0, 3, 1, 2)
+
+
+class FrozenMaps(nn.Module):
+    """Loaded regions to a frozen encoder's features and maps. Its parameters are the encoder's: none learns."""
+
+    def __init__(self, encode: RegionTokens) -> None:
+        super().__init__()
+        self.encoder, self._features = encode.encoder, encode.features
+
+    def forward(self, loaded: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `RegionTokens.features`."""
+        return self._features(loaded)
+
+
+class Features(FrozenMaps):
+    """The same, without the maps."""
+
+    def forward(self, loaded: Mapping[str, Tensor]) -> Tensor:  # type: ignore[override]  # the first of the two
+        """(n, t * t, encoder.dim)."""
+        return self._features(loaded)[0]
 
 
 class TokensOnly(nn.Module):

@@ -21,19 +21,21 @@ from gigaxt.errors import ConfigError, DataError
 from gigaxt.image.base import Image
 from gigaxt.inputs import InputConfig
 from gigaxt.nested import stream_nested
+from gigaxt.nn.all_tokens import all_tokens
 from gigaxt.nn.context import ContextConfig, build_context
 from gigaxt.nn.heads import ClassifyHead, HeadConfig, build_head
 from gigaxt.nn.heads.dense import DenseHead
 from gigaxt.nn.keyed import key_dropout
 from gigaxt.nn.ready import NONE_READY, Ready, check_logits, check_ready, check_told
 from gigaxt.nn.region_encoder import RegionEncoderConfig
-from gigaxt.nn.stages import Answers, LossSums, TokensOnly
+from gigaxt.nn.stages import Answers, FrozenMaps, LossSums, TokensOnly
 from gigaxt.nn.stages import RegionTokens as RegionTokens
 from gigaxt.replay import draw_seed
 from gigaxt.rows import Reader
 from gigaxt.scenes import SceneBatch
 from gigaxt.streaming import Streaming, stream
 from gigaxt.targets import SceneTarget
+from gigaxt.token_cache import TokenCache
 from gigaxt.xt_release.context import KIND, POOLED_KIND
 
 
@@ -132,12 +134,17 @@ class GigaXT(nn.Module):
         config: what it was built from.
         ready: sections whose modules were given ready (see `build_model`), each with the name of the module's class.
         streaming: chunk size and budgets; not part of the model, may be changed at any time.
+        grad_share: of the regions of a step, those that a classifier's region encoder learns from, drawn from the seed
+            and weighted so that the mean of its gradient over many draws is the exact one. Likewise; 1: exact.
+        token_cache: of the features of a classifier's frozen region encoder (`gigaxt.nn.freezing.freeze`). Likewise.
     """
 
     def __init__(self, config: ModelConfig, ready: Ready = NONE_READY) -> None:
         super().__init__()
         self.config, self.ready = config, ready.names()
         self.streaming = Streaming()
+        self.grad_share = 1.0
+        self.token_cache: TokenCache | None = None
         self.dense = config.head.kind != "classify"
         self.encode, self.context, self.head = build_parts(config, ready)
         key_dropout(self)
@@ -207,8 +214,7 @@ class GigaXT(nn.Module):
             segmentation logits (classes, h, w); at a stride s (channels, ceil(h / s), ceil(w / s))), and valid (h, w),
             False where the image has no data. Regions without data are left out.
         """
-        encode = TokensOnly(self.encode)
-        tokens = stream(encode, batch.load, self._all_chunks(batch), seed=0)
+        tokens = self._tokens(batch, range(len(batch.places)), seed=0)
         context = self._join(batch, tokens[: batch.full_size], tokens[batch.full_size :])
         decode = Answers(self._dense_head, self.encode)
         reader = Reader(batch.load, tokens.device, 0)
@@ -251,14 +257,13 @@ class GigaXT(nn.Module):
             targets=targets,
         )
 
-    def _all_chunks(self, batch: SceneBatch) -> list[Any]:
-        n = self.streaming.chunk_regions
-        return [*batch.chunks(n), *batch.overview_chunks(n)]
+    def _tokens(self, batch: SceneBatch, rows: Sequence[int], seed: int) -> Tensor:
+        share, cache = self.grad_share, self.token_cache
+        return all_tokens(self.encode, batch, rows, seed=seed, streaming=self.streaming, grad_share=share, cache=cache)
 
     def _classify(self, images: Cases, seed: int) -> Tensor:
         batch = self.batch(images)
-        encode = TokensOnly(self.encode)
-        tokens = stream(encode, batch.load, self._all_chunks(batch), seed=seed, streaming=self.streaming)
+        tokens = self._tokens(batch, range(len(batch.places)), seed)
         answers: dict[int, Tensor] = {}
         for group in _alike(batch):
             parts = []
@@ -292,20 +297,26 @@ class GigaXT(nn.Module):
     ) -> tuple[Tensor, ...]:
         if len(batch.cases) < len(batch.scenes):
             raise DataError("expected one image a mask; several images as one case are for classification")
-        chunk = self.streaming.chunk_regions
-        encode, others = TokensOnly(self.encode), list[Tensor]()  # tokens of what is not answered for
+        if self.grad_share < 1:
+            raise ConfigError("grad_share: a dense head learns from every region; set it to 1")
+        chunk, frozen, others = self.streaming.chunk_regions, self.encode.frozen, list[Tensor]()  # not answered for
         if beside := batch.chunks_beside(chunk):
             # What the context makes of them is learnt; how they are encoded is learnt where they are in a window.
             with torch.no_grad():
-                others.append(stream(encode, batch.load, beside, seed=seed))
+                others.append(stream(TokensOnly(self.encode), batch.load, beside, seed=seed))
         if coarse := batch.overview_chunks(chunk):
-            others.append(stream(encode, batch.load, coarse, seed=seed, streaming=self.streaming))
+            others.append(self._tokens(batch, range(coarse[0].start, coarse[-1].stop), seed))
+
+        def join(found: Tensor) -> Tensor:
+            tokens = self.encode.embed(found, batch.levels_of(range(len(found)))) if frozen else found
+            return self._join(batch, tokens, torch.cat(others) if others else tokens[:0])
+
         return stream_nested(
-            self.encode,
-            lambda tokens: self._join(batch, tokens, torch.cat(others) if others else tokens[:0]),
+            FrozenMaps(self.encode) if frozen else self.encode,
+            join,
             decode,
             batch.load,
-            batch.chunks(chunk),
+            batch.chunks(self.streaming.chunk_regions),
             load_targets=load_targets,
             reduce=reduce,
             linear=linear,

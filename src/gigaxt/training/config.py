@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +80,19 @@ class TrainConfig:
     init: str | None = None
     """Folder of a model to start from: one of `gigaxt import-xt`, or `model/` of another run. Sections that `model` in
     the YAML leaves out are those of this model. In a YAML file the path is relative to that file."""
+    encoder: Literal["full", "last_n", "frozen"] = "full"
+    """How much of the region encoder learns: all, its last `last_n` stages, or nothing. What is fixed behaves as in
+    evaluation; norm and projection of its tokens, context and head always learn."""
+    last_n: int = 1
+    """Stages that learn with `encoder: last_n`; blocks, of a plain ViT."""
+    token_cache: str | None = None
+    """Folder that keeps a frozen encoder's features of each image: they are computed once, and any number of runs may
+    share them. For classification, without changes of the pixels. In a YAML file relative to that file."""
+    token_cache_gib: float = 50.0
+    """Beyond this size nothing is added to it."""
+    grad_share: float = 1.0
+    """Classification: share of a step's regions that the region encoder learns from, drawn anew each step. All regions
+    are seen, and the gradient's mean over many draws is the exact one; a backward pass costs so much less. 1: exact."""
     epochs: int = 50
     """Passes over the training images."""
     batch: int = 4
@@ -145,6 +158,14 @@ class TrainConfig:
         for name in ("epochs", "batch", "accumulate", "eval_every", "windows_per_scene"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.last_n < 1:
+            raise ConfigError(f"train.last_n: expected at least 1, got {self.last_n}")
+        if not 0 < self.grad_share <= 1:
+            raise ConfigError(f"train.grad_share: expected a share above 0 and up to 1, got {self.grad_share}")
+        if self.grad_share < 1 and self.encoder == "frozen":
+            raise ConfigError("train.grad_share: a frozen encoder has no gradient to share; remove it")
+        if self.token_cache is not None:
+            self._check_cache()
         for name in ("lr", "encoder_lr", "clip_grad"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -159,6 +180,18 @@ class TrainConfig:
         known = known_optimizers()
         if self.optimizer not in known:
             raise ConfigError(f"train.optimizer: timm has no `{self.optimizer}`{nearest(self.optimizer, known)}")
+
+    def _check_cache(self) -> None:
+        if self.encoder != "frozen":
+            raise ConfigError("train.token_cache: only a frozen encoder's features stay the same; set train.encoder")
+        if not 0 < self.token_cache_gib < float("inf"):
+            raise ConfigError(f"train.token_cache_gib: expected a positive number, got {self.token_cache_gib}")
+        changed = replace(self.augment, dihedral=False, mirror=False)
+        if changed.changes:
+            raise ConfigError(
+                "train.token_cache: pixels that are changed anew each epoch cannot be kept; of train.augment only "
+                "dihedral and mirror go with it"
+            )
 
 
 @dataclass(kw_only=True)
@@ -182,6 +215,16 @@ class RunConfig:
             raise ConfigError("train.window: a window of an image may lack what its label means; for dense models only")
         if self.train.window is not None and self.model.input.resize_px is not None:
             raise ConfigError("train.window and model.input.resize_px exclude each other; remove one")
+        if dense and self.train.token_cache is not None:
+            raise ConfigError(
+                f"train.token_cache: a head of kind {self.model.head.kind} needs the feature maps too, which are too "
+                "large to keep; remove it"
+            )
+        if dense and self.train.grad_share < 1:
+            raise ConfigError(
+                f"train.grad_share: is for classification; a head of kind {self.model.head.kind} learns from every "
+                "region, remove it"
+            )
         if self.model.input.foreground is not None and augment.crop_area is not None:
             raise ConfigError("train.augment.crop_area and model.input.foreground exclude each other; remove one")
 
@@ -190,6 +233,8 @@ FREE_TO_CHANGE = (
     "data.csv",
     "data.verify_sha256",
     "train.init",
+    "train.token_cache",
+    "train.token_cache_gib",
     "train.device",
     "train.streaming",
     "train.checkpoint_minutes",
@@ -206,7 +251,7 @@ def known_optimizers() -> list[str]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The plain data of a run's YAML file, with `data.csv` and `train.init` made absolute.
+    """The plain data of a run's YAML file, with `data.csv`, `train.init` and `train.token_cache` made absolute.
 
     A file may name another one that it is based on, `base: other.yaml`, relative to itself. What both set is taken from
     the file that names the base, key by key.
@@ -256,7 +301,7 @@ def _read_one(path: Path, above: str) -> dict[str, Any]:
         raise ConfigError(f"{above}{path}: expected YAML, but{where}: {problem}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{above}{path}: expected the keys data, model and train, got {type(data).__name__}")
-    for name, key in (("data", "csv"), ("train", "init")):
+    for name, key in (("data", "csv"), ("train", "init"), ("train", "token_cache")):
         section = data.get(name)
         if isinstance(section, dict) and isinstance(section.get(key), str):
             section[key] = str((path.parent / section[key]).resolve())

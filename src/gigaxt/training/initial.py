@@ -1,7 +1,8 @@
-"""Where a run's weights come from when it starts from a model instead of at random."""
+"""A run's model as it is before the first step: built, given weights to start from, and what of it learns."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,9 +11,57 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gigaxt.errors import CheckpointError
+from gigaxt.nn.freezing import freeze
+from gigaxt.nn.xt import GigaXT, build_model
+from gigaxt.token_cache import TokenCache
+from gigaxt.training.config import RunConfig
 
 HEAD = "head."
 """Prefix of the weights that may have another shape: other classes are another last layer."""
+
+
+def first_model(config: RunConfig, *, continued: bool) -> tuple[GigaXT, list[str]]:
+    """A run's model as it is before the first step, with what of it does not learn.
+
+    Args:
+        config: of the run.
+        continued: a checkpoint will give it its weights, so that none are loaded here.
+
+    Returns:
+        The model, and the weights that differ in shape from those of `train.init` and so start at random.
+
+    Raises:
+        ConfigError: settings that do not go together. CheckpointError: `train.init` has no model that fits.
+    """
+    settings, wanted = config.train, config.model
+    if settings.init is not None or continued:  # better weights than the pretrained ones
+        wanted = replace(wanted, region_encoder=replace(wanted.region_encoder, pretrained=False))
+    model = build_model(wanted)
+    model.config, model.streaming, model.grad_share = config.model, settings.streaming, settings.grad_share
+    fresh = [] if settings.init is None or continued else start_from(model, Path(settings.init))
+    if settings.encoder != "full":
+        freeze(model.encode, settings.encoder, settings.last_n)
+    cache = settings.token_cache
+    model.token_cache = None if cache is None else TokenCache(cache, settings.token_cache_gib)
+    return model, fresh
+
+
+def what_learns(model: nn.Module, config: RunConfig) -> tuple[str, str]:
+    """For the first lines of a run: the number of weights, and of those that learn; and what is unwise about it."""
+    settings, count = config.train, sum(p.numel() for p in model.parameters())
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if learning == count:
+        return f"{count / 1e6:.2f} M weights", ""
+    stages = {"frozen": "frozen", "last_n": f"but for its last {settings.last_n} frozen"}[settings.encoder]
+    weights = f"{count / 1e6:.2f} M weights of which {learning / 1e6:.2f} M learn (region encoder {stages})"
+    if settings.init is None and not config.model.region_encoder.pretrained:
+        return weights, (
+            "the region encoder is frozen at random weights: set model.region_encoder.pretrained or train.init, "
+            "or let it learn (train.encoder full)"
+        )
+    if settings.encoder == "frozen" and settings.token_cache is None and config.model.head.kind == "classify":
+        return weights, "the region encoder is frozen: train.token_cache FOLDER computes each image's tokens only once"
+    return weights, ""
 
 
 def start_from(model: nn.Module, folder: Path) -> list[str]:

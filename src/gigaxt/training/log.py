@@ -26,7 +26,7 @@ TIME_COLUMNS = ("s_per_step", "images_per_s", "memory_gib")
 LINE_EVERY_S = 15.0
 """Time between lines where the output is no terminal."""
 FORECAST_AFTER = 3
-"""Steps after which the time of an epoch is forecast; the first is slower than the rest."""
+"""Steps after which the time of an epoch is forecast, as the first is slower than the rest; 1 where it has no more."""
 
 
 class MetricsFile:
@@ -105,7 +105,7 @@ class RunLog:
         self.metrics = MetricsFile(out / "metrics.csv", metric_names, step=step, evaluated=evaluated)
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
         self.times: list[float] = []
-        self._last_line = 0.0
+        self._last_line = self._evaluation_began = 0.0
         self._told: set[str] = set()
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -161,19 +161,23 @@ class RunLog:
             self._last_line = time.monotonic()
             left = duration((self.total_steps - step) * self.seconds_per_step())
             self.line(f"step {step}/{self.total_steps}  epoch {epoch}  {short}  {left} left")
-        if len(self.times) == FORECAST_AFTER and self.steps_per_epoch > FORECAST_AFTER:
-            epoch_s = self.steps_per_epoch * self.seconds_per_step()
+        if len(self.times) == (FORECAST_AFTER if self.steps_per_epoch > FORECAST_AFTER else 1) < self.steps_per_epoch:
+            a_step = self.seconds_per_step()
             self.line(
-                f"an epoch of {self.steps_per_epoch} steps takes about {duration(epoch_s)}, without its evaluation"
+                f"epoch {epoch} will take about {duration(self.steps_per_epoch * a_step)} ({short_seconds(a_step)} a "
+                f"step, {self.steps_per_epoch} steps), without its evaluation"
             )
 
     def evaluating(self, done: int, total: int) -> None:
         """Say how far an evaluation is; on a terminal, or where it takes long."""
+        if done == 0:
+            self._evaluation_began = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, description=f"evaluating {done}/{total}")
         elif time.monotonic() - self._last_line > LINE_EVERY_S and done:
             self._last_line = time.monotonic()
-            self.line(f"evaluated {done}/{total} images")
+            left = (time.monotonic() - self._evaluation_began) / done * (total - done)
+            self.line(f"evaluated {done}/{total} images  {duration(left)} left")
 
     def evaluation(
         self, step: int, epoch: int, loss: float, metrics: Mapping[str, float], notes: Sequence[str] = ()
@@ -220,6 +224,11 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def short_seconds(seconds: float) -> str:
+    """E.g. "0.0042 s", "0.85 s", "12 s": two digits that count."""
+    return f"{seconds:.2g} s" if 0.001 <= seconds < 99 else f"{seconds:.0f} s"
 
 
 def environment() -> dict[str, str]:

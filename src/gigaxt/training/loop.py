@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -23,9 +22,10 @@ from torch import nn
 
 from gigaxt.config import from_dict, to_dict
 from gigaxt.errors import CheckpointError, DataError, GigaxtError, ImageError, TrainingError
-from gigaxt.nn.xt import ModelConfig, build_model
+from gigaxt.nn.xt import ModelConfig
 from gigaxt.rows import Streaming
 from gigaxt.tasks import Evaluation, Task
+from gigaxt.token_cache import TokenCache
 from gigaxt.training.checkpoint import (
     check_space,
     checkpoints,
@@ -39,7 +39,7 @@ from gigaxt.training.config import RunConfig
 from gigaxt.training.data import Sample, Samples, balanced_weights, derive_seed, epoch_order
 from gigaxt.training.device import autocast, pick_device, smaller
 from gigaxt.training.evaluate import Stopping, evaluate, named, open_samples, without_guilty
-from gigaxt.training.initial import start_from
+from gigaxt.training.initial import first_model, what_learns
 from gigaxt.training.log import RunLog, decimals, duration
 from gigaxt.training.optim import make_optimizer, set_lr
 from gigaxt.training.report import answers, write_report
@@ -117,13 +117,9 @@ class Run:
         self.steps_per_epoch = math.ceil(self.samples_per_epoch / self.images_per_step)
         self.total_steps = settings.epochs * self.steps_per_epoch
 
-        self.model: nn.Module = build_model(self._first_model()).to(device)
-        self.model.config = config.model
-        self.model.streaming = settings.streaming
-        self.fresh: list[str] = []
-        """Weights that differ in shape from those of `train.init`, and so start at random."""
-        if settings.init is not None and not checkpoints(folder.checkpoints):
-            self.fresh = start_from(self.model, Path(settings.init))
+        self.model: nn.Module
+        self.model, self.fresh = first_model(config, continued=bool(checkpoints(folder.checkpoints)))
+        self.model.to(device)
         self.optimizer = make_optimizer(self.model, settings)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         # use_warmup: a plain average would hold the first, random weights for 1 / (1 - decay) steps.
@@ -157,6 +153,8 @@ class Run:
                     f"{self.train_samples.size} make {self.steps_per_epoch} steps an epoch: for more of them train on "
                     "windows (train.window, such as 1024, and train.windows_per_scene)"
                 )
+            if advice := what_learns(self.model, self.config)[1]:
+                log.line(advice)
             saved, saved_at = (state.step, state.evaluated), time.monotonic()
             try:
                 self.evaluate_if_due()  # a run may have been stopped between a step and its evaluation
@@ -187,7 +185,7 @@ class Run:
         started = time.monotonic()
         lr = set_lr(self.optimizer, settings, state.step, self.steps_per_epoch)
         loss, images = self.retried(self.gradients)
-        self._tell_skipped()
+        self._tell_news()
         norm = math.nan
         if images:
             norm = float(nn.utils.clip_grad_norm_(self.parameters, settings.clip_grad or math.inf))  # sync
@@ -296,7 +294,7 @@ class Run:
                 evaluation = self.retried(self._evaluate)
         except Stopping:
             return  # done again by the run that continues
-        self._tell_skipped()
+        self._tell_news()
         state.evaluated, state.last = state.step, evaluation
         self.log.evaluation(state.step, epoch, evaluation.loss, evaluation.metrics, evaluation.notes)
         name = self.task.best
@@ -398,17 +396,12 @@ class Run:
         region = model.region_encoder.region
         return Windows(settings.window, model.input, region, ignore=ignore, context=settings.window_context)
 
-    def _first_model(self) -> ModelConfig:
-        """The model's config, without pretrained weights where a checkpoint or `train.init` holds better ones."""
-        model = self.config.model
-        if self.settings.init is None and not checkpoints(self.folder.checkpoints):
-            return model
-        return replace(model, region_encoder=replace(model.region_encoder, pretrained=False))
-
-    def _tell_skipped(self) -> None:
+    def _tell_news(self) -> None:
         for reason in list(self.state.skipped.values())[self._told_skipped :]:
             self.log.line(f"skipped: {reason}")
         self._told_skipped = len(self.state.skipped)
+        for note in () if self.model.token_cache is None else cast(TokenCache, self.model.token_cache).new_notes():
+            self.log.line(note)
 
     def _not_finite(self, what: str, samples: list[Sample]) -> TrainingError:
         names = ", ".join(image.name for sample in samples for image in sample.images)
@@ -418,14 +411,14 @@ class Run:
         )
 
     def _headline(self) -> str:
-        count = sum(p.numel() for p in self.parameters)
         done = f"continuing after step {self.state.step}: " if self.state.step else ""
         if not done and self.settings.init is not None:
             fresh = f" but for {', '.join(self.fresh)}" if self.fresh else ""
             done = f"starting from the weights of {self.settings.init}{fresh}: "
         return (
             f"{done}{self.folder.path}: {self.train_samples.size} to train on, {self.val_samples.size} to evaluate on, "
-            f"{count / 1e6:.2f} M weights, {self.total_steps} steps ({self.steps_per_epoch} an epoch) on {self.device}"
+            f"{what_learns(self.model, self.config)[0]}, "
+            f"{self.total_steps} steps ({self.steps_per_epoch} an epoch) on {self.device}"
         )
 
     def _farewell(self) -> str:

@@ -127,6 +127,8 @@ def _resolved(config: RunConfig, manifest: Manifest, stored: RunConfig | None) -
             weights = balanced(task.class_counts("train"))
         head = replace(head, class_weights=weights)
     csv = str(Path(config.data.csv).resolve())
+    if config.train.token_cache is not None:
+        config = replace(config, train=replace(config.train, token_cache=str(Path(config.train.token_cache).resolve())))
     return replace(config, data=replace(config.data, csv=csv), model=replace(config.model, head=head))
 
 
