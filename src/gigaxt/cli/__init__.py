@@ -21,6 +21,7 @@ VERBS = {
     "convert": ("gigaxt.cli.convert", "make a tiled TIFF pyramid of an image, in bounded memory"),
     "import-coco": ("gigaxt.cli.import_coco", "make a CSV of the images and boxes of a COCO JSON"),
     "import-inat": ("gigaxt.cli.import_inat", "make a CSV of iNaturalist 2018, or of some of its supercategories"),
+    "import-xview3": ("gigaxt.cli.import_xview3", "make a CSV of the scenes of xView3-SAR"),
     "import-xt": ("gigaxt.cli.import_xt", "make a model folder of a published xT checkpoint"),
 }
 """Verb -> its module and what it is for."""

@@ -24,7 +24,7 @@ def expand(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
         if path.suffix.lower() == ".csv":
             yield from dict.fromkeys(image for image, _ in _lines_of_csv(path))
-        elif path.is_dir() and not _is_zarr(path):
+        elif path.is_dir() and not _is_image_folder(path):
             yield from _images_of_folder(path)
         elif not path.exists() and any(character in str(path) for character in "*?["):
             yield from _matches(path)
@@ -106,7 +106,7 @@ def _matches(pattern: Path) -> Iterator[Path]:
     if not found:
         raise ImageError(pattern, "expected a pattern that fits some images, but nothing does")
     for path in found:
-        if path.is_file() or _is_zarr(path):
+        if path.is_file() or _is_image_folder(path):
             yield path
 
 
@@ -133,7 +133,7 @@ def _images_of_folder(path: Path) -> Iterator[Path]:
 
     found = False
     for file in sorted(path.iterdir()):
-        if file.name.startswith(".") or not (_is_zarr(file) or file.is_file()):
+        if file.name.startswith(".") or not (_is_image_folder(file) or file.is_file()):
             continue
         if file.is_file():
             with file.open("rb") as opened:
@@ -145,5 +145,8 @@ def _images_of_folder(path: Path) -> Iterator[Path]:
         raise DataError(f"{path}: expected a folder with images, got none that is an image")
 
 
-def _is_zarr(path: Path) -> bool:
-    return path.is_dir() and any((path / marker).is_file() for marker in (".zattrs", ".zgroup", "zarr.json"))
+def _is_image_folder(path: Path) -> bool:
+    from gigaxt.image.xview3 import is_scene
+
+    markers = (".zattrs", ".zgroup", "zarr.json")
+    return path.is_dir() and (is_scene(path) or any((path / marker).is_file() for marker in markers))

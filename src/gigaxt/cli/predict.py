@@ -77,6 +77,10 @@ def main(args: Sequence[str]) -> int:
             from gigaxt.cli.predict_objects import predict_objects
 
             predict_objects(model, images, arguments, skipped)
+        elif model.config.head.kind == "points":
+            from gigaxt.cli.predict_points import predict_points
+
+            predict_points(model, images, arguments, skipped)
         elif arguments.score is not None:
             raise ConfigError("--score: is for models that find objects")
         elif model.dense:

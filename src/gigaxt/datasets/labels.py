@@ -36,7 +36,7 @@ def default_target(header: Sequence[str], label_columns: Sequence[str]) -> Targe
     """The target that a CSV's columns suggest: `multi` with label columns, `survival` for a bare `time,event`."""
     if label_columns:
         return "multi"
-    return "survival" if set(SURVIVAL) <= set(header) and not {"label", "mask"} & set(header) else "single"
+    return "survival" if set(SURVIVAL) <= set(header) and not {"label", "mask", "points"} & set(header) else "single"
 
 
 def answer_columns(path: Path, header: Sequence[str], target: Target, label_columns: Sequence[str]) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""The CSV that says what a model learns from: one image a line, with its label, its mask or its boxes.
+"""The CSV that says what a model learns from: one image a line, with its label, mask, boxes or points.
 
 Columns: `image`, then what is learnt: `label`, label columns of any names, or `time` and `event` (classification),
-`mask` (segmentation), or `boxes` (detection: a COCO JSON of any number of images, or a GeoJSON of this one). Optional:
+`mask` (segmentation), `boxes` (detection: a COCO JSON of any number of images, or a GeoJSON of this one), or `points`
+(a CSV or GeoJSON of this or of many images). Optional:
 `case` (images that share it are one sample with one answer, such as the slides of a patient), `group` (a patient, a
 site), `split` (train, val, test), `label_id` (whole numbers, the order of the classes), `aoi` (a vector file; outside
 of its polygons a mask is not known), `image_id` (which image of a COCO JSON; without it, the one of that file name) and
@@ -48,9 +49,14 @@ from gigaxt.datasets.split import (
 )
 from gigaxt.errors import DataError
 
-Task = Literal["classification", "detection", "segmentation"]
+Task = Literal["classification", "detection", "points", "segmentation"]
 
-TARGET_COLUMNS: dict[str, Task] = {"label": "classification", "mask": "segmentation", "boxes": "detection"}
+TARGET_COLUMNS: dict[str, Task] = {
+    "label": "classification",
+    "mask": "segmentation",
+    "boxes": "detection",
+    "points": "points",
+}
 """The column that holds what is to be learnt, and the task that it stands for."""
 DENSE_COLUMNS: dict[Task, str] = {task: column for column, task in TARGET_COLUMNS.items() if task != "classification"}
 """Tasks that learn from a file, and the column with its path."""

@@ -83,10 +83,16 @@ def _open(source: Any, nodata: float | None, max_pixels: int, max_tile_bytes: in
 
 
 def _open_folder(path: Path, max_pixels: int, max_tile_bytes: int) -> Image:
+    from gigaxt.image.xview3 import Xview3Scene, is_scene
     from gigaxt.image.zarr import MARKERS, ZarrImage  # zarr takes 0.3 s to import
 
+    if is_scene(path):
+        return Xview3Scene(path, max_pixels=max_pixels, max_tile_bytes=max_tile_bytes)
     if not any((path / marker).is_file() for marker in MARKERS):
-        raise ImageError(path, "expected an image, got a folder that is no OME-Zarr (no .zattrs, .zgroup or zarr.json)")
+        raise ImageError(
+            path,
+            "expected an image, got a folder that is no OME-Zarr (no .zattrs, .zgroup or zarr.json) nor xView3 scene",
+        )
     return ZarrImage(path, max_pixels=max_pixels, max_tile_bytes=max_tile_bytes)
 
 

@@ -10,6 +10,7 @@ from gigaxt.image import Image, open_image
 from gigaxt.inference.found import write_found
 from gigaxt.inference.masks import Probabilities, segment
 from gigaxt.inference.parts import is_done, make_plan
+from gigaxt.inference.points import write_points
 from gigaxt.inference.scores import class_names, scores, write_scores
 from gigaxt.nn.xt import GigaXT
 
@@ -50,6 +51,7 @@ def predict(
             `foreground` leaves out, hold 255 as nodata (65535 from 256 classes on). Labels are bands of 0 and 1 (nodata
             255), numbers bands of float32 (nodata NaN). A detection model writes the objects that score `threshold` of
             its head or more as GeoJSON or CSV (see `gigaxt.objects`), or all as COCO results (.json), by the suffix.
+            A model that finds points writes what `gigaxt.inference.points.write_points` says, of any number of scenes.
         cases: of a classifier: which case each of the sources belongs to; one answer for all images of a case. Empty:
             the image is its own.
         overlap: of a segmentation: px by which the windows that are decoded overlap, against seams. Their probabilities
@@ -80,13 +82,17 @@ def predict(
             if model.dense
             else f"predict: expected a case for each of {len(sources)} images, got {len(cases)}"
         )
-    if model.dense and len(sources) > 1:
-        raise ConfigError(f"predict: a dense model writes one file a scene, got {len(sources)}: loop over them")
-    if model.config.head.kind != "segment" and (overlap is not None or dihedral != 1 or probabilities):
+    kind = model.config.head.kind
+    if kind in ("detect", "segment") and len(sources) > 1:
+        raise ConfigError(f"predict: such a model writes one file a scene, got {len(sources)}: loop over them")
+    if kind != "segment" and (overlap is not None or dihedral != 1 or probabilities):
         raise ConfigError("predict: `overlap`, `dihedral` and `probabilities` are for models that segment")
     training = model.training
     model.eval()
     try:
+        if kind == "points":
+            write_points(output, model, sources, skipped=skipped, progress=progress)
+            return output
         if not model.dense:
             return write_scores(output, model, sources, cases, skipped, progress)
         if model.config.head.kind == "detect":

@@ -51,6 +51,14 @@ class Table:
     def __len__(self) -> int:
         return len(self._numbers)
 
+    def __contains__(self, column: str) -> bool:
+        return column in self._names
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns."""
+        return list(self._names)
+
     def row(self, index: int) -> str:
         """What errors call a row: the file and its line, or the table and its row from 0."""
         return f"{self.name} {self._row_word} {self._numbers[index]}"

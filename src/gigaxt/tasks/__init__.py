@@ -12,18 +12,23 @@ from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase
 from gigaxt.tasks.classification import Classification
 from gigaxt.tasks.detection import Detection
 from gigaxt.tasks.fitting import fitted, fitted_numbers
+from gigaxt.tasks.points import Points, fitted_points
 from gigaxt.tasks.segmentation import Segmentation
+from gigaxt.tasks.vessels import Vessels
 
 __all__ = [
     "Classification",
     "Detection",
     "Evaluation",
+    "Points",
     "Segmentation",
     "Tally",
     "Task",
+    "Vessels",
     "WorstCase",
     "fitted",
     "fitted_numbers",
+    "fitted_points",
     "make_task",
     "read_manifest",
 ]
@@ -45,7 +50,7 @@ def read_manifest(head: HeadConfig, csv: str | Path, *, split_seed: int = 0, fol
     if isinstance(head, DetectConfig):
         return Manifest.read(csv, task="detection", split_seed=split_seed, fold=fold)
     if isinstance(head, PointsConfig):
-        raise ConfigError(f"model.head: {head.kind} learns in a loop of your own as yet, not from a CSV")
+        return Manifest.read(csv, task="points", split_seed=split_seed, fold=fold)
     if isinstance(head, SegmentConfig):
         return Manifest.read(csv, task="segmentation", target=head.target, split_seed=split_seed, fold=fold)
 
@@ -81,5 +86,6 @@ def make_task(head: HeadConfig, manifest: Manifest) -> Task:
         return Segmentation(manifest, head)
     if isinstance(head, DetectConfig):
         return Detection(manifest, head)
-    assert not isinstance(head, PointsConfig), "refused by read_manifest"
+    if isinstance(head, PointsConfig):
+        return Vessels(manifest, head) if head.scoring == "xview3" else Points(manifest, head)
     return Classification(manifest, head.class_names, head.time_bins)

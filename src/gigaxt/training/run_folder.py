@@ -13,8 +13,8 @@ from gigaxt.config import to_dict
 from gigaxt.datasets.labels import LABEL
 from gigaxt.datasets.manifest import Manifest
 from gigaxt.errors import CheckpointError, ConfigError
-from gigaxt.nn.heads import ClassifyConfig, DetectConfig, SegmentConfig
-from gigaxt.tasks import Detection, Task, fitted, fitted_numbers, make_task, read_manifest
+from gigaxt.nn.heads import ClassifyConfig, DetectConfig, PointsConfig, SegmentConfig
+from gigaxt.tasks import Detection, Task, fitted, fitted_numbers, fitted_points, make_task, read_manifest
 from gigaxt.training.checkpoint import checkpoints, one_line, recover_folder
 from gigaxt.training.config import RunConfig, differences, read_yaml, run_config
 from gigaxt.training.device import check_budgets, pick_device
@@ -110,6 +110,8 @@ def _resolved(config: RunConfig, manifest: Manifest, stored: RunConfig | None) -
     head = config.model.head
     if isinstance(head, ClassifyConfig):
         head = fitted(head, manifest)
+    elif isinstance(head, PointsConfig):
+        head = fitted_points(head, manifest)
     elif isinstance(head, SegmentConfig):
         head = _in_units(head, manifest, stored)
     task = make_task(head, manifest)

@@ -70,6 +70,8 @@ class PointsConfig(BaseHeadConfig):
     """distance below which an object counts as found"""
     scoring: Literal["points", "xview3"] = "points"
     """what is scored and written: precision, recall and F1, or the score and the submission of xView3-SAR"""
+    low_confidence: Literal["ignore", "object", "background"] = "ignore"
+    """of xView3-SAR: what objects of LOW confidence, which are not scored, are in training"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,0 +1,55 @@
+"""`gigaxt import-xview3`: a CSV of the scenes of xView3-SAR."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from gigaxt.cli.flags import parse
+from gigaxt.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class ImportXview3Arguments:
+    """Make a CSV of the scenes of xView3-SAR for train, eval and predict.
+
+    gigaxt import-xview3 /data/xview3 xview3.csv
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """As downloaded: validation/SCENE/VV_dB.tif ..., validation.csv, shoreline/validation/..., public likewise."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """The CSV to make: image (the scene's folder), points (the labels), scene_id, shoreline, group, split."""
+    learn: tuple[Literal["train", "validation"], ...] = ("validation",)
+    """Parts to train and validate on; the labels of `train` are incomplete."""
+    locations: Path | None = None
+    """A CSV with columns scene_id and location, which are never divided; None: scenes that overlap stay together."""
+    force: bool = False
+    """Overwrite the CSV if it exists."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Write the CSV; exit status 0."""
+    arguments = parse(ImportXview3Arguments, args, verb="import-xview3", switches=True)
+
+    from gigaxt.datasets.xview3 import write_manifest
+
+    out = arguments.out
+    if out.exists() and not arguments.force:
+        raise ConfigError(f"{out} exists; choose another name, or use --force to overwrite it")
+    counts = write_manifest(arguments.folder, out, learn=arguments.learn, locations=arguments.locations)
+    print(
+        f"{out}: {counts['train']} scenes to train on, {counts['val']} to validate, {counts['test']} to test, in "
+        f"{counts['groups']} places, with {counts['objects']:,} objects and {counts['shorelines']} shorelines"
+    )
+    if not counts["val"]:
+        print("all scenes to train on are of one place: there is none to validate on")
+    print(
+        f"next: gigaxt train --config examples/xview3/better.yaml --data.csv {shlex.quote(str(out))} --out runs/xview3"
+    )
+    return 0

@@ -1,0 +1,268 @@
+"""Points of images from CSV and GeoJSON: places, classes, attributes, each file one image or many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gigaxt.config import nearest
+from gigaxt.errors import DataError
+from gigaxt.image.base import Image
+from gigaxt.metrics.tables import Table
+from gigaxt.nn.heads.points import PointsConfig
+from gigaxt.points import UNKNOWN, PointTarget
+from gigaxt.polygons import epsg_code
+
+Frame = str
+"""`index`: whole numbers are pixel centres; `px` from the upper left corner; `map`: the CRS of the image; or a CRS."""
+LON_LAT = "EPSG:4326"
+PLACES: dict[tuple[str, str], Frame] = {
+    ("row", "col"): "index",
+    ("row", "column"): "index",
+    ("detect_scene_row", "detect_scene_column"): "index",
+    ("y", "x"): "px",
+    ("map_y", "map_x"): "map",
+    ("lat", "lon"): LON_LAT,
+    ("latitude", "longitude"): LON_LAT,
+}
+"""Columns with places, the first that a file has count, and what they are in."""
+LOW = "LOW"
+"""`confidence` of objects in xView3-SAR that are not scored."""
+
+
+class Spec(NamedTuple):
+    """Which columns are read; hashable."""
+
+    class_column: str
+    class_names: tuple[str, ...] | None
+    flags: tuple[str, ...]
+    numbers: tuple[str, ...]
+    logarithmic: tuple[str, ...]
+    low_confidence: str
+
+    @classmethod
+    def of(cls, head: PointsConfig) -> Spec:
+        """Those that a head asks for; classes of one class have no column."""
+        names = None if head.classes == 1 else tuple(head.class_names or ())
+        low = head.low_confidence if head.scoring == "xview3" else "object"
+        flags, numbers, logarithmic = (
+            tuple(name.lower() for name in columns) for columns in (head.flags, head.numbers, head.logarithmic)
+        )
+        return cls(head.class_column.lower(), names, flags, numbers, logarithmic, low)
+
+
+@dataclass(frozen=True)
+class PointTable:
+    """All points of a file, as they stand in it."""
+
+    table: Table
+    places: NDArray[np.float64]
+    """(n, 2) as (row, col) or (y, x)."""
+    frame: Frame
+    classes: list[str]
+    """As written, empty where not known; none where they are not asked for."""
+    attributes: NDArray[np.float64]
+    """(n, k), NaN where not known."""
+    ignored: NDArray[np.bool_]
+    background: NDArray[np.bool_]
+    """Objects that are left out, as if they were not there."""
+
+
+def read_points(path: Path, spec: Spec, image: Image, scene: str | None = None) -> PointTarget:
+    """The points of one image.
+
+    Args:
+        path: CSV or GeoJSON; its places are in one of `PLACES`.
+        spec: which columns.
+        image: that they lie on.
+        scene: of a CSV with a column `scene_id`, which rows count. Of one with `image`, those of the image's file name.
+
+    Raises:
+        DataError: a column is missing, a cell does not fit (with its line), points outside of the image, or a file with
+            rows of which none is of this image.
+    """
+    found = _current(path, spec)
+    rows = rows_of(found.table, image, scene)
+    rows = rows[~found.background[rows]]
+    target = PointTarget(
+        _in_px(found.places[rows], found.frame, image, str(path)),
+        _indices(found, rows, spec),
+        found.attributes[rows],
+        found.ignored[rows],
+        name=str(path),
+    )
+    target.check(image)
+    return target
+
+
+def class_words(path: Path, spec: Spec) -> set[str]:
+    """The classes that occur in a file."""
+    return {word for word in _current(path, spec).classes if word}
+
+
+def table_of(path: Path, spec: Spec) -> Table:
+    """All columns of a file that was read for points, with names in lower case."""
+    return _current(path, spec).table
+
+
+def rows_of(table: Table, image: Image, scene: str | None) -> NDArray[np.intp]:
+    """Which rows of a table are of an image."""
+    if not len(table):
+        return np.empty(0, np.intp)
+    if scene is not None and "scene_id" in table:
+        column, wanted, words = "scene_id", scene, table.words("scene_id")
+    elif "image" in table:
+        column, wanted = "image", Path(image.name).name
+        words = [Path(word).name for word in table.words("image")]
+    else:
+        return np.arange(len(table))
+    rows = np.flatnonzero(np.array(words) == wanted)
+    if not len(rows):
+        raise DataError(
+            f"{table.name}: none of its {len(table)} points has the {column} {wanted!r} of {image.name}; "
+            "of an image without points give a file without lines"
+        )
+    return rows
+
+
+def _current(path: Path, spec: Spec) -> PointTable:
+    return _read(path, path.stat().st_mtime_ns if path.exists() else 0, spec)
+
+
+@lru_cache(maxsize=16)
+def _read(path: Path, changed: int, spec: Spec) -> PointTable:
+    geojson = path.suffix.lower() in (".geojson", ".json")
+    table, frame, columns = _geojson(path) if geojson else _csv(path)
+    places = np.stack([table.numbers(column) for column in columns], axis=1)
+    broken = np.flatnonzero(~np.isfinite(places).all(axis=1))
+    if len(broken):
+        raise DataError(
+            f"{table.row(broken[0])}: expected a place in columns `{columns[0]}` and `{columns[1]}`, got "
+            f"{places[broken[0], 0]} and {places[broken[0], 1]}"
+        )
+    attributes = [np.where(flag < 0, np.nan, flag) for flag in (table.flags(name) for name in spec.flags)]
+    attributes += [_number(table, name, positive=name in spec.logarithmic) for name in spec.numbers]
+    low = np.zeros(len(table), np.bool_)
+    if spec.low_confidence != "object" and "confidence" in table:
+        low = np.array([word == LOW for word in table.words("confidence")], np.bool_)
+    ignored = table.flags("ignored") == 1 if "ignored" in table else np.zeros(len(table), np.bool_)
+    return PointTable(
+        table,
+        places,
+        frame,
+        [] if spec.class_names is None else table.words(spec.class_column),
+        np.stack(attributes, axis=1) if attributes else np.zeros((len(table), 0)),
+        ignored | (low & (spec.low_confidence == "ignore")),
+        low & (spec.low_confidence == "background"),
+    )
+
+
+def _number(table: Table, name: str, *, positive: bool) -> NDArray[np.float64]:
+    values = table.numbers(name)
+    broken = np.flatnonzero(np.isinf(values) | ((values <= 0) if positive else np.zeros(len(values), np.bool_)))
+    if len(broken):
+        raise DataError(
+            f"{table.row(broken[0])}: expected a {'number above 0' if positive else 'finite number'} in column "
+            f"`{name}`, got {values[broken[0]]:g}; leave it empty where it is not known"
+        )
+    return values
+
+
+def _csv(path: Path) -> tuple[Table, Frame, tuple[str, str]]:
+    table = Table(path, str(path))
+    for columns, frame in PLACES.items():
+        if all(column in table for column in columns):
+            return table, frame, columns
+    known = "; ".join(f"{a}, {b}" for a, b in PLACES)
+    raise DataError(f"{path}: expected columns with places, one of: {known}; got {', '.join(table.columns)}")
+
+
+def _geojson(path: Path) -> tuple[Table, Frame, tuple[str, str]]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: expected GeoJSON, got {error}") from error
+    features = data.get("features") if isinstance(data, dict) else data
+    if not isinstance(features, list):
+        raise DataError(f"{path}: expected a GeoJSON FeatureCollection of points")
+    lines: list[dict[str, Any]] = []
+    for number, feature in enumerate(features, start=1):
+        geometry = feature.get("geometry") if isinstance(feature, Mapping) else None
+        kind = geometry.get("type") if isinstance(geometry, Mapping) else None
+        if not isinstance(geometry, Mapping) or kind not in ("Point", "MultiPoint"):
+            raise DataError(f"{path} feature {number}: expected a Point or MultiPoint, got {kind}")
+        places = [geometry["coordinates"]] if kind == "Point" else geometry["coordinates"]
+        properties = {str(key).lower(): value for key, value in (feature.get("properties") or {}).items()}
+        nested = properties.get("classification")
+        if isinstance(nested, Mapping):  # as QuPath writes it
+            properties.setdefault("class", nested.get("name"))
+        lines += [{**properties, "y": place[1], "x": place[0]} for place in places]
+    names = sorted({name for line in lines for name in line} | {"y", "x"})
+    table = Table({name: [line.get(name) for line in lines] for name in names}, str(path))
+    crs = data.get("crs") if isinstance(data, dict) else None
+    named = crs.get("properties", {}).get("name") if isinstance(crs, Mapping) else crs
+    return table, "geojson" if named is None else str(named), ("y", "x")
+
+
+def _indices(found: PointTable, rows: NDArray[np.intp], spec: Spec) -> NDArray[np.int64]:
+    if spec.class_names is None:
+        return np.zeros(len(rows), np.int64)
+    numbers = {name: i for i, name in enumerate(spec.class_names)} | {"": UNKNOWN}
+    for row in rows:
+        if found.classes[row] not in numbers:
+            raise DataError(
+                f"{found.table.row(row)}: no class {found.classes[row]!r} in column `{spec.class_column}`"
+                f"{nearest(found.classes[row], spec.class_names)}"
+            )
+    return np.array([numbers[found.classes[row]] for row in rows], np.int64)
+
+
+def _in_px(places: NDArray[np.float64], frame: Frame, image: Image, name: str) -> NDArray[np.float64]:
+    """Places as (row, col) in px from the upper left corner of the image."""
+    placed = image.crs is not None and image.transform is not None
+    if frame == "index":
+        return places + 0.5
+    if frame == "px" or (frame == "geojson" and not placed):
+        return places
+    if not placed:
+        raise DataError(f"{name}: places are in {frame}, but {image.name} has no CRS and transform to place them by")
+    assert image.crs is not None
+    assert image.transform is not None
+    at = places[:, ::-1]  # (n, 2) as x, y
+    if frame != "map":
+        at = _projected(at, LON_LAT if frame == "geojson" else frame, image.crs, name)
+    a, b, c, d, e, f = image.transform
+    return np.linalg.solve(np.array([[a, b], [d, e]]), (at - (c, f)).T).T[:, ::-1]
+
+
+def _projected(at: NDArray[np.float64], source: str, target: str, name: str) -> NDArray[np.float64]:
+    if epsg_code(source) is not None and epsg_code(source) == epsg_code(target):
+        return at
+    try:
+        from pyproj import Transformer
+        from pyproj.exceptions import ProjError
+    except ImportError as error:
+        raise DataError(
+            f"{name}: places in {source} on an image in {target} need pyproj: pip install pyproj"
+        ) from error
+    try:
+        transformer = Transformer.from_crs(source, target, always_xy=True)
+    except ProjError as error:
+        raise DataError(f"{name}: cannot be brought from {source} to {target}: {error}") from error
+    return np.column_stack(transformer.transform(at[:, 0], at[:, 1]))
+
+
+def known_numbers(paths: Sequence[Path], spec: Spec) -> NDArray[np.float64]:
+    """The numbers of all points of some files, as they are learnt: (n, numbers), NaN where not known."""
+    columns = [_current(path, spec).attributes[:, len(spec.flags) :] for path in paths]
+    values = np.concatenate(columns) if columns else np.zeros((0, len(spec.numbers)))
+    which = [name in spec.logarithmic for name in spec.numbers]
+    values[:, which] = np.log(values[:, which])
+    return values

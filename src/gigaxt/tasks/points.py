@@ -1,0 +1,324 @@
+"""Objects as points: precision, recall and F1 at a distance, and what is said of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gigaxt.datasets.manifest import Manifest, Row
+from gigaxt.datasets.points import Spec, class_words, known_numbers, read_points
+from gigaxt.errors import ConfigError, DataError
+from gigaxt.finding import FLAG_THRESHOLD, THRESHOLD, find
+from gigaxt.image.base import Image
+from gigaxt.nn.heads.points import PointsConfig
+from gigaxt.objects import Objects
+from gigaxt.points import UNKNOWN, PointTarget
+from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase, as_table, worst_first
+from gigaxt.tasks.bootstrap import about_groups, estimate
+from gigaxt.tasks.point_matching import LEFT_OUT, WRONG, Curve, flag_threshold, match_points
+
+
+class Points(Task):
+    """Objects at places.
+
+    Args:
+        manifest: where the points are.
+        head: of the model. Thresholds that it leaves open are chosen on what is evaluated.
+    """
+
+    best = "f1"
+    images_per_call = 1
+
+    def __init__(self, manifest: Manifest, head: PointsConfig) -> None:
+        self.manifest = manifest
+        names = ["object"] if head.classes == 1 else class_names_of(manifest, head)
+        self.head = replace(head, class_names=list(head.class_names or names))
+        self.class_names = tuple(self.head.class_names or ())
+        self.spec = Spec.of(self.head)
+        self.metric_names: tuple[str, ...] = (
+            "f1",
+            "precision",
+            "recall",
+            "average_precision",
+            *(f"{flag}_f1" for flag in head.flags),
+            *(f"{number}_mae" for number in head.numbers),
+        )
+
+    def target(self, row: Row, image: Image) -> PointTarget:
+        """The points of one image."""
+        path = self.manifest.target_of(row)
+        assert isinstance(path, Path), "a manifest of points has no labels"
+        return read_points(path, self.spec, image, row.cells.get("scene_id") or None)
+
+    def answer(self, model: Any, images: Sequence[Any], targets: Sequence[Any]) -> Mapping[str, Any]:
+        """The sums of the loss and the objects found, of one image."""
+        ((image,), (target,)) = images, targets
+        found = find(model, image, target)
+        return {**(found.sums or {}), "found": found.objects, "size_px": (image.height, image.width)}
+
+    def settle(self, head: Any, evaluation: Evaluation) -> None:
+        """Keep the thresholds that were best, unless the user set others."""
+        if self.head.threshold is None:
+            head.threshold = [evaluation.per_class[name]["threshold"] for name in self.class_names]
+        if self.head.flag_threshold is None and head.flags:
+            head.flag_threshold = [evaluation.per_class[flag]["threshold"] for flag in head.flags]
+
+    def tally(self) -> PointsTally:
+        """A fresh, empty tally."""
+        return PointsTally(self)
+
+    def class_counts(self, split: str) -> list[float]:
+        """Not known without the images."""
+        raise ConfigError("train.class_weights balanced: points have no classes to balance; set head.class_weights")
+
+
+def fitted_points(head: PointsConfig, manifest: Manifest) -> PointsConfig:
+    """The head with mean and standard deviation of its numbers, over all points that the training images' files hold.
+
+    What the config gives already stays as it is.
+    """
+    if not head.numbers or (head.number_mean is not None and head.number_std is not None):
+        return head
+    paths = dict.fromkeys(row.target_path for row in manifest.split("train") if row.target_path is not None)
+    values = known_numbers(list(paths), Spec.of(replace(head, class_names=[""] * head.classes)))
+    known = (~np.isnan(values)).sum(axis=0)
+    lacking = [name for name, count in zip(head.numbers, known, strict=True) if not count]
+    if lacking:
+        raise DataError(
+            f"{manifest.path}: no training image has a known `{lacking[0]}`, so it cannot be learnt; "
+            "leave it out of head.numbers"
+        )
+    std = np.nanstd(values, axis=0)
+    mean, std = np.nanmean(values, axis=0), np.where(std > 0, std, 1.0)
+    return replace(head, number_mean=head.number_mean or mean.tolist(), number_std=head.number_std or std.tolist())
+
+
+def class_names_of(manifest: Manifest, head: PointsConfig) -> list[str]:
+    """The classes of the training data, sorted.
+
+    Raises:
+        ConfigError: there are more or fewer than the head has.
+    """
+    if head.class_names is not None:
+        return head.class_names
+    spec = Spec.of(replace(head, class_names=[""] * head.classes))
+    paths = {row.target_path for row in manifest.rows if row.target_path is not None}
+    names = sorted(set().union(*(class_words(path, spec) for path in paths)))
+    if len(names) != head.classes:
+        shown = ", ".join(names[:8])
+        raise ConfigError(
+            f"model.head.classes is {head.classes}, but the points of {manifest.path} have {len(names)}: {shown}; "
+            "set it to that, or set class_names"
+        )
+    return names
+
+
+@dataclass(frozen=True)
+class Case:
+    """What came of one image."""
+
+    row: Row
+    found: Objects
+    truth: PointTarget
+    loss_sum: float
+    objects: float
+    """That the loss counted."""
+    matched: NDArray[np.int64]
+    """(found,): see `match_points`."""
+
+    def right(self, of_class: int) -> NDArray[np.bool_]:
+        """Of the detections of a class that count: which are right."""
+        return self.matched[self.counted(of_class)] >= 0
+
+    def counted(self, of_class: int) -> NDArray[np.bool_]:
+        """Which detections are of a class and count."""
+        return np.asarray((self.found.classes == of_class) & (self.matched != LEFT_OUT))
+
+    def true(self, of_class: int) -> int:
+        """How many objects of a class there are to find."""
+        return int(((self.truth.classes == of_class) & ~self.truth.ignored).sum())
+
+
+class Thresholds(NamedTuple):
+    """From which chance on something is so."""
+
+    classes: NDArray[np.float64]
+    flags: NDArray[np.float64]
+
+
+class PointsTally(Tally):
+    """Detections and objects of each image of a split."""
+
+    def __init__(self, task: Points) -> None:
+        self.task: Points = task
+        self.cases: list[Case] = []
+
+    @property
+    def rows(self) -> list[Row]:
+        """The row of each image."""
+        return [case.row for case in self.cases]
+
+    def update(self, rows: Sequence[Row], targets: Sequence[Any], output: Mapping[str, Any]) -> None:
+        """Add what `Points.answer` says of one image."""
+        ((row,), (truth,)) = rows, targets
+        found = output["found"]
+        loss, objects = (float(output.get(name, math.nan)) for name in ("loss_sum", "objects"))
+        self.cases.append(Case(row, found, truth, loss, objects, self._matched(found, truth)))
+
+    def select(self, keep: Callable[[Row], bool]) -> Self:
+        """The tally of some images."""
+        part = type(self)(self.task)
+        part.cases = [case for case in self.cases if keep(case.row)]
+        return part
+
+    def merged(self, other: Self) -> Self:
+        """The tally of the images of both."""
+        both = type(self)(self.task)
+        both.cases = self.cases + other.cases
+        return both
+
+    def compute(self) -> Evaluation:
+        """Scores at the model's thresholds, or at the best ones where it has none."""
+        if not self.cases:
+            raise DataError("there is no image to evaluate")
+        task, thresholds = self.task, self.thresholds()
+        curves = self._curves()
+        counts = torch.tensor([[self._counts(case, thresholds, k) for k in range(len(curves))] for case in self.cases])
+        groups = [case.row.group or case.row.case or str(case.row.image) for case in self.cases]
+        metrics, intervals = estimate(partial(_scores, counts.sum(dim=1).double()), groups)
+        metrics["average_precision"] = _mean([curve.average_precision() for curve in curves])
+        flags, numbers = self._attributes(thresholds)
+        metrics |= {f"{name}_f1": table["f1"] for name, table in flags.items()}
+        metrics |= {f"{name}_mae": table["mae"] for name, table in numbers.items()}
+        per_class = as_table(_columns(counts.sum(dim=0).double(), curves, thresholds), task.class_names)
+        objects = sum(case.objects for case in self.cases)
+        return Evaluation(
+            images=len(self.cases),
+            loss=sum(case.loss_sum for case in self.cases) / max(objects, 1),
+            metrics=self._metrics(metrics, thresholds),
+            intervals=intervals,
+            notes=about_groups(len(set(groups))),
+            per_class=_one_table({**per_class, **flags, **numbers}),
+            worst=worst_first([self._worst_case(case, thresholds) for case in self.cases]),
+        )
+
+    def _metrics(self, known: Mapping[str, float], thresholds: Thresholds) -> dict[str, float]:
+        """Those of the task, at thresholds, from `known` ones."""
+        return {name: known[name] for name in self.task.metric_names}
+
+    def thresholds(self) -> Thresholds:
+        """Those of the head; where it has none, those of the best F1."""
+        head = self.task.head
+        classes = head.threshold or [curve.best_threshold(THRESHOLD) for curve in self._curves()]
+        chosen = np.array(classes)
+        flags = head.flag_threshold or [
+            flag_threshold(*self._known(i, chosen), FLAG_THRESHOLD) for i in range(len(head.flags))
+        ]
+        return Thresholds(chosen, np.array(flags))
+
+    def _matched(self, found: Objects, truth: PointTarget) -> NDArray[np.int64]:
+        matched = np.full(len(found), WRONG, np.int64)
+        for k in range(len(self.task.class_names)):
+            rows = np.flatnonzero(found.classes == k)
+            # An object of unknown class may be what was found, and is not asked for.
+            of_class = np.flatnonzero((truth.classes == k) | (truth.classes == UNKNOWN) | truth.ignored)
+            ignored = truth.ignored[of_class] | (truth.classes[of_class] == UNKNOWN)
+            pairs = match_points(found.places[rows], truth.places[of_class], ignored, self.task.head.tolerance_px)
+            matched[rows] = np.where(pairs >= 0, np.append(of_class, 0)[pairs], pairs)
+        return matched
+
+    def _curves(self) -> list[Curve]:
+        curves = []
+        for k in range(len(self.task.class_names)):
+            scores = [case.found.scores[case.counted(k)] for case in self.cases]
+            right = [case.right(k) for case in self.cases]
+            curves.append(
+                Curve.of(np.concatenate(scores), np.concatenate(right), sum(case.true(k) for case in self.cases))
+            )
+        return curves
+
+    def _counts(self, case: Case, thresholds: Thresholds, k: int) -> list[int]:
+        """Right, wrong, and objects to find of one class in an image."""
+        enough = case.found.scores[case.counted(k)] >= thresholds.classes[k]
+        right = case.right(k) & enough
+        return [int(right.sum()), int((enough & ~right).sum()), case.true(k)]
+
+    def _known(self, attribute: int, classes: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Answer and truth of an attribute, over the objects that were found and of which it is known."""
+        name = self.task.head.attributes[attribute]
+        answers, truths = [], []
+        for case in self.cases:
+            hit = (case.matched >= 0) & (case.found.scores >= classes[case.found.classes])
+            truth = case.truth.attributes[case.matched[hit], attribute]
+            answers.append(case.found.attributes[name][hit][~np.isnan(truth)])
+            truths.append(truth[~np.isnan(truth)])
+        return np.concatenate(answers), np.concatenate(truths)
+
+    def _attributes(self, thresholds: Thresholds) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+        head = self.task.head
+        flags, numbers = {}, {}
+        for i, name in enumerate(head.flags):
+            chances, truth = self._known(i, thresholds.classes)
+            yes, real = chances >= thresholds.flags[i], truth > 0.5
+            right, wrong = int((yes & real).sum()), int((yes & ~real).sum())
+            flags[name] = {
+                "f1": _ratio(2 * right, right + wrong + int(real.sum())),
+                "precision": _ratio(right, right + wrong),
+                "recall": _ratio(right, int(real.sum())),
+                "threshold": float(thresholds.flags[i]),
+                "known": len(truth),
+            }
+        for i, name in enumerate(head.numbers, start=len(head.flags)):
+            answers, truth = self._known(i, thresholds.classes)
+            mae = float(np.abs(answers - truth).mean()) if len(truth) else math.nan
+            numbers[name] = {"mae": mae, "known": len(truth)}
+        return flags, numbers
+
+    def _worst_case(self, case: Case, thresholds: Thresholds) -> WorstCase:
+        counts = [self._counts(case, thresholds, k) for k in range(len(self.task.class_names))]
+        right, wrong, true = (sum(column) for column in zip(*counts, strict=True))
+        f1 = 2 * right / (right + wrong + true) if right + wrong + true else 1.0
+        caption = f"F1 {f1:.3f}: {right} of {true} objects found, {wrong} detections of nothing"
+        return WorstCase(image=str(case.row.image), badness=1 - f1, caption=caption)
+
+
+def _scores(counts: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Scores (draws,) of images weighted by (images, draws), from (images, 3): right, wrong, and to find."""
+    right, wrong, true = counts.T @ weights  # (draws,) each
+    return {"f1": 2 * right / (right + wrong + true), "precision": right / (right + wrong), "recall": right / true}
+
+
+def _columns(counts: Tensor, curves: Sequence[Curve], thresholds: Thresholds) -> dict[str, Tensor]:
+    right, wrong, true = counts.T
+    return {
+        "f1": 2 * right / (right + wrong + true),
+        "precision": right / (right + wrong),
+        "recall": right / true,
+        "average_precision": torch.tensor([curve.average_precision() for curve in curves]),
+        "threshold": torch.from_numpy(thresholds.classes),
+        "cases": true,
+    }
+
+
+def _one_table(rows: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Rows with the columns of all of them, NaN where a row has none."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    return {name: {column: row.get(column, math.nan) for column in columns} for name, row in rows.items()}
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan

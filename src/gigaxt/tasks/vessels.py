@@ -1,0 +1,106 @@
+"""xView3-SAR: points that are scored as the challenge does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gigaxt.datasets.manifest import Manifest, Row
+from gigaxt.datasets.points import table_of
+from gigaxt.datasets.xview3 import SUBMISSION, scene_id, submission_columns
+from gigaxt.errors import DataError
+from gigaxt.finding import decided
+from gigaxt.metrics import xview3_score
+from gigaxt.metrics.matching import PIXEL_M
+from gigaxt.metrics.shorelines import read_shoreline
+from gigaxt.nn.heads.points import PointsConfig
+from gigaxt.tasks.base import Evaluation
+from gigaxt.tasks.points import Case, Points, PointsTally, Thresholds
+
+TOLERANCE_M = 200.0
+SCORES = ("aggregate", "loc_fscore", "loc_fscore_shore", "vessel_fscore", "fishing_fscore", "length_acc")
+TRUTH = (*SUBMISSION, "confidence", "distance_from_shore_km")
+
+
+class Vessels(Points):
+    """The score of xView3-SAR over all scenes, those without a detection included.
+
+    Args:
+        manifest: its rows have `scene_id`, and `shoreline` if the score close to shore is wanted.
+        head: see `Points`.
+    """
+
+    best = "aggregate"
+
+    def __init__(self, manifest: Manifest, head: PointsConfig) -> None:
+        super().__init__(manifest, replace(head, tolerance_px=TOLERANCE_M / PIXEL_M))
+        self.metric_names = SCORES
+
+    def tally(self) -> VesselsTally:
+        """A fresh, empty tally."""
+        return VesselsTally(self)
+
+    def truth(self, cases: Iterable[Case]) -> dict[str, list[str]]:
+        """The labels of some scenes, as they stand in their CSVs."""
+        columns: dict[str, list[str]] = {name: [] for name in TRUTH}
+        for case in cases:
+            assert case.row.target_path is not None
+            table = table_of(case.row.target_path, self.spec)
+            rows = np.flatnonzero(np.array(table.words("scene_id")) == scene_of(case.row))
+            for name in TRUTH:
+                words = table.words(name)
+                columns[name] += [words[row] for row in rows]
+        return columns
+
+
+class VesselsTally(PointsTally):
+    """Detections and objects of each scene of a split."""
+
+    task: Vessels
+
+    def compute(self) -> Evaluation:
+        """The official scores; precision, recall and F1 of all objects and of the flags in the table of classes."""
+        evaluation = super().compute()
+        notes = list(evaluation.notes)
+        if not any(row.cells.get("shoreline") for row in self.rows):
+            notes.append("no shorelines: the score close to shore is 0, and the aggregate at most 0.8")
+        return replace(evaluation, intervals={}, notes=notes)
+
+    def _metrics(self, known: Mapping[str, float], thresholds: Thresholds) -> dict[str, float]:
+        head = replace(self.task.head, threshold=thresholds.classes.tolist(), flag_threshold=thresholds.flags.tolist())
+        predictions: dict[str, list[Any]] = {name: [] for name in SUBMISSION}
+        for case in self.cases:
+            for name, column in submission_columns(decided(case.found, head), scene_of(case.row)).items():
+                predictions[name] += column
+        scenes = [scene_of(case.row) for case in self.cases]
+        shorelines = shorelines_of(self.task.manifest.path, self.rows)
+        scores = xview3_score(predictions, self.task.truth(self.cases), shorelines, scenes=scenes)["scores"]
+        return {name: scores[name] for name in SCORES}
+
+
+def scene_of(row: Row) -> str:
+    """The id of a row's scene: its cell `scene_id`, or the name of its folder."""
+    return row.cells.get("scene_id") or scene_id(row.image)
+
+
+def shorelines_of(manifest: Path, rows: Iterable[Row]) -> dict[str, Any] | None:
+    """Contours of each scene; None where no row names a shoreline.
+
+    Raises:
+        DataError: some rows name one and others do not, or a file is missing.
+    """
+    rows = list(rows)
+    named = [row for row in rows if row.cells.get("shoreline")]
+    if not named:
+        return None
+    if len(named) < len(rows):
+        lacking = next(row for row in rows if not row.cells.get("shoreline"))
+        raise DataError(
+            f"{manifest} line {lacking.line}: expected a path in column `shoreline`, as in other rows, got nothing; "
+            "without any, the score close to shore is 0"
+        )
+    return {scene_of(row): [read_shoreline(manifest.parent / row.cells["shoreline"])] for row in named}
