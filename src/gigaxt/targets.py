@@ -214,6 +214,20 @@ class WindowTarget(SceneTarget):
         return WindowTarget(target, (left, top, max(1, right - left), max(1, bottom - top)), size)
 
 
+class TakesTargets(Protocol):
+    """A dense head, as far as targets go."""
+
+    def as_target(self, target: Any) -> SceneTarget:
+        """See `gigaxt.nn.heads.dense.DenseHead`."""
+
+
+def target_for(head: TakesTargets, target: Any) -> SceneTarget:
+    """What `head` learns of a scene, or of a window of it."""
+    if isinstance(target, WindowTarget):
+        return WindowTarget(head.as_target(target.target), target.window, target.size)
+    return head.as_target(target)
+
+
 def as_bands(target: Any, bands: int, *, numbers: bool) -> BandsTarget:
     """Labels or numbers from an Image, or from an array or tensor (H, W), of several bands (H, W, bands).
 

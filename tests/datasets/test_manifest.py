@@ -178,9 +178,9 @@ ERRORS = {
     "no image column": ("imgae,label\na,b\n", "column `image` is missing; did you mean `imgae`"),
     "no label column": (
         "image,lable\na,b\n",
-        "expected a column `label` or `mask` or `boxes`, got none; did you mean `lable`",
+        "expected a column `label` or `mask` or `boxes` or `points`, got none; did you mean `lable`",
     ),
-    "only images": ("image,split\na,train\n", "expected a column `label` or `mask` or `boxes`, got none"),
+    "only images": ("image,split\na,train\n", "expected a column `label` or `mask` or `boxes` or `points`, got none"),
     "label and mask": ("image,label,mask\na,b,c\n", "has `label` and `mask`"),
     "column twice": ("image,label,label\na,b,c\n", "column `label` occurs twice"),
     "semicolons": ("image;label\na;b\n", "separated by ';'; expected commas"),

@@ -34,7 +34,7 @@ from gigaxt.replay import draw_seed
 from gigaxt.rows import Reader
 from gigaxt.scenes import SceneBatch
 from gigaxt.streaming import Streaming, stream
-from gigaxt.targets import SceneTarget
+from gigaxt.targets import SceneTarget, target_for
 from gigaxt.token_cache import TokenCache
 from gigaxt.xt_release.context import KIND, POOLED_KIND
 
@@ -279,7 +279,7 @@ class GigaXT(nn.Module):
 
     def _sums(self, images: Cases, targets: Any, seed: int, *, linear: bool) -> tuple[Tensor, ...]:
         head = self._dense_head
-        batch = self.batch(images, [t if isinstance(t, SceneTarget) else head.as_target(t) for t in targets])
+        batch = self.batch(images, [target_for(head, target) for target in targets])
         decode = LossSums(self._dense_head, self.encode)
         return self._decode(batch, decode, batch.load_targets, "sum", linear, seed)
 
