@@ -75,8 +75,8 @@ class HyperAttention(LayeredContext):
 
     Cost per token: `4 * dim**2` multiplications in projections and `2 * dim * (block + samples + hashes)` in the
     attention, whatever the number of tokens. Memory: forward and backward together peak at
-    `2 * depth + 4.2 + 13 / heads` token stores above the tokens in float32 (measured; one head at a time is at work), and
-    at about four more in bfloat16, as a head normalises all tokens in float32.
+    `2 * depth + 4.2 + 13 / heads` token stores above the tokens in float32 (measured; one head at a time is at work),
+    and at about four more in bfloat16, as a head normalises all tokens in float32.
     Reach without the summary path: the whole scene, but beyond `exact_below` tokens not from each token to each: a
     layer's head tells of a token to the queries of its block, wherever they lie, and to all if it is among the samples.
     Choose it to compare with published results, or where tokens fall into groups that look for their like. Where
