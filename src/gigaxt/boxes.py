@@ -146,6 +146,11 @@ class BoxTarget(SceneTarget):
         distances[found, 2:] = self.boxes_xyxy[owner[found], 2:] - location[found]
         return classes.ravel(), distances.reshape(-1, 4)
 
+    def objects_at(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The centres of boxes that are learnt, each as likely."""
+        boxes = self.boxes_xyxy[~self.ignored]
+        return (boxes[:, 1::-1] + boxes[:, 3:1:-1]) / 2, np.ones(len(boxes))
+
     def turned(self, k: int) -> BoxTarget:
         """See `SceneTarget.turned`."""
         height, width = self._size

@@ -40,6 +40,7 @@ class PointTarget(SceneTarget):
         classes: (n,) from 0; `UNKNOWN` where the class is not known. None: all 0.
         attributes: (n, k), NaN where not known. None: k = 0.
         ignored: (n,) bool: objects that count neither as such nor as background. None: none.
+        weights: (n,) how often windows are drawn around each; None: equally often.
         name: of the file that they come from.
         size_px: height and width of the image; None: those of the image that `check` sees first, in which all must lie.
         lattice: of the detector that learns them; see `on`.
@@ -55,6 +56,7 @@ class PointTarget(SceneTarget):
         attributes: Any = None,
         ignored: Any = None,
         *,
+        weights: Any = None,
         name: str = "points",
         size_px: tuple[int, int] | None = None,
         lattice: PointLattice | None = None,
@@ -65,6 +67,7 @@ class PointTarget(SceneTarget):
         self.classes = np.zeros(n, np.int64) if classes is None else np.asarray(classes, dtype=np.int64)
         self.attributes = np.zeros((n, 0)) if attributes is None else np.asarray(attributes, dtype=np.float64)
         self.ignored = np.zeros(n, np.bool_) if ignored is None else np.asarray(ignored, dtype=np.bool_)
+        self.weights = np.ones(n) if weights is None else np.asarray(weights, dtype=np.float64)
         if self.classes.shape != (n,) or self.ignored.shape != (n,) or self.attributes.shape[:1] != (n,):
             raise DataError(
                 f"{name}: expected a class and attributes for each of {n} points, got {self.classes.shape}, "
@@ -138,6 +141,11 @@ class PointTarget(SceneTarget):
         offsets[:, row, col] = (at - own - 0.5)[here].T
         return {"heat": heat, "classes": classes, "attributes": attributes, "offsets": offsets}
 
+    def objects_at(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Objects that lie in the image and are not ignored."""
+        kept = self.inside & ~self.ignored
+        return self.places[kept], self.weights[kept]
+
     def turned(self, k: int) -> PointTarget:
         """See `SceneTarget.turned`."""
         (height, width), places = self._size, self.places
@@ -178,7 +186,12 @@ class PointTarget(SceneTarget):
         return self.size_px
 
     def _with(self, places: NDArray[np.float64], **changed: Any) -> PointTarget:
-        kept = {"name": self.name, "size_px": self.size_px, "lattice": self.lattice}
+        kept: dict[str, Any] = {
+            "weights": self.weights,
+            "name": self.name,
+            "size_px": self.size_px,
+            "lattice": self.lattice,
+        }
         return PointTarget(places, self.classes, self.attributes, self.ignored, **(kept | changed))
 
 

@@ -53,6 +53,10 @@ class SceneTarget(ABC):
             h: px.
         """
 
+    def objects_at(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Places that windows may be drawn around, (n, 2) as (row, col) in px, and weights (n,); none of masks."""
+        return np.zeros((0, 2)), np.zeros(0)
+
     @abstractmethod
     def turned(self, k: int) -> Self:
         """The target of `gigaxt.augment.dihedral(image, k)`."""

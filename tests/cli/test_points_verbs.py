@@ -185,3 +185,23 @@ def test_wrong_outputs(cells: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert main(["predict", run, image, *more, "--out", str(cells / out)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_check_writes_a_config_that_fits(vessels: Path, cells: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, csv_path, wanted in (
+        (vessels, vessels / "x.csv", {"scoring": "xview3", "numbers": ["vessel_length_m"]}),
+        (cells, cells / "all.csv", {"kind": "points"}),
+    ):
+        path = folder / "written.yaml"
+        assert main(["check", str(csv_path), "--write", str(path), "--overlays", str(folder / "pictures")]) == 0
+        data = yaml.safe_load(path.read_text())
+        assert wanted.items() <= data["model"]["head"].items()
+        printed = capsys.readouterr().out
+        assert "points: " in printed
+        assert "(ignored: nothing is learnt there)" in printed or folder is cells
+        assert len(list((folder / "pictures").glob("*.png"))) == 3
+        if folder is vessels:  # what is nodata in one band alone is no number of it
+            assert data["model"]["input"]["mean"][2] > -100
+    (cells / "0.csv").write_text("x,y,kind,area\n500,3,red,1\n")
+    assert main(["check", str(cells / "all.csv")]) == 2
+    assert "points that do not fit: 1" in capsys.readouterr().out

@@ -11,12 +11,13 @@ import pytest
 import tifffile
 import torch
 
-from gigaxt import ConfigError, DataError, Streaming
+from gigaxt import ConfigError, DataError, Streaming, open_image
 from gigaxt.augment import dihedral
 from gigaxt.image.memory import ArrayImage
 from gigaxt.image.views import Cropped
 from gigaxt.inputs import InputConfig
 from gigaxt.nn.keyed import dropout_key
+from gigaxt.points import PointTarget
 from gigaxt.targets import MaskTarget, WindowTarget
 from gigaxt.training.config import RunConfig, run_config
 from gigaxt.training.loop import Run, train
@@ -275,3 +276,36 @@ def test_foreground_is_found_in_the_whole_image(tmp_path: Path) -> None:
     assert np.argwhere(keep).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     keep = kept_regions(Cropped(image, 128, 64, 150, 150), InputConfig(foreground=str(polygons)), 64)
     assert np.argwhere(keep).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_share_of_windows_around_objects(share: float) -> None:
+    """One object in a large scene: a window holds it by chance in 1 of 100, else when it is drawn around it."""
+    image = open_image(np.ones((1000, 1000), np.uint8))
+    target = PointTarget([[500.5, 300.5], [10, 10]], ignored=[False, True], size_px=(1000, 1000))
+    windows = Windows(100, InputConfig(), 64, objects=share)
+    held, places = 0, []
+    for seed in range(200):
+        x, y, w, h = windows.draw(0, image, target, seed)
+        assert 0 <= x <= 900
+        if x <= 300 < x + w and y <= 500 < y + h:
+            held += 1
+            places.append((300 - x, 500 - y))
+    assert abs(held / 200 - share) < 0.12
+    if share == 1:
+        assert np.min(places) >= 12
+        assert np.max(places) < 88
+        assert np.std(places, axis=0).min() > 15
+
+
+def test_objects_by_weight_and_without_data_around() -> None:
+    pixels = np.ones((400, 400), np.uint8)
+    pixels[:200] = 0
+    image = ArrayImage(pixels[..., None], nodata=0)
+    target = PointTarget([[300, 50], [300, 350], [50, 50]], weights=[0, 1, 0], size_px=(400, 400))
+    windows = Windows(64, InputConfig(), 64, objects=1.0)
+    assert all(windows.draw(0, image, target, seed)[0] > 250 for seed in range(20))
+    only_in_nodata = PointTarget([[50, 50]], size_px=(400, 400))
+    for seed in range(20):
+        _, y, _, h = windows.draw(1, image, only_in_nodata, seed)
+        assert y + h > 200

@@ -38,7 +38,7 @@ class CheckArguments:
     """What of the images is worth encoding: tissue, or the path of a raster or of GeoJSON polygons."""
     overlays: Path | None = None
     """Write pictures of the first 32 images to this folder: masks in colours, foreground framed."""
-    task: Literal["classification", "detection", "segmentation"] | None = None
+    task: Literal["classification", "detection", "points", "segmentation"] | None = None
     """Which column counts where the CSV has several of label, mask, boxes."""
     target: Literal["single", "multi", "regression", "survival"] | None = None
     """What labels are: one class, several (a|b), numbers, or time until an event; None: what the columns suggest."""

@@ -21,12 +21,14 @@ from gigaxt.datasets.boxes import BoxClasses, box_classes
 from gigaxt.datasets.labels import Target
 from gigaxt.datasets.manifest import Manifest, Row, Task
 from gigaxt.datasets.mask_facts import MaskFacts, look_at_mask, mask_head
+from gigaxt.datasets.point_facts import count_points, draw_points, suggested_head
 from gigaxt.datasets.report import CheckReport, ImageFacts, Problem, shared_bands
 from gigaxt.datasets.run_config import write_config
 from gigaxt.datasets.statistics import WINDOW, BandStatistics, spread_windows
 from gigaxt.errors import DataError, GigaxtError
 from gigaxt.image.base import Image
 from gigaxt.masks import open_mask
+from gigaxt.nn.heads.points import PointsConfig
 from gigaxt.nn.heads.segment_config import SegmentConfig
 from gigaxt.pixel_answers import with_mask
 
@@ -82,10 +84,12 @@ def check_manifest(
     if head is not None:
         manifest = replace(manifest, target=head.target)
     classes = box_classes(manifest) if manifest.task == "detection" and not missing else None
+    points = suggested_head(rows) if manifest.task == "points" and not missing else None
     looker = _Looker(
         manifest=manifest,
         head=head,
         classes=classes,
+        points=points,
         windows=int(np.clip(WINDOWS_IN_ALL // max(len(rows), 1), 2, 16)),
         mask_pixels=int(np.clip(MASK_PIXELS_IN_ALL // max(len(rows), 1), 1 << 22, 1 << 26)),
         foreground=_foreground(foreground),
@@ -99,7 +103,7 @@ def check_manifest(
             findings[jobs[job]] = job.result()
             if progress is not None:
                 progress(done, len(rows))
-    return _report(manifest, head, classes, missing, [findings[line] for line in sorted(findings)], foreground)
+    return _report(manifest, head, classes, points, missing, [findings[line] for line in sorted(findings)], foreground)
 
 
 @dataclass
@@ -109,7 +113,7 @@ class _Finding:
     facts: ImageFacts | None = None
     statistics: BandStatistics | None = None
     mask: MaskFacts = field(default_factory=MaskFacts)
-    boxes: Counter[str] = field(default_factory=Counter)
+    objects: Counter[str] = field(default_factory=Counter)
     unreadable: list[Problem] = field(default_factory=list)
     mismatched: list[Problem] = field(default_factory=list)
     empty: list[Problem] = field(default_factory=list)
@@ -125,6 +129,8 @@ class _Looker:
     """What the masks are for."""
     classes: BoxClasses | None
     """Of boxes; None: of another task."""
+    points: PointsConfig | None
+    """What the points are for."""
     windows: int
     mask_pixels: int
     foreground: Foreground | None
@@ -142,9 +148,12 @@ class _Looker:
             finding.unreadable.append(Problem(row.line, row.image, cause.lstrip(": ")))
         if image is not None:
             self._look_at_image(row, image, mask, finding)
-        if image is not None and self.classes is not None and row.target_path is not None:
+        if image is not None and row.target_path is not None:
             try:
-                finding.boxes = count_boxes(row, image, self.classes)
+                if self.classes is not None:
+                    finding.objects = count_boxes(row, image, self.classes)
+                if self.points is not None:
+                    finding.objects = count_points(row, image, self.points)
             except GigaxtError as error:
                 cause = str(error).removeprefix(f"{row.target_path}: ")
                 finding.mismatched.append(Problem(row.line, row.target_path, cause))
@@ -181,7 +190,7 @@ class _Looker:
         try:
             keep = None if self.foreground is None else self.foreground.keep(image, WINDOW)
             for x, y, w, h in spread_windows(image.height, image.width, self.windows, keep):
-                statistics.add(*image.read_valid(x, y, w, h))
+                statistics.add(*image.read_valid(x, y, w, h), nodata=image.nodata)
             self._draw(row, image, mask, keep, finding)
         except DataError as error:  # no foreground, or one that does not fit
             finding.empty.append(Problem(row.line, row.image, str(error).removeprefix(f"{image.name}: ")))
@@ -209,9 +218,11 @@ class _Looker:
             highest = max((value for value in finding.mask.pixels if value < draw.NOT_A_CLASS), default=0)
             shown = replace(self.head, classes=max(self.head.classes, highest + 1), ignore=-1)
             picture = with_mask(picture, mask, shown if self.head.target == "single" else self.head)
-        if self.classes is not None:
-            with suppress(GigaxtError):  # told where the boxes are counted
+        with suppress(GigaxtError):  # told where the objects are counted
+            if self.classes is not None:
                 picture = draw_boxes(picture, row, image, self.classes)
+            if self.points is not None:
+                picture = draw_points(picture, row, image, self.points)
         finding.overlay = draw.save_png(picture, path)
 
 
@@ -250,6 +261,7 @@ def _report(
     manifest: Manifest,
     head: SegmentConfig | None,
     classes: BoxClasses | None,
+    points: PointsConfig | None,
     missing: list[Problem],
     findings: list[_Finding],
     foreground: str | None,
@@ -274,8 +286,9 @@ def _report(
         statistics=statistics,
         head=head,
         mask=MaskFacts.of_all([finding.mask for finding in findings]),
-        boxes=dict(sorted(sum((finding.boxes for finding in findings), Counter[str]()).items())),
+        objects=dict(sorted(sum((finding.objects for finding in findings), Counter[str]()).items())),
         box_classes=classes,
+        point_head=points,
         foreground=foreground,
         overlays=[finding.overlay for finding in findings if finding.overlay is not None],
     )

@@ -33,6 +33,7 @@ PLACES: dict[tuple[str, str], Frame] = {
     ("latitude", "longitude"): LON_LAT,
 }
 """Columns with places, the first that a file has count, and what they are in."""
+SHORE_KM = 2.0
 LOW = "LOW"
 """`confidence` of objects in xView3-SAR that are not scored."""
 
@@ -71,6 +72,8 @@ class PointTable:
     attributes: NDArray[np.float64]
     """(n, k), NaN where not known."""
     ignored: NDArray[np.bool_]
+    weights: NDArray[np.float64]
+    """How often windows are drawn around each, see `_shore_weights`."""
     background: NDArray[np.bool_]
     """Objects that are left out, as if they were not there."""
 
@@ -96,6 +99,7 @@ def read_points(path: Path, spec: Spec, image: Image, scene: str | None = None) 
         _indices(found, rows, spec),
         found.attributes[rows],
         found.ignored[rows],
+        weights=found.weights[rows],
         name=str(path),
     )
     target.check(image)
@@ -105,6 +109,11 @@ def read_points(path: Path, spec: Spec, image: Image, scene: str | None = None) 
 def class_words(path: Path, spec: Spec) -> set[str]:
     """The classes that occur in a file."""
     return {word for word in _current(path, spec).classes if word}
+
+
+def columns_of(path: Path) -> list[str]:
+    """The names of a file's columns, in lower case; of GeoJSON its properties."""
+    return _current(path, Spec("", None, (), (), (), "object")).table.columns
 
 
 def table_of(path: Path, spec: Spec) -> Table:
@@ -160,8 +169,17 @@ def _read(path: Path, changed: int, spec: Spec) -> PointTable:
         [] if spec.class_names is None else table.words(spec.class_column),
         np.stack(attributes, axis=1) if attributes else np.zeros((len(table), 0)),
         ignored | (low & (spec.low_confidence == "ignore")),
+        _shore_weights(table),
         low & (spec.low_confidence == "background"),
     )
+
+
+def _shore_weights(table: Table) -> NDArray[np.float64]:
+    """Half of all windows around objects near the shore, where xView3-SAR is scored apart; other files: all equal."""
+    if "distance_from_shore_km" not in table:
+        return np.ones(len(table))
+    near = table.numbers("distance_from_shore_km") <= SHORE_KM
+    return np.where(near, 0.5 / max(int(near.sum()), 1), 0.5 / max(int((~near).sum()), 1))
 
 
 def _number(table: Table, name: str, *, positive: bool) -> NDArray[np.float64]:

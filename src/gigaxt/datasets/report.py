@@ -19,6 +19,7 @@ from gigaxt.datasets.mask_facts import MaskFacts, has_vectors, numbers_line, sha
 from gigaxt.datasets.split import SPLITS
 from gigaxt.datasets.statistics import MANY_VALUES, BandStatistics
 from gigaxt.image.open import PICTURE_SUFFIXES
+from gigaxt.nn.heads.points import PointsConfig
 from gigaxt.nn.heads.segment_config import SegmentConfig
 
 IGNORE = 255
@@ -75,10 +76,12 @@ class CheckReport:
     """What the masks suggest; None where there are none."""
     mask: MaskFacts
     """What they hold."""
-    boxes: dict[str, int]
-    """Boxes of each class, and those that are not learnt, see `gigaxt.datasets.box_facts`."""
+    objects: dict[str, int]
+    """Boxes or points of each class, and those that are not learnt, see `gigaxt.datasets.box_facts`, `.point_facts`."""
     box_classes: BoxClasses | None
     """Of boxes; None: of another task, or where files are missing."""
+    point_head: PointsConfig | None
+    """What the points suggest; None: of another task, or where files are missing."""
     foreground: str | None
     overlays: list[Path]
 
@@ -130,7 +133,7 @@ class CheckReport:
         lines += _count_lines(manifest)
         lines += self._image_lines()
         lines += self._mask_lines()
-        lines += self._box_lines()
+        lines += self._object_lines()
         for title, problems in self._problems():
             lines.append(f"{title}: {len(problems) or 'none'}")
             lines += [f"  line {p.line}: {p.path}: {p.cause}" for p in problems[:LISTED]] + _more(len(problems))
@@ -155,14 +158,15 @@ class CheckReport:
         ]
         if not (self.mask.known or self.mismatched):
             return problems
-        what = "boxes" if self.manifest.task == "detection" else "masks"
+        what = {"detection": "boxes", "points": "points"}.get(self.manifest.task, "masks")
         return [*problems, (f"{what} that do not fit", self.mismatched)]
 
-    def _box_lines(self) -> list[str]:
-        if self.box_classes is None:
+    def _object_lines(self) -> list[str]:
+        if self.box_classes is None and self.point_head is None:
             return []
-        found = [f"  {count:>7}  {name}" for name, count in self.boxes.items()]
-        return [f"boxes: {sum(self.boxes.values()):,}", *found[:LISTED], *_more(len(found))]
+        what = "boxes" if self.point_head is None else "points"
+        found = [f"  {count:>7}  {name}" for name, count in self.objects.items()]
+        return [f"{what}: {sum(self.objects.values()):,}", *found[:LISTED], *_more(len(found))]
 
     def _mask_lines(self) -> list[str]:
         facts, head = self.mask, self.head
@@ -217,6 +221,8 @@ class CheckReport:
             )
         if self.mismatched and self.manifest.task == "detection":
             found.append("correct the boxes that do not fit: their image, its size, their place or their class")
+        elif self.mismatched and self.manifest.task == "points":
+            found.append("correct the points that do not fit; docs/points.md says how they may be given")
         elif self.mismatched:
             found.append("correct the masks that do not fit: see `gigaxt.masks.open_mask` for what may be one")
         if self.empty:

@@ -15,6 +15,7 @@ from gigaxt.datasets.mask_facts import has_vectors
 from gigaxt.datasets.report import IGNORE, CheckReport
 from gigaxt.datasets.statistics import BandStatistics
 from gigaxt.errors import DataError
+from gigaxt.nn.heads.points import PointsConfig
 
 TIME_BINS = 4
 """Of a survival head."""
@@ -98,6 +99,8 @@ def _head(report: CheckReport) -> str:
         if ids is not None:
             lines.append(f"category_ids: {_list(map(str, ids))}  # of the classes, in COCO JSON")
         return _indented(*lines)
+    if report.point_head is not None:
+        return _point_head(report.point_head)
     if manifest.target == "survival":
         return _indented(
             "kind: classify  # one answer for the whole image or case",
@@ -111,6 +114,20 @@ def _head(report: CheckReport) -> str:
         lines.append(f"label_columns: {_list(map(_text, manifest.answer_columns))}  # an empty cell is not known")
     if manifest.classes:
         lines.append(f"class_names: {_list(map(_text, manifest.classes))}  # in the order of the model's outputs")
+    return _indented(*lines)
+
+
+def _point_head(head: PointsConfig) -> str:
+    lines = ["kind: points  # objects at places"]
+    if head.classes > 1:
+        lines += [f"classes: {head.classes}", f"class_names: {_list(map(_text, head.class_names or ()))}"]
+    if head.scoring == "xview3":
+        lines.append("scoring: xview3  # the challenge's score and submission")
+    else:
+        lines.append("tolerance_px: 10  # an object counts as found if a point is nearer")
+    for name in ("flags", "numbers", "logarithmic"):
+        if getattr(head, name):
+            lines.append(f"{name}: {_list(map(_text, getattr(head, name)))}")
     return _indented(*lines)
 
 

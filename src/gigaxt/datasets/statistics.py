@@ -36,10 +36,15 @@ class BandStatistics:
         """(bands,) standard deviations, 0 where nothing was seen."""
         return np.sqrt(self._squares / np.maximum(self.count, 1))
 
-    def add(self, pixels: Pixels, valid: Mask) -> None:
-        """Count a window: (h, w, bands) and (h, w); values that are not finite are left out, band by band."""
+    def add(self, pixels: Pixels, valid: Mask, *, nodata: float | None = None) -> None:
+        """Count a window: (h, w, bands) and (h, w).
+
+        Left out, band by band, is what is not finite, and of floats what is `nodata`: as the model sees them.
+        """
         values = pixels[valid].astype(np.float64)  # (n, bands)
         finite = np.isfinite(values)
+        if nodata is not None and pixels.dtype.kind == "f":
+            finite &= values != nodata
         part = BandStatistics(values.shape[1])
         part.count = finite.sum(axis=0)
         part.mean = np.where(finite, values, 0).sum(axis=0) / np.maximum(part.count, 1)

@@ -102,6 +102,9 @@ class TrainConfig:
     window: int | None = None
     """Px (of the model's pixel size) of windows that dense models train on in place of whole scenes; each is drawn
     anew, from where there are data and labels. Evaluation is of whole scenes."""
+    window_objects: float = 0.0
+    """Share of windows that are drawn around an object, each as likely, where there are any; the others lie anywhere.
+    Of xView3-SAR half of these objects are near the shore."""
     windows_per_scene: int = 1
     """Windows of each scene in an epoch."""
     window_context: bool = False
@@ -147,9 +150,11 @@ class TrainConfig:
     """What an image that cannot be read does: end the run, or be left out and listed in the report."""
 
     def __post_init__(self) -> None:
-        if self.window is None and (self.windows_per_scene != 1 or self.window_context):
+        if not 0 <= self.window_objects <= 1:
+            raise ConfigError(f"train.window_objects: expected a share from 0 to 1, got {self.window_objects}")
+        if self.window is None and (self.windows_per_scene != 1 or self.window_context or self.window_objects):
             raise ConfigError(
-                "train: `windows_per_scene` and `window_context` are for a `window`; set it, or remove them"
+                "train: window_objects, windows_per_scene, window_context are for a `window`; set it, or remove them"
             )
         if self.window is not None and self.window < 32:
             raise ConfigError(f"train.window: expected at least 32 px, got {self.window}")

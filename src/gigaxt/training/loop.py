@@ -394,7 +394,14 @@ class Run:
             return None
         ignore = getattr(model.head, "ignore", None)
         region = model.region_encoder.region
-        return Windows(settings.window, model.input, region, ignore=ignore, context=settings.window_context)
+        return Windows(
+            settings.window,
+            model.input,
+            region,
+            ignore=ignore,
+            context=settings.window_context,
+            objects=settings.window_objects,
+        )
 
     def _tell_news(self) -> None:
         for reason in list(self.state.skipped.values())[self._told_skipped :]:

@@ -31,12 +31,21 @@ class Windows:
         region: of the model, px.
         ignore: mask value of pixels that do not count.
         context: give the whole scene, and say that only the window counts.
+        objects: share of windows around an object, which lies anywhere in them but near the border.
     """
 
     def __init__(
-        self, side: int, model: InputConfig, region: int, *, ignore: int | None = None, context: bool = False
+        self,
+        side: int,
+        model: InputConfig,
+        region: int,
+        *,
+        ignore: int | None = None,
+        context: bool = False,
+        objects: float = 0.0,
     ) -> None:
         self.side, self.model, self.region, self.ignore, self.context = side, model, region, ignore, context
+        self.objects = objects
         self._filled: dict[tuple[int, int, int], bool] = {}
         self._scenes: OrderedDict[int, tuple[Image, Image, SceneTarget]] = OrderedDict()
 
@@ -63,6 +72,9 @@ class Windows:
         random = np.random.default_rng([seed, _WINDOW])
         rows, cols = -(-image.height // self.side), -(-image.width // self.side)
         shift_x, shift_y = random.integers(-(self.side // 2), self.side // 2 + 1, 2)
+        around = self._around_object(image, target, seed)
+        if around is not None and self._counts(image, target, around):
+            return around
         for cell in random.permutation(rows * cols).tolist():
             row, col = divmod(cell, cols)
             # Spread evenly, so that the last ones do not lie on those before.
@@ -78,6 +90,17 @@ class Windows:
                 moved = self._at(image, aligned[0] + int(shift_x), aligned[1] + int(shift_y))
                 return moved if self._counts(image, target, moved) else aligned
         raise DataError(f"{image.name}: none of its windows of {self.side} px holds a labelled pixel with data")
+
+    def _around_object(self, image: Image, target: SceneTarget, seed: int) -> WindowXYWH | None:
+        """A window with an object in it; None where the share of such windows is used up, or there is no object."""
+        random = np.random.default_rng([seed, _OBJECT])
+        places, weights = target.objects_at()
+        if random.random() >= self.objects or not weights.sum():
+            return None
+        row, col = places[random.choice(len(places), p=weights / weights.sum())]
+        margin = self.side // MARGIN
+        left, up = random.integers(margin, self.side - margin, 2)
+        return self._at(image, int(col) - int(left), int(row) - int(up))
 
     def _scene(self, index: int, image: Image, target: SceneTarget) -> tuple[Image, SceneTarget]:
         """Both at the model's pixel size; the same objects each time, so that what is found of them can be kept."""
@@ -121,5 +144,7 @@ class Windows:
 
 SCENES = 32
 """Scenes whose views are kept."""
-_WINDOW = 2
-"""Tells the random stream of windows from those of `gigaxt.augment`."""
+MARGIN = 8
+"""The object that a window is drawn around keeps this part of its side from the border, within the image."""
+_WINDOW, _OBJECT = 2, 3
+"""Tell the random streams of windows from those of `gigaxt.augment`."""
