@@ -24,7 +24,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+	PYTHON=$(BIN)/python benchmarks/cpu.sh
 
 docs: $(STAMP)
 	$(BIN)/pdoc --docformat google --output-directory docs/site gigaxt

@@ -7,7 +7,8 @@ the number of tokens alone:
     before + WORK + K token stores            (a token store: tokens x dim x 4 bytes)
 
 `before` is what the process held before the step (Python, torch, timm, the model), WORK one chunk of the region encoder
-and one segment of the context at work, from the smallest image. K is the same for all sizes: see `K`. Time is that of
+and one segment of the context at work, from the smallest image of two segments (2,048 px). K is the same for all sizes:
+see `K`. Time is that of
 the CPU, of all threads, because the machine may be shared.
 
     python benchmarks/bench_memory.py [--sizes 1024 2048 29000x25000] [--heads classify segment] [--keep]
@@ -30,10 +31,10 @@ from typing import Any
 import numpy as np
 from report import publish
 
-K = {"classify": 7.4, "segment": 8.4}
-"""Token stores: the tokens (1), the input of each layer and of its MLP (2 a layer), the gradient that comes into a part
-of a layer and the one that leaves it, and where two directions meet a third (3); less what is not there yet or no
-longer; states of Mamba-2 at the segments' borders (0.3). A dense model also holds the gradient of its context."""
+K = {"classify": 7.4, "segment": 9.4}
+"""Token stores at the peak, in the backward pass of the last layer's mixer: the tokens (1), what went into both layers
+(2) and into the first one's MLP (1), the gradient that comes in (1) and those of the two directions (2), and 0.4 of
+states at the segments' borders. A dense model also holds the context and its gradient (2)."""
 REGION, DIM, DEPTH, TOKENS, SEGMENT = 256, 192, 2, 64, 2048
 GIB = 2**30
 Size = tuple[int, int]
@@ -90,7 +91,7 @@ def make_mask(path: Path, size: Size) -> None:
     tifffile.imwrite(path, data, shape=shape, dtype=np.uint8, tile=(256, 256), compression="zlib", bigtiff=True)
 
 
-def child(path: str, head: str) -> dict[str, Any]:
+def child(path: str, head: str, device: str) -> dict[str, Any]:
     import torch
 
     import gigaxt
@@ -105,20 +106,20 @@ def child(path: str, head: str) -> dict[str, Any]:
         "context": {"kind": "mamba2", "dim": DIM, "depth": DEPTH, "segment": SEGMENT, "keep_tokens": 0},
         "head": {"kind": head, "classes": 4, **({"dim": 16} if head == "segment" else {})},
     }
-    model = gigaxt.build_model(gigaxt.ModelConfig.from_dict(config)).train()
+    model = gigaxt.build_model(gigaxt.ModelConfig.from_dict(config)).to(device).train()
     model.streaming = gigaxt.Streaming(budget_gib=0.0, chunk_regions=4)
     image = gigaxt.open_image(path)
-    small = torch.zeros(1, 3, REGION, REGION)  # loads what the first use of each library loads
+    small = torch.zeros(1, 3, REGION, REGION, device=device)  # loads what the first use of each library loads
     target = [np.zeros((REGION, REGION), np.uint8)] if head == "segment" else [1]
     model.loss(small, target).backward()
     model.zero_grad()
     target = [gigaxt.open_image(path.replace(".tif", "_mask.tif"))] if head == "segment" else [1]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak_bytes(device)
     start, cpu = time.perf_counter(), time.process_time()
     loss = model.loss([image], target)
     loss.backward()
+    peak = peak_bytes(device)
     cpu, seconds = time.process_time() - cpu, time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     regions = -(-image.height // REGION) * -(-image.width // REGION)
     store = regions * TOKENS * DIM * 4
     return {
@@ -134,10 +135,20 @@ def child(path: str, head: str) -> dict[str, Any]:
     }
 
 
-def run_child(path: Path, head: str) -> dict[str, Any]:
+def peak_bytes(device: str) -> int:
+    """Of the process, or of a CUDA device."""
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    import torch
+
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def run_child(path: Path, head: str, device: str) -> dict[str, Any]:
     # glibc keeps freed blocks for itself otherwise, and resident memory would tell of it, not of us.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
-    command = [sys.executable, __file__, "--child", str(path), head]
+    command = [sys.executable, __file__, "--child", str(path), head, device]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
@@ -146,41 +157,49 @@ def run_child(path: Path, head: str) -> dict[str, Any]:
 
 
 def predict(rows: list[dict[str, Any]], head: str) -> None:
-    """Add `predicted_gib` to the rows of one head, the smallest first."""
-    first = rows[0]
+    """Add `predicted_gib` to the rows of one head; the row that WORK comes from is no prediction and gets none."""
+    first = base_of(rows)
+    if first is None:
+        return
     work = first["peak_gib"] - first["before_gib"] - K[head] * first["token_store_gib"]
     for row in rows:
-        row["predicted_gib"] = round(row["before_gib"] + work + K[head] * row["token_store_gib"], 3)
+        if row["regions"] > first["regions"]:
+            row["predicted_gib"] = round(row["before_gib"] + work + K[head] * row["token_store_gib"], 3)
+
+
+def base_of(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The smallest image that has two full segments, so that it needs as much for one at work as the largest."""
+    return next((row for row in rows if row["regions"] * TOKENS >= 2 * SEGMENT), None)
 
 
 def exponents(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Exponents in pixels, by least squares on logarithms: of the CPU time, and of the memory above `before` + WORK.
+    """Exponents in pixels, by least squares on logarithms: of the CPU time, and of the memory that grows.
 
-    Memory has a constant part, so its exponent is taken of what grows: the peak less that of the smallest image.
+    Memory has a constant part; what grows is the peak above `before`, less that of the base row, against the pixels
+    that are more than in that row.
     """
-    first = rows[0]
-    pixels = np.log([row["pixels"] for row in rows[1:]])
-    grown = np.log(
-        [row["peak_gib"] - row["before_gib"] - (first["peak_gib"] - first["before_gib"]) for row in rows[1:]]
-    )
-    more = np.log([row["pixels"] - first["pixels"] for row in rows[1:]])
-    return {
-        "memory": round(float(np.polyfit(more, grown, 1)[0]), 3),
-        "peak": round(float(np.polyfit(pixels, np.log([row["peak_gib"] for row in rows[1:]]), 1)[0]), 3),
-        "cpu_time": round(
-            float(np.polyfit(np.log([row["pixels"] for row in rows]), np.log([row["cpu_s"] for row in rows]), 1)[0]),
-            3,
-        ),
-    }
+
+    def slope(x: list[float], y: list[float]) -> float:
+        return round(float(np.polyfit(np.log(x), np.log(y), 1)[0]), 3)
+
+    found = {"cpu_time": slope([row["pixels"] for row in rows], [row["cpu_s"] for row in rows])}
+    first = base_of(rows)
+    larger = [row for row in rows if first is not None and row["regions"] > first["regions"]]
+    if first is not None and len(larger) > 1:
+        base = first["peak_gib"] - first["before_gib"]
+        grown = [row["peak_gib"] - row["before_gib"] - base for row in larger]
+        found["memory"] = slope([row["pixels"] - first["pixels"] for row in larger], grown)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=size_of, nargs="+", default=[(side, side) for side in (1024, 2048, 4096)])
     parser.add_argument("--heads", nargs="+", default=["classify", "segment"])
+    parser.add_argument("--device", default="cpu", help="cuda: its memory in place of the process's")
     parser.add_argument("--keep", action="store_true", help="write the result file")
     parser.add_argument("--name", default="memory", help="of the result file")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(child(*options.child)))
@@ -194,7 +213,7 @@ def main() -> None:
                 make_image(path, size)
                 if head == "segment":
                     make_mask(path.with_name("scene_mask.tif"), size)
-                rows.append({"head": head, **run_child(path, head)})
+                rows.append({"head": head, **run_child(path, head, options.device)})
             predict(rows, head)
             print(rows[-1], flush=True)
         result["heads"][head] = {"rows": rows, "exponents": exponents(rows) if len(rows) > 2 else {}}

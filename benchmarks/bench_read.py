@@ -1,6 +1,6 @@
 """Cost of reading windows of a tiled TIFF against the bare decode of the tiles that they touch, in CPU time.
 
-    python benchmarks/bench_read.py [--size 8192] [--seconds 0.15] [--rounds 15]
+    python benchmarks/bench_read.py [--size 8192] [--seconds 0.15] [--rounds 15] [--keep]
 
 The scene is a synthetic RGB pyramid, JPEG 4:2:0, tiles of 256 px, made once under /tmp. Both sides read the same
 windows in turn, each round in the other order; the figure is the median of the rounds' ratios. The bare decode is
@@ -10,9 +10,7 @@ os.pread and imagecodecs only, without assembly. `ratio` is without the store of
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from pathlib import Path
 import imagecodecs
 import numpy as np
 import tifffile
+from report import publish
 
 import gigaxt.image.cache
 from gigaxt.image import open_image
@@ -117,31 +116,16 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=8192)
     parser.add_argument("--seconds", type=float, default=0.15)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--keep", action="store_true", help="write the result file")
     arguments = parser.parse_args()
     path = scene(arguments.size)
     start = time.process_time()
     open_image(path)
     opened = 1e3 * (time.process_time() - start)
     results = measure(path, arguments.size, arguments.seconds, arguments.rounds)
-    report = {
-        "benchmark": "read",
-        "size": arguments.size,
-        "open_ms": round(opened, 1),
-        "results": {name: {key: round(value, 3) for key, value in row.items()} for name, row in results.items()},
-        "environment": {
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "cpus": os.cpu_count(),
-            "tifffile": tifffile.__version__,
-            "imagecodecs": imagecodecs.__version__,
-            "numpy": np.__version__,
-        },
-    }
-    line = json.dumps(report)
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / "read.json").write_text(line + "\n")
-    print(line)
+    rounded = {name: {key: round(value, 3) for key, value in row.items()} for name, row in results.items()}
+    found = {"size": arguments.size, "open_ms": round(opened, 1), "results": rounded}
+    publish("read", found, keep=arguments.keep)
 
 
 if __name__ == "__main__":

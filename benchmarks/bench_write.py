@@ -5,15 +5,13 @@ from two threads (one half of the image each), with zstd, and, where rasterio is
 (DEFLATE 1) with overviews built afterwards, the best that `facts/io.md` found. `baseline` makes the regions and writes
 nothing; its CPU time is taken off in the ratio. Seconds on a busy machine mean little: compare CPU within one run.
 
-    python benchmarks/bench_write.py [--quick]        # --quick: 5,800 x 5,000 px
+    python benchmarks/bench_write.py [--quick] [--keep]        # --quick: 5,800 x 5,000 px
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -21,11 +19,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from report import publish
 
 WIDTH, HEIGHT, REGION, CLASSES = 29_000, 25_000, 256, 6
 COLORMAP = [(0, 0, 0), (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48)]
@@ -109,23 +108,17 @@ def run_case(case: str, width: int, height: int) -> dict[str, float]:
         }
 
 
-def environment() -> dict[str, object]:
-    packages = ["numpy", "imagecodecs", "rasterio"]
-    versions = {name: metadata.version(name) for name in packages if util.find_spec(name)}
-    return {"python": platform.python_version(), "machine": platform.machine(), "cpus": os.cpu_count(), **versions}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a fifth of the size a side")
+    parser.add_argument("--keep", action="store_true", help="write the result file")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     width, height = (WIDTH // 5, HEIGHT // 5) if options.quick else (WIDTH, HEIGHT)
     if options.case:
         print(json.dumps(run_case(options.case, width, height)))
         return
-    stamp = environment()
-    print(f"mask of {width} x {height} px, regions of {REGION} px, one uint8 band; {stamp}")
+    print(f"mask of {width} x {height} px, regions of {REGION} px, one uint8 band")
     found: dict[str, dict[str, float]] = {}
     for case in CASES:
         if case == "rasterio" and not util.find_spec("rasterio"):
@@ -134,21 +127,12 @@ def main() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[case] = json.loads(done.stdout.splitlines()[-1])
         print(f"{case:12}", *(f"{name} {value:>8}" for name, value in found[case].items()))
-    result: dict[str, object] = {
-        "benchmark": "write",
-        "width": width,
-        "height": height,
-        "environment": stamp,
-        "cases": found,
-    }
+    result: dict[str, object] = {"width": width, "height": height, "cases": found}
     if "rasterio" in found:
         made = found["baseline"]["cpu_s"]
         ratio = (found["raster"]["cpu_s"] - made) / (found["rasterio"]["cpu_s"] - made)
         result["cpu_over_rasterio"] = round(ratio, 3)
-    line = json.dumps(result)
-    if not options.quick:
-        (RESULTS / "write.json").write_text(line + "\n")
-    print(line)
+    publish("write", result, keep=options.keep)
 
 
 if __name__ == "__main__":

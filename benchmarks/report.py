@@ -20,7 +20,7 @@ def environment() -> dict[str, object]:
         "machine": f"{platform.machine()} {_processor()}",
         "cores": os.cpu_count(),
         **_gpu(),
-        "load": round(os.getloadavg()[0], 2),
+        **_load(),
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         **{name: metadata.version(name) for name in packages},
@@ -46,6 +46,16 @@ def lattice(tokens: int) -> Any:
     while tokens % rows:
         rows -= 1
     return torch.cartesian_prod(torch.arange(rows), torch.arange(tokens // rows))[None].float()
+
+
+def _load() -> dict[str, object]:
+    """How busy the machine is; a warning where others are at work on it."""
+    load = round(os.getloadavg()[0], 2)
+    shared = load > (os.cpu_count() or 1) + 1
+    return {
+        "load": load,
+        **({"shared": "other processes were running: seconds mean little, ratios more"} if shared else {}),
+    }
 
 
 def _gpu() -> dict[str, object]:

@@ -277,6 +277,23 @@ def test_out_of_memory_is_retried_in_smaller_parts() -> None:
     assert module.most == 7
 
 
+def test_what_fitted_is_noted_so_that_the_next_stream_does_not_fail_again() -> None:
+    class Tight(nn.Linear):
+        failed = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 2:
+                self.failed += 1
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    streaming, module = Streaming(), Tight(3, 2)
+    for failed in (2, 2):  # 7, then 3 rows at once; after that 1
+        stream(module, lambda c: torch.ones(7, 3), [0], streaming=streaming).sum().backward()
+        assert module.failed == failed
+        assert streaming.most_regions == 1
+
+
 def test_a_large_sum_in_bfloat16_does_not_lose_itself() -> None:
     """Adding 1 to 256 in bfloat16 changes nothing; the sums over chunks are float32."""
     module = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)

@@ -191,7 +191,7 @@ class _Job:
         self.device = next(encode.parameters()).device
         # Not a method of this object: in a cycle it would keep tokens, gradients and open files until the next
         # garbage collection.
-        self.reader = Reader(partial(_load_turn, load, load_targets), self.device, seed)
+        self.reader = Reader(partial(_load_turn, load, load_targets), self.device, seed, streaming)
         self.autocast = Autocast.now(self.device)
         self.encode, self.decode = Aliases(encode), Aliases(decode)
         self.encode_learns = any(p.requires_grad for p in self.encode)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -30,6 +30,9 @@ class Streaming:
     the device's."""
     chunk_regions: int = 4
     """Regions encoded together in one batch."""
+    most_regions: int | None = field(default=None, init=False, repr=False, compare=False)
+    """No setting: how many regions at once the device could do after it had run out of memory. Noted by the streams,
+    so that the next one does not try more again; None: it has not run out."""
 
     def __post_init__(self) -> None:
         if self.budget_gib is not None and not 0 <= self.budget_gib < math.inf:
@@ -75,11 +78,20 @@ class Rows:
 
 
 class Reader:
-    """Loads chunks ahead and runs work on their rows, in smaller parts once the device has run out of memory."""
+    """Loads chunks ahead and runs work on their rows, in smaller parts once the device has run out of memory.
 
-    def __init__(self, load: Callable[[Any], Any], device: torch.device, seed: int) -> None:
-        self.load, self.device, self.seed = load, device, seed
-        self.most_rows = 2**62
+    Args:
+        load: from a chunk to its rows.
+        device: where they go.
+        seed: of keyed dropout.
+        streaming: where it is noted how many rows at once the device can do.
+    """
+
+    def __init__(
+        self, load: Callable[[Any], Any], device: torch.device, seed: int, streaming: Streaming | None = None
+    ) -> None:
+        self.load, self.device, self.seed, self.streaming = load, device, seed, streaming or Streaming()
+        self.most_rows = self.streaming.most_regions or 2**62
 
     def rows(self, chunks: Sequence[Any], starts: Sequence[int] | None = None) -> Iterator[Rows]:
         """The chunks' rows in order; `starts` gives their places in the stream where some chunks are left out."""
@@ -109,7 +121,7 @@ class Reader:
             except torch.OutOfMemoryError:
                 if stop - start == 1:
                     raise
-                self.most_rows = (stop - start) // 2
+                self.most_rows = self.streaming.most_regions = (stop - start) // 2
             except Exception as error:
                 error.add_note(f"in {rows.chunk}")
                 raise

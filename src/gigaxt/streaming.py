@@ -154,7 +154,7 @@ class _Job:
         self.module, self.chunks, self.streaming = module, chunks, streaming
         first = next(module.parameters(), None)
         device = torch.device("cpu") if first is None else first.device
-        self.reader = Reader(load, device, seed)
+        self.reader = Reader(load, device, seed, streaming)
         self.autocast = Autocast.now(device)
         self.aliases = Aliases(module)
         self.joined = Joined(reduce)

@@ -74,7 +74,7 @@ def test_the_table(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         "2.00 forward + 1 backward",
         "4 regions a chunk, budget 0 GiB; 11.17 GiB would keep all",
         "5 ms a region cold, 1 ms again; behind the computation, 8% of that step",
-        "choice             8 regions a chunk, budget 11.41 GiB: 15.93 GiB",
+        "choice             8 regions a chunk, budget 11.41 GiB: at most 15.93 GiB",
         "\nfits\n",
     ):
         assert text in out

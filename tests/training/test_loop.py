@@ -248,6 +248,22 @@ def test_out_of_memory_halves_the_chunk_and_repeats_the_step(
     assert "out of memory" not in (tmp_path / "run/log.txt").read_text()[log_size:]
 
 
+def test_chunks_that_a_stream_has_halved_stay_halved_and_are_told_once(
+    csv: Path, models: list[TinyModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = TinyModel.forward
+
+    def forward(self: TinyModel, *args: Any, **kwargs: Any) -> Any:
+        if len(self.seeds) >= 2 and self.streaming.chunk_regions > 2:
+            self.streaming.most_regions = 2  # as `gigaxt.rows.Reader` notes it
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(TinyModel, "forward", forward)
+    train(tiny_config(csv), tmp_path / "run")
+    assert (tmp_path / "run/log.txt").read_text().count("out of memory, going on with 2 regions a chunk") == 1
+    assert final_state(tmp_path / "run")["streaming"]["chunk_regions"] == 2
+
+
 def test_out_of_memory_with_the_smallest_chunk_ends_the_run(
     csv: Path, models: list[TinyModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,7 +124,9 @@ def choice_row(plan: Plan) -> list[tuple[str, str]]:
     if plan.choice is None or plan.found is None:
         return []
     memory = predicted_gib(plan.found, plan.streaming, plan.choice)
-    return [("choice", f"{spelled(plan.choice)}: {memory:.2f} GiB" if worth_changing(plan) else "the same settings")]
+    return [
+        ("choice", f"{spelled(plan.choice)}: at most {memory:.2f} GiB" if worth_changing(plan) else "the same settings")
+    ]
 
 
 def worth_changing(plan: Plan) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -124,9 +125,7 @@ class Run:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         # use_warmup: a plain average would hold the first, random weights for 1 / (1 - decay) steps.
         self.ema = ModelEmaV3(self.model, decay=settings.ema, use_warmup=True) if settings.ema is not None else None
-        check_space(
-            folder.checkpoints, self.parameters, copies=2 if self.ema is None else 3
-        )  # moments of the optimiser
+        check_space(folder.checkpoints, self.parameters, copies=1 if self.ema is None else 2)
         self.state = State()
         self._order: tuple[int, NDArray[np.int64]] | None = None
         self._told_skipped = 0
@@ -185,6 +184,7 @@ class Run:
         started = time.monotonic()
         lr = set_lr(self.optimizer, settings, state.step, self.steps_per_epoch)
         loss, images = self.retried(self.gradients)
+        self._keep_smaller_chunks()
         self._tell_news()
         norm = math.nan
         if images:
@@ -274,6 +274,14 @@ class Run:
         streaming, what = found
         self._set_streaming(streaming)
         self.log.line(f"step {self.state.step + 1}: out of memory, going on with {what} ({reason})")
+
+    def _keep_smaller_chunks(self) -> None:
+        """Where a stream halved its chunks by itself because memory ran out, go on with such chunks, and say so."""
+        streaming = cast(Streaming, self.model.streaming)
+        most = streaming.most_regions
+        if most is not None and most < streaming.chunk_regions:
+            self._set_streaming(replace(streaming, chunk_regions=most))
+            self.log.line(f"step {self.state.step + 1}: out of memory, going on with {most} regions a chunk")
 
     def _set_streaming(self, streaming: Any) -> None:
         self.model.streaming = streaming

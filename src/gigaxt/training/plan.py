@@ -150,7 +150,10 @@ def choose(found: Found, streaming: Streaming, room: Room) -> Streaming:
 
 
 def predicted_gib(found: Found, streaming: Streaming, other: Streaming) -> float:
-    """Memory with other budgets, of the device, or of the host where there is no other."""
+    """At most what other budgets need, of the device, or of the host where there is no other.
+
+    A little less is kept in fact: the chunk at work is in what was measured already.
+    """
 
     def kept(s: Streaming) -> float:
         most = found.regions * found.graph_gib

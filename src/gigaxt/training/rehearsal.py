@@ -36,6 +36,7 @@ from gigaxt.training.data import Sample, Samples, derive_seed
 from gigaxt.training.device import autocast, pick_device
 from gigaxt.training.log import RunLog
 from gigaxt.training.loop import Run
+from gigaxt.training.report import write_report
 from gigaxt.training.run_folder import prepare_run
 from gigaxt.training.signals import Signals
 
@@ -134,13 +135,15 @@ def rehearse(job: Job, folder: Path) -> Found:
         evaluate_s = _evaluate(run)
         run.save()
         run.save_model()
+        write_report(folder_of_run, config, task, run.state, None)  # its drawing counts, too
         reserved = torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0
         return Found(
             images=[image.name for sample in run.heaviest for image in sample.images],
             size_px=(batch.scenes[0].grid.height, batch.scenes[0].grid.width),
             regions=regions,
-            mean_regions=sum(sizes) / len(sizes),
-            samples=len(sizes),
+            # Windows of scenes are alike.
+            mean_regions=sum(sizes) / len(sizes) if run.train_samples.windows is None else regions / len(run.heaviest),
+            samples=run.samples_per_epoch,
             steps=run.steps_per_epoch,
             step_s=step_s,
             evaluate_s=evaluate_s,
@@ -189,7 +192,7 @@ def _heaviest(run: Run, config: RunConfig, sizes: list[int], images: Sequence[st
     """The `batch` samples of most regions, changed as in training but not cropped."""
     samples, batch = run.train_samples, config.train.batch
     if images:
-        return _given(samples.plain(0), images, batch, rgb=config.model.input.rgb)
+        return _given(samples, images, batch, rgb=config.model.input.rgb)
     candidates = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: CANDIDATES * batch]
     if config.model.input.foreground is not None or len(candidates) > batch:
         exact = {i: len(_model(run).batch([samples.plain(i).given]).places) for i in candidates}
@@ -198,13 +201,18 @@ def _heaviest(run: Run, config: RunConfig, sizes: list[int], images: Sequence[st
     return [samples.augmented(i, derive_seed(config.train.seed, "plan", i), whole) for i in candidates[:batch]]
 
 
-def _given(like: Sample, images: Sequence[str], batch: int, *, rgb: bool) -> list[Sample]:
+def _given(samples: Samples, images: Sequence[str], batch: int, *, rgb: bool) -> list[Sample]:
     """Samples of images that are in no manifest yet: with the target of one that is, stretched to their sizes."""
+    like = samples.plain(0)
     opened = [open_image(path, rgb=rgb) for path in images]
     opened.sort(key=lambda image: -image.height * image.width)
     found = []
-    for image in (opened * batch)[:batch] if len(opened) < batch else opened[:batch]:
-        target = like.target.resized(image.width, image.height) if isinstance(like.target, SceneTarget) else like.target
+    for i in range(batch):
+        image, target = opened[i % len(opened)], like.target
+        if isinstance(target, SceneTarget):
+            target = target.resized(image.width, image.height)
+            if samples.windows is not None:
+                image, target = samples.windows.take(len(samples) + i, image, target, i)
         found.append(Sample(like.case[:1], (image,), target))
     return found
 

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# The benchmarks that need no GPU, each at a size that takes a minute or two on two cores. Each ends in a line of JSON;
+# with --keep they also write benchmarks/results/. From the repository's root: make bench, or benchmarks/cpu.sh [--keep]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python}
+run() {
+  local start=$SECONDS
+  echo "== $*"
+  "$PYTHON" "$@"
+  echo "-- $((SECONDS - start)) s"
+}
+run benchmarks/bench_read.py --rounds 7 "$@"
+run benchmarks/bench_write.py --quick
+run benchmarks/bench_memory.py --sizes 1024 2048 4096 "$@"
+run benchmarks/bench_overhead.py "$@"
+run benchmarks/bench_plan.py "$@"
+run benchmarks/bench_small_images.py --side 512 --images 1 --repetitions 3 --context none
+run benchmarks/bench_context.py --lengths 16384 32768
+run benchmarks/bench_context_memory.py --kinds mamba2 --tokens 65536
+run benchmarks/bench_hyper_error.py --lengths 8192 --repeats 1
