@@ -30,7 +30,7 @@ def turn(array: Array, k: int) -> Array:
     """The first two axes (row, col) of an array turned by element `k` of the dihedral group; a view where possible."""
     if k & 4:
         array = np.swapaxes(array, 0, 1)
-    return array[:: -1 if k & 2 else 1, :: -1 if k & 1 else 1]  # type: ignore[return-value]
+    return array[:: -1 if k & 2 else 1, :: -1 if k & 1 else 1]  # type: ignore[return-value]  # indexing keeps the dtype
 
 
 def inverse(k: int) -> int:
@@ -249,7 +249,7 @@ class Dihedral(Image):
         return self._turned(pixels), self._turned(mask)
 
     def _turned(self, array: Array) -> Array:
-        return np.ascontiguousarray(turn(array, self.k))  # type: ignore[return-value]
+        return np.ascontiguousarray(turn(array, self.k))  # type: ignore[return-value]  # the dtype stays
 
     def _window_below(self, x: int, y: int, w: int, h: int, level: int) -> tuple[int, int, int, int]:
         size = self.levels[level]

@@ -158,7 +158,7 @@ def advice(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
     if found.disk_gib > free_disk:
         lines.append(f"- the disk of the run folder is too small: {found.disk_gib:.2f} GiB, {free_disk:.2f} free")
     if plan.reads_too_slowly:
-        lines.append("- reading is the limit: copy the images to a faster disk, or give a `data.cache` folder on one")
+        lines.append("- reading is the limit: use a faster disk, or tiled files (gigaxt convert)")
     lines.append("fits" if not lines or plan.reads_too_slowly else "see above")
     return lines
 

@@ -70,7 +70,7 @@ def jpeg_rows(path: Path, tile: int, budget_bytes: int) -> Rows:
 
 def _check_frugal(path: Path, header: _Header, budget_bytes: int) -> None:
     try:
-        import rasterio  # noqa: F401
+        import rasterio  # noqa: F401  # is it there?
     except ImportError:
         needed = (header.decoded_bytes + header.coefficient_bytes) / GIB
         cause = (

@@ -189,7 +189,7 @@ def examine(spec: BackboneSpec, region: int) -> Layout:
             raise InadmissibleError(str(error)) from None
         raise
     shapes = _dry_run(module, spec.in_channels, region)
-    channels, strides = module.feature_info.channels(), module.feature_info.reduction()  # type: ignore[union-attr,operator]
+    channels, strides = module.feature_info.channels(), module.feature_info.reduction()  # type: ignore[union-attr,operator]  # timm's
     sides = []
     for stride in strides:
         if region % stride:
@@ -200,7 +200,7 @@ def examine(spec: BackboneSpec, region: int) -> Layout:
         shapes = _dry_run(create(spec, 2 * region, meta=True), spec.in_channels, 2 * region)
         channels_last = find_layout(shapes, channels, [2 * side for side in sides])
     _check_windows(module)
-    reductions = [info["reduction"] for info in module.feature_info.info]  # type: ignore[union-attr]
+    reductions = [info["reduction"] for info in module.feature_info.info]  # type: ignore[union-attr]  # timm's
     return Layout(
         channels=tuple(channels),
         strides=tuple(strides),
