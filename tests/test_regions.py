@@ -90,6 +90,23 @@ def test_token_coords_leave_the_halo_out() -> None:
     assert grid.token_coords(2)[1].tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]
 
 
+@pytest.mark.parametrize("order", ["raster", "snake", "hilbert"])
+@pytest.mark.parametrize(("t", "k"), [(2, 1), (3, 2), (1, 3), (2, 0)])
+def test_regions_with_the_tokens_of_their_neighbours(order: Order, t: int, k: int) -> None:
+    """A numbered lattice that is not square, with a hole: each region's square of it, -1 where there is no token."""
+    keep = np.ones((3, 4), bool)
+    keep[1, 2] = keep[0, 0] = False
+    grid = RegionGrid(90, 128, 32, overview=(2,), order=order, keep=keep)
+    lattice = np.full((3 * t + 2 * k, 4 * t + 2 * k), -1)
+    coords = grid.token_coords(t)[: grid.full_size].astype(int) + k
+    lattice[coords[..., 0], coords[..., 1]] = np.arange(10 * t * t).reshape(10, t * t)
+    found = grid.tokens_with_halo(t, k)
+    assert grid.full_size == len(found) == 10
+    for place, tokens in zip(grid.places, found, strict=False):
+        row, col, side = place.row * t, place.col * t, t + 2 * k
+        np.testing.assert_array_equal(tokens.reshape(side, side), lattice[row : row + side, col : col + side])
+
+
 def test_33_000_regions_take_well_under_a_second() -> None:
     start = time.process_time()
     grid = RegionGrid(180 * 256 - 3, 184 * 256, 256, overview=(8,))

@@ -38,6 +38,7 @@ from gigaxt.replay import (
     refuse_unstreamable,
 )
 from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, join
+from gigaxt.turns import Turn, load_turn
 
 C = TypeVar("C")
 Maps = tuple[Tensor, ...]
@@ -146,23 +147,6 @@ class _Encoded:
     """From the decode stage, a tuple for each part of the rows."""
 
 
-class _Turn(NamedTuple):
-    """A chunk, and what is loaded of it this time."""
-
-    chunk: Any
-    regions: int
-    """How many are in it; 0 where not known yet."""
-    pixels: bool
-    targets: bool
-
-    @property
-    def region_ids(self) -> Any:
-        return getattr(self.chunk, "region_ids", None)
-
-    def __str__(self) -> str:
-        return str(self.chunk)
-
-
 class _Decoded(NamedTuple):
     """Outputs of the decoder on some rows, and what flows back through it."""
 
@@ -191,7 +175,7 @@ class _Job:
         self.device = next(encode.parameters()).device
         # Not a method of this object: in a cycle it would keep tokens, gradients and open files until the next
         # garbage collection.
-        self.reader = Reader(partial(_load_turn, load, load_targets), self.device, seed, streaming)
+        self.reader = Reader(partial(load_turn, load, load_targets), self.device, seed, streaming)
         self.autocast = Autocast.now(self.device)
         self.encode, self.decode = Aliases(encode), Aliases(decode)
         self.encode_learns = any(p.requires_grad for p in self.encode)
@@ -391,12 +375,5 @@ class _Job:
     def _rows(self, wanted: Callable[[int], tuple[bool, bool]]) -> Iterator[Rows]:
         """All chunks, with (pixels, targets) loaded as `wanted` says."""
         counts = self.counts or [0] * len(self.chunks)
-        turns = [_Turn(chunk, n, *wanted(i)) for i, (chunk, n) in enumerate(zip(self.chunks, counts, strict=True))]
+        turns = [Turn(chunk, n, *wanted(i)) for i, (chunk, n) in enumerate(zip(self.chunks, counts, strict=True))]
         return self.reader.rows(turns)
-
-
-def _load_turn(load: Callable[[Any], Any], load_targets: Callable[[Any], Any] | None, turn: _Turn) -> Any:
-    pixels = load(turn.chunk) if turn.pixels else None
-    targets = load_targets(turn.chunk) if turn.targets and load_targets else None
-    # The empty tensor tells the number of regions where nothing else is loaded.
-    return pixels, targets, torch.empty(turn.regions, 0) if turn.regions else None

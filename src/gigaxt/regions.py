@@ -111,6 +111,11 @@ class RegionGrid:
     def __len__(self) -> int:
         return len(self._lattice)
 
+    @property
+    def full_size(self) -> int:
+        """Regions of level 0; they come first."""
+        return int((self._lattice[:, 2] == 0).sum())
+
     def factor(self, level: int) -> int:
         """Downsample factor of a nesting level; 1 for level 0."""
         return self.overview[level - 1] if level else 1
@@ -162,6 +167,44 @@ class RegionGrid:
         coords[..., 0] = along[:, 0, :, None]
         coords[..., 1] = along[:, 1, None, :]
         return coords.reshape(len(self), t * t, 2)  # (regions, t, t, 2) -> (regions, t * t, 2)
+
+    def token_numbers(
+        self, tokens_per_core: int, rows: NDArray[np.int64], cols: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """The tokens at places of the level-0 token lattice, or -1 where there is none: beyond it, or left out.
+
+        Args:
+            tokens_per_core: t, tokens along one side of a core.
+            rows: of the places; may lie outside the lattice.
+            cols: likewise; the two are broadcast.
+
+        Returns:
+            Numbers that count the tokens of full size in scan order of their regions, each region's row by row.
+        """
+        t = tokens_per_core
+        regions = np.full((self.rows + 2, self.cols + 2), -1, dtype=np.int64)  # a frame of what lies beyond
+        full_size = self._lattice[: self.full_size]
+        regions[full_size[:, 0] + 1, full_size[:, 1] + 1] = np.arange(len(full_size))
+        row, col = (np.clip(x // t + 1, 0, n + 1) for x, n in ((rows, self.rows), (cols, self.cols)))
+        region = regions[row, col]
+        found: NDArray[np.int64] = np.where(region < 0, -1, region * t * t + rows % t * t + cols % t)
+        return found
+
+    def tokens_with_halo(self, tokens_per_core: int, halo_tokens: int) -> NDArray[np.int64]:
+        """The tokens of each region of full size and of its halo, which are its neighbours': see `token_numbers`.
+
+        Args:
+            tokens_per_core: t, tokens along one side of a core.
+            halo_tokens: k, tokens along the halo.
+
+        Returns:
+            (regions, side * side), side = t + 2 * k, row by row.
+        """
+        along = np.arange(tokens_per_core + 2 * halo_tokens) - halo_tokens
+        full_size = self._lattice[: self.full_size]
+        rows, cols = (full_size[:, axis, None] * tokens_per_core + along for axis in (0, 1))  # (regions, side)
+        # (regions, side, side) -> (regions, side * side)
+        return self.token_numbers(tokens_per_core, rows[:, :, None], cols[:, None, :]).reshape(len(rows), -1)
 
 
 def core_px(region: int, halo: int = 0) -> int:

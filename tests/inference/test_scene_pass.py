@@ -156,8 +156,8 @@ class _PixelHead(nn.Module):
         above = context.permute(0, 3, 1, 2).repeat_interleave(32, 2).repeat_interleave(32, 3)
         return torch.cat([maps[0], above[:, :1]], dim=1)
 
-    def shapes(self, core_px: int) -> list[tuple[int, int, int]]:
-        return [(3, core_px, core_px)]
+    def shapes(self, region_px: int) -> list[tuple[int, int, int]]:
+        return [(3, region_px, region_px)]
 
     def loss_sums(self, *_: Any) -> Any:
         raise NotImplementedError

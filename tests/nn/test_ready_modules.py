@@ -80,8 +80,8 @@ class SegmentHead(DenseHead):
         fine = self.of_map(maps[0])
         return F.interpolate(fine * F.interpolate(coarse, size=fine.shape[2:]), scale_factor=4)
 
-    def shapes(self, core_px: int) -> list[tuple[int, int, int]]:
-        return [(CLASSES, core_px, core_px)]
+    def shapes(self, region_px: int) -> list[tuple[int, int, int]]:
+        return [(CLASSES, region_px, region_px)]
 
     def as_target(self, target: Any) -> MaskTarget:
         return as_mask(target)

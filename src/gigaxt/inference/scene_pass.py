@@ -234,13 +234,17 @@ class RowContext:
         self._kept: dict[int, Tensor] = {}
         if row >= 0:
             t = scene.t
-            numbers = torch.from_numpy(scene.windows.token_rows(row))  # (cols, t, t)
+            halo = scene.model.encode.halo_tokens
+            numbers = torch.from_numpy(scene.windows.token_rows(row, halo))  # (cols, side, side)
             there = numbers[numbers >= 0]
             self._regions = int(there.min()) // (t * t), int(there.max()) // (t * t) + 1
             self._numbers = torch.where(numbers < 0, -1, numbers - self._regions[0] * t * t)
 
     def of(self, k: int, cols: Tensor) -> Tensor:
-        """(n, t, t, dim) of the windows `cols` in the scene's own direction; zeros where no token is, as if masked."""
+        """(n, side, side, dim) of the windows `cols` and their halos, in the scene's own direction.
+
+        Zeros where no token is, as if masked.
+        """
         device = self._scene.device
         if k not in self._kept:
             rows = self._parts.slice(_context_name(k), "context", *self._regions).flatten(0, 2)  # (tokens, dim)

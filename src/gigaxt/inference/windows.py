@@ -68,18 +68,20 @@ class WindowGrid:
         rows, cols = np.arange(y, y + h) // self.core, np.arange(x, x + w) // self.core
         return self.kept[rows[:, None], cols]
 
-    def token_rows(self, row: int) -> NDArray[np.int64]:
-        """Where the context of a row of windows is found: (cols, t, t), or -1 where no token is.
+    def token_rows(self, row: int, halo_tokens: int = 0) -> NDArray[np.int64]:
+        """Where the context of a row of windows and their halos is found, or -1; see `RegionGrid.token_numbers`.
 
-        Numbers count the tokens of the kept regions in the order of the grid, each region's row by row.
+        Args:
+            row: of windows.
+            halo_tokens: k, tokens along the halo.
+
+        Returns:
+            (cols, side, side), side = t + 2 * k.
         """
-        t = self.t
-        down = self.ys[row] * t // self.core + np.arange(t)
-        across = self.xs[:, None] * t // self.core + np.arange(t)  # (cols, t)
-        numbers = np.full((self.grid.rows + 1, self.grid.cols + 1), -1, np.int64)  # one more for what lies beyond
-        numbers[:-1, :-1][self.kept] = np.arange(self.kept.sum())
-        region = numbers[down[None, :, None] // t, across[:, None, :] // t]  # (cols, t, t)
-        return np.where(region < 0, -1, region * t * t + down[None, :, None] % t * t + across[:, None, :] % t)
+        along = np.arange(self.t + 2 * halo_tokens) - halo_tokens
+        down = self.ys[row] * self.t // self.core + along  # (side,)
+        across = self.xs[:, None] * self.t // self.core + along  # (cols, side)
+        return self.grid.token_numbers(self.t, down[None, :, None], across[:, None, :])
 
     def rows_reaching(self, row: int) -> range:
         """The rows of windows that cover pixels from the top edge of `row` up to that of the next."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class RegionTokens(nn.Module):
-    """Loaded regions to tokens of the context's width, and feature maps for dense heads; both cut to the core."""
+    """Loaded regions to tokens of the context's width, cut to the core, and whole feature maps for dense heads."""
 
     def __init__(self, config: ModelConfig, *, maps: bool, encoder: nn.Module | None = None) -> None:
         super().__init__()
@@ -37,13 +37,14 @@ class RegionTokens(nn.Module):
             )
         self._fixed: list[nn.Module] = []
         self.halo_tokens, self.halo_px = side * halo // region, halo
-        self.tokens_per_core, self.core_px = side - 2 * self.halo_tokens, region - 2 * halo
+        self.tokens_per_core, self.tokens_with_halo = side - 2 * self.halo_tokens, side
 
     def forward(self, loaded: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `SceneBatch.load` for `loaded`.
 
         Returns:
-            tokens (n, t * t, dim), row by row; feature maps (n, c_i, h_i, w_i), fine to coarse.
+            tokens (n, t * t, dim) of the cores, row by row; feature maps (n, c_i, h_i, w_i) of the regions with their
+            halos, fine to coarse.
         """
         features, maps = self.features(loaded)
         return self.embed(features, loaded["level"]), maps
@@ -66,17 +67,13 @@ class RegionTokens(nn.Module):
         return self
 
     def features(self, loaded: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """What the encoder makes of regions: (n, t * t, encoder.dim), and feature maps."""
+        """What the encoder makes of regions: (n, t * t, encoder.dim) of their cores, and feature maps."""
         pixels = self._network_input(loaded)
         found = self.encoder(pixels)
         check_encoded(found, self.encoder, len(pixels), self.region, self.maps)
-        tokens, maps = found[0], found[1] if self.maps else []
         k = self.halo_tokens
-        if k:
-            tokens = tokens[:, k:-k, k:-k]
-            cuts = [self.halo_px // stride for stride in self.encoder.map_strides] if self.maps else []
-            maps = [m[:, :, cut:-cut, cut:-cut] for m, cut in zip(maps, cuts, strict=True)]
-        return tokens.flatten(1, 2), tuple(maps)  # (n, t, t, dim) -> (n, t * t, dim)
+        tokens = found[0][:, k:-k, k:-k] if k else found[0]
+        return tokens.flatten(1, 2), tuple(found[1]) if self.maps else ()  # (n, t, t, dim) -> (n, t * t, dim)
 
     def embed(self, features: Tensor, level: Tensor) -> Tensor:
         """Features (n, t * t, encoder.dim) of regions of levels (n,) to tokens (n, t * t, dim)."""
@@ -129,14 +126,27 @@ class TokensOnly(nn.Module):
 class Answers(nn.Module):
     """Regions' maps and context to a dense head's answers for their cores.
 
+    The head decodes regions with their halos, and what it says of these is cut off: what it pads, upsamples and
+    interpolates at a core's border is its neighbours' maps and context, not zeros.
+
     Args:
         head: a dense one.
         encode: where maps and tokens come from.
+
+    Raises:
+        ConfigError: a halo that is no whole number of a map's cells.
     """
 
     def __init__(self, head: DenseHead, encode: RegionTokens) -> None:
         super().__init__()
-        self.head, self.t, self.shapes = head, encode.tokens_per_core, head.shapes(encode.core_px)
+        self.head, self.side, self.shapes = head, encode.tokens_with_halo, head.shapes(encode.region)
+        self.cuts = [encode.halo_px * side // encode.region for _, side, _ in self.shapes]
+        for cut, (_, side, _) in zip(self.cuts, self.shapes, strict=True):
+            if cut * encode.region != encode.halo_px * side:
+                raise ConfigError(
+                    f"input.halo: {encode.halo_px} px are no whole number of the head's cells of "
+                    f"{encode.region // side} px"
+                )
 
     def forward(self, maps: Sequence[Tensor], context: Tensor, targets: object = None) -> tuple[Tensor, ...]:
         """Maps (n, channels, side, side), one or several; `targets` are not used."""
@@ -144,9 +154,14 @@ class Answers(nn.Module):
         return (answers,) if isinstance(answers, Tensor) else answers
 
     def _answers(self, maps: Sequence[Tensor], context: Tensor) -> Tensor | tuple[Tensor, ...]:
-        found = self.head(maps, context.unflatten(1, (self.t, self.t)))  # (n, t * t, dim) -> (n, t, t, dim)
+        # (n, side * side, dim) -> (n, side, side, dim)
+        found = self.head(maps, context.unflatten(1, (self.side, self.side)))
         check_answers(found, len(context), self.shapes)
-        return cast("Tensor | tuple[Tensor, ...]", found)
+        if not any(self.cuts):
+            return cast("Tensor | tuple[Tensor, ...]", found)
+        if isinstance(found, Tensor):
+            return _core(found, self.cuts[0])
+        return tuple(_core(answer, cut) for answer, cut in zip(found, self.cuts, strict=True))
 
 
 class LossSums(Answers):
@@ -157,3 +172,7 @@ class LossSums(Answers):
         sums = self.head.loss_sums(self._answers(maps, context), targets)
         check_sums(sums)
         return sums
+
+
+def _core(answer: Tensor, cut: int) -> Tensor:
+    return answer[:, :, cut : answer.shape[2] - cut, cut : answer.shape[3] - cut]

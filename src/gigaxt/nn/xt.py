@@ -26,6 +26,7 @@ from gigaxt.nn.context import ContextConfig, build_context
 from gigaxt.nn.heads import ClassifyHead, HeadConfig, build_head
 from gigaxt.nn.heads.dense import DenseHead
 from gigaxt.nn.keyed import key_dropout
+from gigaxt.nn.layout import alike, cut, gather, in_order, stitched, tokens_of, with_halo
 from gigaxt.nn.ready import NONE_READY, Ready, check_logits, check_ready, check_told
 from gigaxt.nn.region_encoder import RegionEncoderConfig
 from gigaxt.nn.stages import Answers, FrozenMaps, LossSums, TokensOnly
@@ -84,7 +85,7 @@ def build_model(
             as a ContextEncoder. `dim`, or `config.dim`, if it has one, is `config.context.dim`.
         head: of kind classify: `forward(context (B, N, dim), validity (B, N)) -> logits (B, classes)` and
             `loss(logits, targets) -> scalar`. Of a dense kind: what `gigaxt.nn.heads.dense.DenseHead` says; of kind
-            segment with core = region - 2 * halo logits (n, classes, core, core).
+            segment logits (n, classes, region, region).
 
     Raises:
         ConfigError: settings that do not go together, or a ready module that lacks something.
@@ -228,8 +229,8 @@ class GigaXT(nn.Module):
                     valid = np.ones((h, w), dtype=np.bool_)
                     if "valid" in part.loaded:
                         valid = part.loaded["valid"][i, halo : halo + h, halo : halo + w].any(dim=2).cpu().numpy()
-                    cut = tuple(_cut(answer, h, w, grid.core // answer.shape[-1]) for answer in answers)
-                    yield RegionAnswer(x, y, cut, valid)
+                    inside = tuple(cut(answer, h, w, grid.core // answer.shape[-1]) for answer in answers)
+                    yield RegionAnswer(x, y, inside, valid)
 
     def save(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `config.json`; see `gigaxt.load`."""
@@ -265,11 +266,11 @@ class GigaXT(nn.Module):
         batch = self.batch(images)
         tokens = self._tokens(batch, range(len(batch.places)), seed)
         answers: dict[int, Tensor] = {}
-        for group in _alike(batch):
+        for group in alike(batch):
             parts = []
             for scenes in zip(*(batch.cases[case] for case in group), strict=True):  # the first image of each, ...
-                rows, coords, valid = self._tokens_of(batch, list(scenes), tokens.device)
-                parts.append((self._tell(_gather(tokens, rows), coords, valid), valid))
+                rows, coords, valid = tokens_of(batch, list(scenes), tokens.device)
+                parts.append((self._tell(gather(tokens, rows), coords, valid), valid))
             # Images one after the other: (b, N of all, dim); without a copy where there is one.
             joined, valid = parts[0] if len(parts) == 1 else (torch.cat(part, 1) for part in zip(*parts, strict=True))
             logits = self._classify_head(joined, valid)
@@ -286,7 +287,7 @@ class GigaXT(nn.Module):
     def _dense_answers(self, images: Cases, seed: int) -> Any:
         batch = self.batch(images)
         maps = self._decode(batch, Answers(self._dense_head, self.encode), None, "cat", False, seed)
-        scenes = [tuple(_stitched(batch, s, answers) for answers in maps) for s in range(len(batch.scenes))]
+        scenes = [tuple(stitched(batch, s, answers) for answers in maps) for s in range(len(batch.scenes))]
         if isinstance(images, Tensor):
             stacked = tuple(torch.stack(same) for same in zip(*scenes, strict=True))
             return stacked[0] if len(maps) == 1 else stacked
@@ -325,18 +326,26 @@ class GigaXT(nn.Module):
         )
 
     def _join(self, batch: SceneBatch, tokens: Tensor, others: Tensor) -> Tensor:
-        """Tokens of the regions that are answered for (regions, t * t, dim), and others, to the former's context."""
+        """Tokens of the regions that are answered for (regions, t * t, dim), and others, to the former's context.
+
+        Returns:
+            (regions, side * side, dim), side = t + 2 * `halo_tokens`: of their halos, too.
+        """
         everything = torch.cat([tokens, others]) if len(others) else tokens
         parts: list[Tensor] = []
         order: list[Tensor] = []
-        for group in _alike(batch):
-            rows, coords, valid = self._tokens_of(batch, group, tokens.device)
-            joined = self._tell(_gather(everything, rows), coords, valid)
-            joined = joined.unflatten(1, (rows.shape[1], -1)).flatten(0, 1)  # (b, N, dim) -> (b * regions, t * t, dim)
+        for group in alike(batch):
+            rows, coords, valid = tokens_of(batch, group, tokens.device)
+            joined = self._tell(gather(everything, rows), coords, valid)
+            joined = with_halo(
+                joined, batch.scenes[group[0]].grid, self.encode.tokens_per_core, self.encode.halo_tokens
+            )
+            rows = rows[:, : joined.shape[1]]  # without the overviews'
             full = rows.flatten() < len(tokens)
-            parts.append(joined[full] if len(others) else joined)
+            joined = joined.flatten(0, 1)  # (b, regions, side * side, dim) -> (b * regions, side * side, dim)
+            parts.append(joined if full.all() else joined[full])
             order.append(rows.flatten()[full])
-        if len(parts) == 1 and _in_order(order[0]):
+        if len(parts) == 1 and in_order(order[0]):
             return parts[0]
         return torch.cat(parts)[torch.cat(order).argsort()]
 
@@ -346,57 +355,10 @@ class GigaXT(nn.Module):
         check_told(found, tokens, all_of_them=self.dense)
         return cast(Tensor, found[0])
 
-    def _tokens_of(self, batch: SceneBatch, group: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Of scenes with equal grids: rows (b, regions), coords (b, N, 2) and validity (b, N) of their tokens.
-
-        Rows stay on the CPU, where looking at them does not wait for the device.
-        """
-        rows = torch.stack([batch.rows_of(scene) for scene in group])
-        coords = torch.from_numpy(batch.scenes[group[0]].grid.token_coords(self.encode.tokens_per_core)).flatten(0, 1)
-        valid = batch.token_validity[rows].flatten(1)
-        return rows, coords.expand(len(group), -1, -1).to(device), valid.to(device)
-
     def _labels(self, targets: Any, logits: Tensor) -> Tensor:
         if isinstance(targets, Sequence):
             targets = np.asarray([np.asarray(target) for target in targets])
         return torch.as_tensor(targets, device=logits.device)
-
-
-def _alike(batch: SceneBatch) -> Iterator[list[int]]:
-    """Cases whose images have the same regions at the same places, so that their contexts are computed as one batch."""
-    groups: dict[Any, list[int]] = {}
-    for case, scenes in enumerate(batch.cases):
-        grids = [batch.scenes[scene].grid for scene in scenes]
-        groups.setdefault(tuple((grid.rows, grid.cols, grid.places) for grid in grids), []).append(case)
-    yield from groups.values()
-
-
-def _gather(tokens: Tensor, rows: Tensor) -> Tensor:
-    """Tokens (regions, t * t, dim) of scenes whose regions are `rows` (b, regions): (b, N, dim), a view if possible."""
-    ordered = rows.numel() == len(tokens) and _in_order(rows.flatten())
-    return (tokens.unflatten(0, rows.shape) if ordered else tokens[rows]).flatten(1, 2)
-
-
-def _in_order(rows: Tensor) -> bool:
-    return torch.equal(rows, torch.arange(len(rows)))
-
-
-def _stitched(batch: SceneBatch, s: int, answers: Tensor) -> Tensor:
-    """One scene's map (channels, height / stride, width / stride), of all regions' (n, channels, side, side)."""
-    scene = batch.scenes[s]
-    grid, side = scene.grid, answers.shape[-1]
-    whole = answers.new_zeros(grid.rows, grid.cols, *answers.shape[1:])
-    rows = [row for row, place in enumerate(batch.places[: batch.full_size]) if place[0] == s]
-    places = torch.tensor([batch.places[row][2][:2] for row in rows])
-    whole = whole.index_put((places[:, 0], places[:, 1]), answers[rows])
-    # (rows, cols, channels, side, side) -> (channels, rows * side, cols * side)
-    image = whole.permute(2, 0, 3, 1, 4).reshape(-1, grid.rows * side, grid.cols * side)
-    return _cut(image, scene.image.height, scene.image.width, grid.core // side)
-
-
-def _cut(answer: Tensor, height: int, width: int, stride: int) -> Tensor:
-    """A map (channels, rows, cols) of `stride` px a cell without the cells that lie beyond `height` and `width` px."""
-    return answer[:, : -(-height // stride), : -(-width // stride)]
 
 
 def _loss_dtype(module: nn.Module) -> torch.dtype:

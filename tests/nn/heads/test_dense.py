@@ -30,8 +30,8 @@ class TwoMaps(DenseHead):
         told = self.tell(context).mean((1, 2))[..., None, None]
         return self.fine(maps[0]) * told, self.coarse(maps[1]) + told
 
-    def shapes(self, core_px: int) -> list[tuple[int, int, int]]:
-        return [(2, core_px // 4, core_px // 4), (3, core_px // 8, core_px // 8)]
+    def shapes(self, region_px: int) -> list[tuple[int, int, int]]:
+        return [(2, region_px // 4, region_px // 4), (3, region_px // 8, region_px // 8)]
 
     def as_target(self, target: Any) -> MaskTarget:
         return as_mask(target)
@@ -103,7 +103,7 @@ def test_a_loss_of_several_sums_is_exact(streaming: Streaming) -> None:
 
 def test_maps_of_another_shape_are_refused() -> None:
     model = make()
-    model.head.shapes = lambda core_px: [(2, core_px // 4, core_px // 4)]
+    model.head.shapes = lambda region_px: [(2, region_px // 4, region_px // 4)]
     with pytest.raises(ConfigError, match="head: expected 1 maps, got 2"):
         model(torch.rand(1, 3, 64, 64, dtype=torch.float64))
 

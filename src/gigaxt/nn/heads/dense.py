@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from gigaxt.targets import SceneTarget
 
 Answers = Tensor | tuple[Tensor, ...]
-"""Maps (n, channels, side, side) of n regions' cores, each at a stride of its own: one, or several in a fixed order."""
+"""Maps (n, channels, side, side) of n regions, each at a stride of its own: one, or several in a fixed order."""
 
 
 class DenseHead(nn.Module, ABC):
     """A head that answers for every place of a scene, region by region, from feature maps and context.
 
-    It sees each region's core alone, so that regions can be streamed in any grouping: no norm over the batch, no
-    neighbour's pixels. Its loss is a function of sums over all regions of the batch, counted in float64, so that the
-    streamed loss is that of the whole scene.
+    It sees each region alone, with its halo, so that regions can be streamed in any grouping: no norm over the batch.
+    What it answers for the halo is cut off before the loss. That is a function of sums over all regions of the batch,
+    counted in float64, so that the streamed loss is that of the whole scene.
 
     Attributes:
         linear: promise that the loss is the first of the sums times what has no gradient. It saves a pass over the
@@ -33,13 +33,13 @@ class DenseHead(nn.Module, ABC):
         """Answer for regions, each on its own.
 
         Args:
-            maps: (n, c_i, h_i, w_i) each, fine to coarse, of the regions' cores.
-            context: (n, rows, cols, dim), of that area too.
+            maps: (n, c_i, h_i, w_i) each, fine to coarse, of the regions with their halos.
+            context: (n, rows, cols, dim), of that area too; zeros where the scene has no token.
         """
 
     @abstractmethod
-    def shapes(self, core_px: int) -> Sequence[tuple[int, int, int]]:
-        """Of the maps that `forward` returns for one region: (channels, side, side) each; a side divides `core_px`."""
+    def shapes(self, region_px: int) -> Sequence[tuple[int, int, int]]:
+        """Of the maps that `forward` returns for one region: (channels, side, side) each. A side divides it."""
 
     @abstractmethod
     def as_target(self, target: Any) -> SceneTarget:
@@ -54,7 +54,7 @@ class DenseHead(nn.Module, ABC):
         """The sums that loss and scores are made of.
 
         Args:
-            answers: of `forward`.
+            answers: of `forward`, cut to the regions' cores.
             targets: what `SceneTarget.draw` gives, with the regions as first dimension, and `valid` (n, core, core).
 
         Returns:

@@ -143,9 +143,9 @@ class DetectHead(DenseHead):
         shift = shift * stride
         return torch.cat([logits, half - shift, half + shift, self.centreness(x)], dim=1)
 
-    def shapes(self, core_px: int) -> list[tuple[int, int, int]]:
+    def shapes(self, region_px: int) -> list[tuple[int, int, int]]:
         """A map for each stride that answers."""
-        return [(self.config.classes + 5, core_px // s, core_px // s) for s in self.lattice.strides]
+        return [(self.config.classes + 5, region_px // s, region_px // s) for s in self.lattice.strides]
 
     def as_target(self, target: Any) -> BoxTarget:
         """A BoxTarget, or a mapping with `boxes` (n, 4) as left, top, right, bottom in px and `labels` (n,) from 0."""

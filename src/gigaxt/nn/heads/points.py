@@ -193,9 +193,9 @@ class PointsHead(DenseHead):
         x = self.finer(x)
         return torch.cat([self.classifier(x, context), self.measure(x)], dim=1)
 
-    def shapes(self, core_px: int) -> list[tuple[int, int, int]]:
+    def shapes(self, region_px: int) -> list[tuple[int, int, int]]:
         """One map at the head's stride."""
-        side = core_px // self.config.stride
+        side = region_px // self.config.stride
         return [(sum(self.widths), side, side)]
 
     def as_target(self, target: Any) -> PointTarget:

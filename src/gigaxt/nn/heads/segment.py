@@ -74,9 +74,9 @@ class SegmentHead(DenseHead):
         y = at_least_float32(y)  # half precision would cut large numbers off
         return y * y.new_tensor(std)[:, None, None] + y.new_tensor(mean)[:, None, None]
 
-    def shapes(self, core_px: int) -> list[tuple[int, int, int]]:
+    def shapes(self, region_px: int) -> list[tuple[int, int, int]]:
         """One map: a logit of each class for every pixel."""
-        return [(self.config.classes, core_px, core_px)]
+        return [(self.config.classes, region_px, region_px)]
 
     def as_target(self, target: Any) -> MaskTarget:
         """A raster on the grid of the image: an Image, or an array (H, W), of several bands (H, W, bands)."""

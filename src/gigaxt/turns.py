@@ -1,0 +1,34 @@
+"""Chunks of a nested stream, which go through it more than once and need not be loaded whole each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Turn(NamedTuple):
+    """A chunk, and what is loaded of it this time."""
+
+    chunk: Any
+    regions: int
+    """How many are in it; 0 where not known yet."""
+    pixels: bool
+    targets: bool
+
+    @property
+    def region_ids(self) -> Any:
+        """Of the chunk, if it has them; see `gigaxt.stream`."""
+        return getattr(self.chunk, "region_ids", None)
+
+    def __str__(self) -> str:
+        return str(self.chunk)
+
+
+def load_turn(load: Callable[[Any], Any], load_targets: Callable[[Any], Any] | None, turn: Turn) -> Any:
+    """What `encode` takes, what `decode` takes, and a tensor with a row a region."""
+    pixels = load(turn.chunk) if turn.pixels else None
+    targets = load_targets(turn.chunk) if turn.targets and load_targets else None
+    # The empty tensor tells the number of regions where nothing else is loaded.
+    return pixels, targets, torch.empty(turn.regions, 0) if turn.regions else None
