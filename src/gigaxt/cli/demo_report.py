@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 
-from gigaxt.datasets.manifest import Manifest, Row
+from gigaxt.datasets.manifest import Manifest
+from gigaxt.datasets.row import Row
 from gigaxt.draw import Colour, Picture, class_palette, mask_thumbnail, overlay_mask, save_png, thumbnail, with_legend
 from gigaxt.errors import CheckpointError
 from gigaxt.image import Image, open_image

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 
 from gigaxt.datasets.boxes import BoxClasses, learnt_boxes, row_boxes
-from gigaxt.datasets.manifest import Row
+from gigaxt.datasets.row import Row
 from gigaxt.draw import Picture, with_boxes
 from gigaxt.image.base import Image
 

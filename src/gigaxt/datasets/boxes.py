@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from gigaxt.config import nearest
 from gigaxt.datasets.coco import coco_boxes, read_coco
 from gigaxt.datasets.geo_boxes import geojson_classes, is_geojson, read_geojson_boxes
-from gigaxt.datasets.manifest import Manifest, Row
+from gigaxt.datasets.manifest import Manifest
+from gigaxt.datasets.row import Row
 from gigaxt.errors import DataError
 from gigaxt.image.base import Image
 

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from gigaxt.datasets.box_facts import count_boxes, draw_boxes
 from gigaxt.datasets.boxes import BoxClasses, box_classes
 from gigaxt.datasets.labels import Target
-from gigaxt.datasets.manifest import Manifest, Row, Task
+from gigaxt.datasets.manifest import Manifest
 from gigaxt.datasets.mask_facts import MaskFacts, look_at_mask, mask_head
 from gigaxt.datasets.point_facts import count_points, draw_points, suggested_head
 from gigaxt.datasets.report import CheckReport, ImageFacts, Problem, shared_bands
+from gigaxt.datasets.row import Row, Task
 from gigaxt.datasets.run_config import write_config
 from gigaxt.datasets.statistics import WINDOW, BandStatistics, spread_windows
 from gigaxt.errors import DataError, GigaxtError

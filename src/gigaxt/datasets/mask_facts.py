@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gigaxt.datasets.labels import Target
-from gigaxt.datasets.manifest import Row
+from gigaxt.datasets.row import Row
 from gigaxt.datasets.statistics import BandStatistics, class_values, label_pixels, number_statistics
 from gigaxt.errors import DataError, GigaxtError
 from gigaxt.image.base import Image

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gigaxt.datasets.manifest import Row
 from gigaxt.datasets.points import Spec, class_words, columns_of, read_points
+from gigaxt.datasets.row import Row
 from gigaxt.draw import Picture, with_boxes
 from gigaxt.errors import DataError
 from gigaxt.image.base import Image

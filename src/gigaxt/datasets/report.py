@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from gigaxt.datasets.boxes import BoxClasses
 from gigaxt.datasets.labels import LABEL
-from gigaxt.datasets.manifest import Case, Manifest
+from gigaxt.datasets.manifest import Manifest
 from gigaxt.datasets.mask_facts import MaskFacts, has_vectors, numbers_line, shares
+from gigaxt.datasets.row import Case
 from gigaxt.datasets.split import SPLITS
 from gigaxt.datasets.statistics import MANY_VALUES, BandStatistics
 from gigaxt.image.open import PICTURE_SUFFIXES

@@ -9,7 +9,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from gigaxt.datasets.manifest import Manifest, Row
+from gigaxt.datasets.manifest import Manifest
+from gigaxt.datasets.row import Row
 from gigaxt.image.base import Image
 
 COUNT_COLUMNS = ("boxes", "cases", "known", "pixels", "at_risk", "events")

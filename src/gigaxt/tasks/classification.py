@@ -10,7 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from gigaxt.datasets.manifest import Case, Manifest, Row
+from gigaxt.datasets.manifest import Manifest
+from gigaxt.datasets.row import Case, Row
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image.base import Image
 from gigaxt.nn.heads.survival import bin_names

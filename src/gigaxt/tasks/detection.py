@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gigaxt.boxes import BoxTarget
 from gigaxt.datasets.boxes import BoxClasses, RowBoxes, box_classes, learnt_boxes, row_boxes
-from gigaxt.datasets.manifest import Manifest, Row
+from gigaxt.datasets.manifest import Manifest
+from gigaxt.datasets.row import Row
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image.base import Image
 from gigaxt.metrics import coco_score

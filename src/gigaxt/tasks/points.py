@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gigaxt.datasets.manifest import Manifest, Row
+from gigaxt.datasets.manifest import Manifest
 from gigaxt.datasets.points import Spec, class_words, known_numbers, read_points
+from gigaxt.datasets.row import Row
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.finding import FLAG_THRESHOLD, THRESHOLD, find
 from gigaxt.image.base import Image

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gigaxt.datasets.manifest import Manifest, Row
+from gigaxt.datasets.manifest import Manifest
+from gigaxt.datasets.row import Row
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from gigaxt.datasets.manifest import Manifest, Row
+from gigaxt.datasets.manifest import Manifest
 from gigaxt.datasets.points import table_of
+from gigaxt.datasets.row import Row
 from gigaxt.datasets.xview3 import SUBMISSION, scene_id, submission_columns
 from gigaxt.errors import DataError
 from gigaxt.finding import decided

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gigaxt.augment import colour_augmented, dihedral, draw_augmentation, draw_crop
-from gigaxt.datasets.manifest import Case, Row
+from gigaxt.datasets.row import Case, Row
 from gigaxt.errors import ConfigError, DataError, ImageError
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image

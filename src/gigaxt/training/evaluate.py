@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from gigaxt.datasets.manifest import Case
+from gigaxt.datasets.row import Case
 from gigaxt.errors import DataError, ImageError
 from gigaxt.tasks.base import Evaluation, Tally, Task
 from gigaxt.training.data import Sample, Samples, guilty

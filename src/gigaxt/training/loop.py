@@ -1,7 +1,7 @@
 """The training loop: plain PyTorch, read top to bottom.
 
-`train` prepares, `Run.fit` loops, `Run.step` is one update of the weights, `Run.save` and `Run.restore` are what makes
-a stopped run continue to the same numbers.
+`train` prepares, `Run.fit` loops, `Run.step` is one update of the weights. What is trained, and what makes a stopped
+run continue to the same numbers, is in `trainee.py`.
 """
 
 from __future__ import annotations
@@ -12,42 +12,32 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from timm.utils import ModelEmaV3  # type: ignore[attr-defined]  # timm does not mark what it exports
 from torch import nn
 
-from gigaxt.config import from_dict, to_dict
 from gigaxt.errors import CheckpointError, DataError, GigaxtError, ImageError, TrainingError
 from gigaxt.nn.xt import ModelConfig
 from gigaxt.rows import Streaming
 from gigaxt.tasks import Evaluation, Task
 from gigaxt.token_cache import TokenCache
-from gigaxt.training.checkpoint import (
-    check_space,
-    checkpoints,
-    load_checkpoint,
-    random_states,
-    replaced_folder,
-    restore_random_states,
-    save_checkpoint,
-)
 from gigaxt.training.config import RunConfig
 from gigaxt.training.data import Sample, Samples, balanced_weights, derive_seed, epoch_order
 from gigaxt.training.device import autocast, pick_device, smaller
 from gigaxt.training.evaluate import Stopping, evaluate, named, open_samples, without_guilty
-from gigaxt.training.initial import first_model, what_learns
+from gigaxt.training.initial import what_learns
 from gigaxt.training.log import RunLog, decimals, duration
-from gigaxt.training.optim import make_optimizer, set_lr
+from gigaxt.training.optim import set_lr
 from gigaxt.training.report import answers, write_report
 from gigaxt.training.run_folder import RunFolder, prepare_run
 from gigaxt.training.signals import Signals
-from gigaxt.training.state import Best, RunResult, State
-from gigaxt.training.windows import Windows
+from gigaxt.training.state import Best, RunResult
+from gigaxt.training.trainee import Trainee
+from gigaxt.training.windows import windows_of
 
 T = TypeVar("T")
 FEW_STEPS = 10
@@ -91,22 +81,20 @@ def train(
     return RunResult(out=folder.path, step=state.step, total_steps=run.total_steps, signal=signals.caught, best=best)
 
 
-class Run:
+class Run(Trainee):
     """A model in training, with everything that a step needs."""
 
     def __init__(
         self, config: RunConfig, folder: RunFolder, task: Task, device: torch.device, signals: Signals
     ) -> None:
-        self.config, self.folder, self.task, self.device, self.signals = config, folder, task, device, signals
-        self.settings = settings = config.train
-        manifest = task.manifest
+        settings, manifest = config.train, task.manifest
         self.train_samples, self.val_samples = (
             Samples(
                 manifest.cases(name),
                 task,
                 verify_sha256=config.data.verify_sha256,
                 rgb=config.model.input.rgb,
-                windows=self._windows() if name == "train" else None,
+                windows=windows_of(config) if name == "train" else None,
             )
             for name in ("train", "val")
         )
@@ -117,16 +105,8 @@ class Run:
         self.samples_per_epoch = len(self.train_samples) * settings.windows_per_scene
         self.steps_per_epoch = math.ceil(self.samples_per_epoch / self.images_per_step)
         self.total_steps = settings.epochs * self.steps_per_epoch
-
-        self.model: nn.Module
-        self.model, self.fresh = first_model(config, continued=bool(checkpoints(folder.checkpoints)))
-        self.model.to(device)
-        self.optimizer = make_optimizer(self.model, settings)
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        # use_warmup: a plain average would hold the first, random weights for 1 / (1 - decay) steps.
-        self.ema = ModelEmaV3(self.model, decay=settings.ema, use_warmup=True) if settings.ema is not None else None
-        check_space(folder.checkpoints, self.parameters, copies=1 if self.ema is None else 2)
-        self.state = State()
+        super().__init__(config, folder, task, device)
+        self.signals = signals
         self._order: tuple[int, NDArray[np.int64]] | None = None
         self._told_skipped = 0
 
@@ -135,6 +115,7 @@ class Run:
     def fit(self, console: Console | None, on_step: OnStep | None = None) -> None:
         """Step, evaluate and save until all epochs are done or a signal asks to stop."""
         state = self.state
+        self._told_skipped = len(state.skipped)
         log = RunLog(
             self.folder.path,
             self.task.metric_names,
@@ -272,7 +253,7 @@ class Run:
                 "use a smaller region encoder or context, `train.amp bf16`, or a larger device"
             )
         streaming, what = found
-        self._set_streaming(streaming)
+        self.set_streaming(streaming)
         self.log.line(f"step {self.state.step + 1}: out of memory, going on with {what} ({reason})")
 
     def _keep_smaller_chunks(self) -> None:
@@ -280,13 +261,8 @@ class Run:
         streaming = cast(Streaming, self.model.streaming)
         most = streaming.most_regions
         if most is not None and most < streaming.chunk_regions:
-            self._set_streaming(replace(streaming, chunk_regions=most))
+            self.set_streaming(replace(streaming, chunk_regions=most))
             self.log.line(f"step {self.state.step + 1}: out of memory, going on with {most} regions a chunk")
-
-    def _set_streaming(self, streaming: Any) -> None:
-        self.model.streaming = streaming
-        if self.ema is not None:
-            self.ema.module.streaming = streaming
 
     # Evaluation
 
@@ -328,88 +304,12 @@ class Run:
             raise Stopping
         self.log.evaluating(done, len(self.val_samples))
 
-    @property
-    def evaluated_model(self) -> nn.Module:
-        """The model that is evaluated and kept: the moving average where there is one."""
-        return self.model if self.ema is None else cast(nn.Module, self.ema.module)
-
-    # What stays on disk
-
-    def save_model(self) -> None:
-        """Write the folder `model/`."""
-        with replaced_folder(self.folder.model) as part:
-            self.evaluated_model.save(part)  # type: ignore[operator]  # GigaXT.save
-
-    def save(self) -> None:
-        """Write a checkpoint of the step."""
-        state = {
-            "model": self.model.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": random_states(),
-            "asked": to_dict(self.settings.streaming),
-            "streaming": to_dict(self.model.streaming),
-            "state": to_dict(self.state),
-            "rows": self.folder.rows_digest,
-        }
-        save_checkpoint(self.folder.checkpoints, self.state.step, state)
-
-    def restore(self) -> None:
-        """Continue where the run in this folder stopped."""
-        # Where the weights come from:
-        # 1. the newest checkpoint in the run folder;
-        # 2. the one before, if that cannot be read;
-        # 3. without any: the model at `train.init`, if there is one;
-        # 4. else pretrained weights of the region encoder, if the config names them, and the seed.
-        found = checkpoints(self.folder.checkpoints)
-        failed: CheckpointError | None = None
-        for path in reversed(found):
-            try:
-                _, saved = load_checkpoint(path)
-                break
-            except CheckpointError as error:
-                failed = failed or error
-        else:
-            if failed is not None:
-                raise failed
-            return
-        if saved["rows"] != self.folder.rows_digest:
-            raise DataError(
-                f"{self.task.manifest.path}: the rows changed since the run in {self.folder.path} began; "
-                "restore them, or start another run with another --out"
-            )
-        self.model.load_state_dict(saved["model"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(saved["ema"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        restore_random_states(saved["random"])
-        self.state = from_dict(State, saved["state"])
-        self._told_skipped = len(self.state.skipped)
-        if saved["asked"] == to_dict(self.settings.streaming):  # smaller chunks, once found necessary, stay
-            self._set_streaming(Streaming(**saved["streaming"]))
-
     # Small things
 
     @property
     def skipped(self) -> dict[str, str] | None:
         """Where images that cannot be read are noted; None where they end the run."""
         return self.state.skipped if self.settings.on_bad_image == "skip" else None
-
-    def _windows(self) -> Windows | None:
-        """What draws windows of scenes; None where scenes are seen whole."""
-        settings, model = self.settings, self.config.model
-        if settings.window is None:
-            return None
-        ignore = getattr(model.head, "ignore", None)
-        region = model.region_encoder.region
-        return Windows(
-            settings.window,
-            model.input,
-            region,
-            ignore=ignore,
-            context=settings.window_context,
-            objects=settings.window_objects,
-        )
 
     def _tell_news(self) -> None:
         for reason in list(self.state.skipped.values())[self._told_skipped :]:

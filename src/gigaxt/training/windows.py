@@ -15,8 +15,24 @@ from gigaxt.inputs import InputConfig, to_pixel_size
 from gigaxt.regions import core_px
 from gigaxt.scenes import kept_regions
 from gigaxt.targets import MaskTarget, SceneTarget, WindowTarget
+from gigaxt.training.config import RunConfig
 
 WindowXYWH = tuple[int, int, int, int]
+
+
+def windows_of(config: RunConfig) -> Windows | None:
+    """What draws windows of a run's scenes; None where scenes are seen whole."""
+    settings, model = config.train, config.model
+    if settings.window is None:
+        return None
+    return Windows(
+        settings.window,
+        model.input,
+        model.region_encoder.region,
+        ignore=getattr(model.head, "ignore", None),
+        context=settings.window_context,
+        objects=settings.window_objects,
+    )
 
 
 class Windows:
