@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gigaxt.errors import ConfigError
-from gigaxt.image.base import Image, Level, Mask, Pixels
+from gigaxt.image.base import Image, Level, Mask, Pixels, Window
 from gigaxt.image.resize import resize
 from gigaxt.image.views import band_index, copy_description, resample
 from gigaxt.randaugment import RandAugmented
@@ -248,6 +248,9 @@ class Dihedral(Image):
         pixels, mask = self.base._read_valid_inside(*self._window_below(x, y, w, h, level), level, bands)
         return self._turned(pixels), self._turned(mask)
 
+    def _expect(self, windows: Sequence[Window], level: int, bands: tuple[int, ...]) -> None:
+        self.base._expect([self._window_below(*window, level) for window in windows], level, bands)
+
     def _turned(self, array: Array) -> Array:
         return np.ascontiguousarray(turn(array, self.k))  # type: ignore[return-value]  # the dtype stays
 
@@ -309,3 +312,6 @@ class ColourAugmented(Image):
         self, x: int, y: int, w: int, h: int, level: int, bands: tuple[int, ...] | None = None
     ) -> tuple[Pixels, Mask]:
         return self.base._read_valid_inside(x, y, w, h, level, bands)
+
+    def _expect(self, windows: Sequence[Window], level: int, bands: tuple[int, ...]) -> None:
+        self.base._expect(windows, level, bands)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,9 @@ from gigaxt.augment import ColourAugmented, Dihedral
 from gigaxt.cases import Cases, by_case
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.foreground import Foreground
-from gigaxt.image.base import Image, Mask
+from gigaxt.image.base import Image, Mask, Window
 from gigaxt.image.open import PICTURE_SUFFIXES
+from gigaxt.image.process import file_identity
 from gigaxt.image.views import resample
 from gigaxt.inputs import InputConfig, to_pixel_size, to_size
 from gigaxt.regions import Place, RegionGrid, keep_valid
@@ -255,6 +255,7 @@ class SceneBatch:
             Images there are also scale and shift (n, C), with input = pixels * scale + shift; and where not all pixels
             are valid, valid (n, region, region, 1 or C) bool, with an input of 0 elsewhere.
         """
+        self._expect(chunk)
         loaded = [self._read(self.scenes[scene], place) for scene, _, place in chunk.places]
         windows, masks = zip(*loaded, strict=True)
         found = {
@@ -290,6 +291,16 @@ class SceneBatch:
 
     def _cut(self, start: int, stop: int, regions: int) -> list[Chunk]:
         return [Chunk(self, first, min(first + regions, stop)) for first in range(start, stop, regions)]
+
+    def _expect(self, chunk: Chunk) -> None:
+        """Have what the chunk's regions share in their files, or what lies together there, fetched together."""
+        together: dict[tuple[int, int], list[Window]] = {}
+        for scene, _, place in chunk.places:
+            together.setdefault((scene, place.level), []).append(self.scenes[scene].grid.window_xywh(place))
+        for (scene, level), windows in together.items():
+            image = self.scenes[scene].levels[level]
+            if isinstance(image, Image) and len(windows) > 1:
+                image.expect(windows)
 
     def _read(self, scene: Scene, place: Place) -> tuple[NDArray[np.generic] | Tensor, Mask | None]:
         """A region's window (h, w, C), and which of its pixels are valid (h, w, 1 or C); None: all are."""
@@ -366,16 +377,6 @@ def _foreground(spec: str) -> Foreground:
 _KEPT: dict[tuple[Any, ...], Mask] = {}
 MOST_KEPT = 4096
 """Scenes whose empty regions are remembered; a byte a region."""
-
-
-def file_identity(name: str) -> tuple[str, int, int] | None:
-    """A file's path, time and size; None for what is no single file."""
-    path = Path(name)
-    try:
-        stat = path.stat() if path.is_file() else None
-    except (OSError, ValueError):
-        return None
-    return None if stat is None else (str(path), stat.st_mtime_ns, stat.st_size)
 
 
 def _crop(tensor: Tensor, x: int, y: int, w: int, h: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from gigaxt.errors import ImageError
-from gigaxt.image.base import Image, Mask, Pixels
+from gigaxt.image.base import Image, Mask, Pixels, Window
 from gigaxt.image.views import Resampled, Select, copy_description, true_factors
 
 
@@ -76,6 +76,10 @@ class BandsImage(Image):
             out[..., places], valid = part.read_valid(x, y, w, h, at)
             mask &= valid
         return out, mask
+
+    def _expect(self, windows: Sequence[Window], level: int, bands: tuple[int, ...]) -> None:
+        for _, part, at in self._parts(bands, level):
+            part.expect(windows, at)
 
     def _parts(self, bands: tuple[int, ...], level: int) -> list[tuple[list[int], Image, int]]:
         """For each source that has any of `bands`: their places in the result, an image of them, its level."""

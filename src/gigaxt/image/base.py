@@ -15,6 +15,8 @@ Pixels = NDArray[np.generic]
 """(height, width, channels) in the file's dtype."""
 Mask = NDArray[np.bool_]
 """(height, width), True where a pixel is real."""
+Window = tuple[int, int, int, int]
+"""(x, y, w, h) in px of a level."""
 
 
 class Level(NamedTuple):
@@ -90,6 +92,19 @@ class Image(ABC):
         assert mask is not None
         return pixels, mask
 
+    def expect(self, windows: Sequence[Window], level: int = 0) -> None:
+        """Announce windows that are read next, so that what lies together in the file is fetched together.
+
+        Changes no result and raises nothing: what cannot be fetched is told by the read itself. TIFF makes use of it.
+
+        Args:
+            windows: (x, y, w, h) in px of `level`; may lie outside the image.
+            level: which resolution.
+        """
+        if 0 <= level < len(self.levels):
+            inside = [part for part in (self._clipped(*window, level) for window in windows) if part is not None]
+            self._expect(inside, level, tuple(range(self.channels)))
+
     @property
     def all_valid(self) -> bool:
         """True where every pixel inside the image is known to be real without reading: no nodata, no mask."""
@@ -134,6 +149,16 @@ class Image(ABC):
         """`_read_inside` (or `_read_bands`) and the whole validity of that window."""
         inside = self._read_inside(x, y, w, h, level) if bands is None else self._read_bands(bands, x, y, w, h, level)
         return inside, self._validity_of(inside, x, y, level)
+
+    def _expect(self, windows: Sequence[Window], level: int, bands: tuple[int, ...]) -> None:
+        """`expect` of some bands in windows inside `level`: fetch what they need, where the format has a way."""
+        return
+
+    def _clipped(self, x: int, y: int, w: int, h: int, level: int) -> Window | None:
+        """The part of a window that lies inside `level`; None: nothing does."""
+        size = self.levels[level]
+        x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, size.width), min(y + h, size.height)
+        return (x0, y0, x1 - x0, y1 - y0) if x1 > x0 and y1 > y0 else None
 
     def _window(self, x: int, y: int, w: int, h: int, level: int, *, want_validity: bool) -> tuple[Pixels, Mask | None]:
         if not 0 <= level < len(self.levels):

@@ -101,3 +101,13 @@ class File:
 
     def _ended(self, offset: int, count: int, got: int) -> ImageError:
         return ImageError(self.path, f"expected {count} bytes at {offset}, the file ended after {got}: it is truncated")
+
+
+def file_identity(name: str) -> tuple[str, int, int] | None:
+    """A file's path, time and size; None for what is no single file."""
+    path = Path(name)
+    try:
+        stat = path.stat() if path.is_file() else None
+    except (OSError, ValueError):
+        return None
+    return None if stat is None else (str(path), stat.st_mtime_ns, stat.st_size)

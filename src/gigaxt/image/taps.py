@@ -72,6 +72,11 @@ class Axis:
         first = np.take_along_axis(index, (weight > 0).argmax(axis=1)[:, None], axis=1)
         return Taps(np.where(weight > 0, index, first).astype(np.int64), weight / total, nearest)
 
+    def reach(self, start: int, count: int) -> tuple[int, int]:
+        """The input pixels that some output pixels are made of: the first, and one past the last."""
+        first, last = self.taps(start, 1), self.taps(start + count - 1, 1)
+        return int(first.index.min()), int(last.index.max()) + 1
+
     def _area(self, out: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         low = out * self.scale + self.offset
         low, high = np.clip(low, 0, self.size), np.clip(low + self.scale, 0, self.size)

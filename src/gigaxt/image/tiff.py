@@ -1,23 +1,20 @@
-"""TIFF of every common kind, window by window: an index made once, positional reads, one decoder call a segment."""
+"""TIFF of every common kind, window by window: an index made once, few positional reads, one decoder call a tile."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gigaxt.errors import ImageError
-from gigaxt.image.base import Image, Level, Mask, Pixels
-from gigaxt.image.cache import SEGMENTS
+from gigaxt.image.base import Image, Level, Mask, Pixels, Window
 from gigaxt.image.process import File
-from gigaxt.image.tiff_index import NONE, Plane, build_index, compression_name
+from gigaxt.image.tiff_index import build_index, compression_name
+from gigaxt.image.tiff_pieces import Piece, PlaneReader, fetch_ahead, fill_pieces
 
-_WASTE = 16 << 10  # bytes of a row read for nothing before a read call for each row is cheaper
 _numbers = itertools.count()
 
 
@@ -82,139 +79,54 @@ class TiffImage(Image):
 
     def _read_bands(self, bands: tuple[int, ...], x: int, y: int, w: int, h: int, level: int) -> Pixels:
         out = np.empty((h, w, len(bands)), self.dtype)
-        first = 0
-        for number, plane in enumerate(self._planes[level]):
-            wanted = [(at, band - first) for at, band in enumerate(bands) if first <= band < first + plane.samples]
-            if wanted:
-                reader = _PlaneReader(self, plane, (self._number, level, number), f"level {level}")
-                reader.read(out, wanted, x, y)
-            first += plane.samples
+        pieces: list[Piece] = []
+        for reader, wanted in self._readers(bands, level):
+            if reader.plane.stored is None:
+                pieces += reader.pieces(out, wanted, x, y)
+            else:
+                reader.read_rows(out, wanted, x, y)
+        fill_pieces(self._file, pieces)
         return out
 
     def _valid_inside(self, x: int, y: int, w: int, h: int, level: int) -> Mask | None:
+        reader = self._mask_reader(level)
+        if reader is None:
+            return None
+        out = np.empty((h, w, 1), reader.plane.dtype)
+        if reader.plane.stored is None:
+            fill_pieces(self._file, list(reader.pieces(out, [(0, 0)], x, y)))
+        else:
+            reader.read_rows(out, [(0, 0)], x, y)
+        return np.not_equal(out[..., 0], 0)
+
+    def _expect(self, windows: Sequence[Window], level: int, bands: tuple[int, ...]) -> None:
+        readers = self._readers(bands, level)
+        mask = self._mask_reader(level)
+        if mask is not None:
+            readers.append((mask, [(0, 0)]))
+        nothing = np.empty((1, 1, 1), np.uint8)
+        pieces = [
+            piece
+            for x, y, w, h in windows
+            for reader, wanted in readers
+            if reader.plane.stored is None
+            for piece in reader.pieces(np.broadcast_to(nothing, (h, w, len(bands))), wanted, x, y)
+        ]
+        fetch_ahead(self._file, pieces)
+
+    def _readers(self, bands: tuple[int, ...], level: int) -> list[tuple[PlaneReader, list[tuple[int, int]]]]:
+        """The planes that hold some of `bands`, each with pairs of a band's place in `bands` and in the plane."""
+        found, first = [], 0
+        for number, plane in enumerate(self._planes[level]):
+            wanted = [(at, band - first) for at, band in enumerate(bands) if first <= band < first + plane.samples]
+            if wanted:
+                key = (self._number, level, number)
+                found.append((PlaneReader(self._file, plane, key, f"level {level}", self.nodata or 0), wanted))
+            first += plane.samples
+        return found
+
+    def _mask_reader(self, level: int) -> PlaneReader | None:
         plane = self._masks[level]
         if plane is None:
             return None
-        out = np.empty((h, w, 1), plane.dtype)
-        _PlaneReader(self, plane, (self._number, level, -1), f"mask of level {level}", fill=0).read(out, [(0, 0)], x, y)
-        return np.not_equal(out[..., 0], 0)
-
-
-class _PlaneReader:
-    """Copies a window of one plane into place."""
-
-    def __init__(
-        self, image: TiffImage, plane: Plane, key: tuple[int, int, int], place: str, fill: float | None = None
-    ) -> None:
-        self.image, self.plane, self.key, self.place = image, plane, key, place
-        self.fill = (image.nodata or 0) if fill is None else fill
-
-    def read(self, out: Pixels, wanted: list[tuple[int, int]], x: int, y: int) -> None:
-        """Fill bands of `out` (h, w, bands), its corner at (x, y); `wanted` pairs its bands with the plane's."""
-        plane = self.plane
-        if plane.planar:
-            per_band = plane.across * plane.down
-            for at, sample in wanted:
-                self._copy(out[..., at : at + 1], x, y, sample * per_band, slice(None))
-            return
-        places, samples = [at for at, _ in wanted], [sample for _, sample in wanted]
-        if samples == list(range(plane.samples)) and places == list(range(places[0], places[0] + len(places))):
-            self._copy(out[..., places[0] : places[0] + len(places)], x, y, 0, slice(None))
-            return
-        part = np.empty((*out.shape[:2], len(samples)), out.dtype)
-        self._copy(part, x, y, 0, samples)
-        out[..., places] = part
-
-    def _copy(self, out: Pixels, x: int, y: int, base: int, samples: slice | list[int]) -> None:
-        if self.plane.stored is not None:
-            self._copy_rows(out, x, y, base, samples, self.plane.stored)
-            return
-        plane, (h, w) = self.plane, out.shape[:2]
-        for row in range(y // plane.segment_height, -(-(y + h) // plane.segment_height)):
-            top = row * plane.segment_height
-            y0, y1 = max(y, top), min(y + h, top + plane.segment_height)
-            for col in range(x // plane.segment_width, -(-(x + w) // plane.segment_width)):
-                left = col * plane.segment_width
-                x0, x1 = max(x, left), min(x + w, left + plane.segment_width)
-                target = out[y0 - y : y1 - y, x0 - x : x1 - x]
-                partly = y1 - y0 < min(plane.segment_height, plane.height - top) or (
-                    x1 - x0 < min(plane.segment_width, plane.width - left)
-                )
-                segment = self._segment(base + row * plane.across + col, left, top, keep=partly)
-                if segment is None:
-                    target[...] = self.fill
-                    continue
-                part = segment[y0 - top : y1 - top, x0 - left : x1 - left]
-                if part.shape[:2] != target.shape[:2]:
-                    raise self._error(f"the tile ends early, at {segment.shape[1]} x {segment.shape[0]} px", left, top)
-                target[...] = part if isinstance(samples, slice) else part[..., samples]
-
-    def _segment(self, index: int, left: int, top: int, *, keep: bool) -> NDArray[Any] | None:
-        """A decoded tile or strip (rows, columns, bands); None where the file leaves it out.
-
-        It is kept for the next window if this one needs only a part of it.
-        """
-        plane = self.plane
-        offset, count = int(plane.offsets[index]), int(plane.counts[index])
-        if not offset or not count:
-            return None
-        key = (*self.key, index)
-        segment = SEGMENTS.get(key)
-        if segment is not None:
-            return segment
-        try:
-            segment = plane.decode(self.image._file.read(offset, count), index)
-        except ImageError as error:
-            raise self._error(error.cause, left, top) from error
-        except Exception as error:  # codecs raise whatever they like, MemoryError included
-            raise self._error(f"{type(error).__name__}: {error}", left, top) from error
-        if keep and plane.compression != NONE:
-            SEGMENTS.put(key, segment)
-        return segment
-
-    def _copy_rows(
-        self, out: Pixels, x: int, y: int, base: int, samples: slice | list[int], stored: np.dtype[Any]
-    ) -> None:
-        """Uncompressed strips: only the bytes of the window are read, straight into place where the layout allows."""
-        plane, (h, w) = self.plane, out.shape[:2]
-        direct = isinstance(samples, slice) and stored == out.dtype and out.flags.c_contiguous
-        part = out if direct else np.empty((h, w, plane.together), stored)
-        pixel = plane.together * stored.itemsize
-        view = memoryview(part.reshape(-1).view(np.uint8).data)
-        for strip in range(y // plane.segment_height, -(-(y + h) // plane.segment_height)):
-            top = strip * plane.segment_height
-            y0, y1 = max(y, top), min(y + h, top + plane.segment_height)
-            start = int(plane.offsets[base + strip])
-            if not start or not plane.counts[base + strip]:
-                part[y0 - y : y1 - y] = self.fill
-                continue
-            start += ((y0 - top) * plane.width + x) * pixel
-            try:
-                self._read_rows(
-                    view[(y0 - y) * w * pixel : (y1 - y) * w * pixel], start, w * pixel, plane.width * pixel
-                )
-            except ImageError as error:
-                raise self._error(error.cause, x, y0) from error
-            except OSError as error:
-                raise self._error(f"cannot be read: {error.strerror or error}", x, y0) from error
-        if not direct:
-            out[...] = part if isinstance(samples, slice) else part[..., samples]
-
-    def _read_rows(self, view: memoryview, start: int, length: int, stride: int) -> None:
-        """Rows of `length` bytes that lie `stride` bytes apart in the file, into a view without gaps."""
-        file, rows = self.image._file, len(view) // length
-        if length == stride or rows == 1:
-            file.read_into(view, start)
-        elif stride - length <= _WASTE:
-            block = np.frombuffer(file.read(start, (rows - 1) * stride + length), np.uint8)
-            spaced = np.lib.stride_tricks.as_strided(block, (rows, length), (stride, 1), writeable=False)
-            np.asarray(view).reshape(rows, length)[...] = spaced
-        else:
-            for row in range(rows):
-                file.read_into(view[row * length : (row + 1) * length], start + row * stride)
-
-    def _error(self, cause: str, left: int, top: int) -> ImageError:
-        plane = self.plane
-        kind = "strip" if plane.segment_width == plane.width else "tile"
-        place = f"{self.place}, {kind} at x {left}, y {top}, {plane.segment_width} x {plane.segment_height} px"
-        return ImageError(self.image.name, cause, place)
+        return PlaneReader(self._file, plane, (self._number, level, -1), f"mask of level {level}", 0)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gigaxt.config import nearest as nearest_name
 from gigaxt.errors import ImageError
-from gigaxt.image.base import Image, Level, Mask, Pixels
+from gigaxt.image.base import Image, Level, Mask, Pixels, Window
 from gigaxt.image.taps import Axis, Taps, apply_taps, valid_taps
 
 _BLOCK = 1 << 22  # input px that a resampled window holds at once
@@ -54,6 +54,9 @@ class Select(Image):
     ) -> tuple[Pixels, Mask]:
         wanted = self._bands if bands is None else tuple(self._bands[band] for band in bands)
         return self._image._read_valid_inside(x, y, w, h, level, wanted)
+
+    def _expect(self, windows: Sequence[Window], level: int, bands: tuple[int, ...]) -> None:
+        self._image._expect(windows, level, tuple(self._bands[band] for band in bands))
 
 
 def band_index(image: Image, band: int | str) -> int:
@@ -126,6 +129,9 @@ class Cropped(Image):
         self, x: int, y: int, w: int, h: int, level: int, bands: tuple[int, ...] | None = None
     ) -> tuple[Pixels, Mask]:
         return self.base._read_valid_inside(x + self.x, y + self.y, w, h, 0, bands)
+
+    def _expect(self, windows: Sequence[Window], level: int, bands: tuple[int, ...]) -> None:
+        self.base._expect([(x + self.x, y + self.y, w, h) for x, y, w, h in windows], 0, bands)
 
 
 class Resampled(Image):
@@ -202,6 +208,16 @@ class Resampled(Image):
             return source.read_valid(x, y, w, h, self._lower[level - 1])
         pixels, mask = self._resample(bands, x, y, w, h)
         return pixels, np.ones((h, w), np.bool_) if mask is None else mask
+
+    def _expect(self, windows: Sequence[Window], level: int, bands: tuple[int, ...]) -> None:
+        if level:
+            self._image._expect(windows, self._lower[level - 1], bands)
+            return
+        below = []
+        for x, y, w, h in windows:
+            (left, right), (top, bottom) = self._cols.reach(x, w), self._rows.reach(y, h)
+            below.append((left, top, right - left, bottom - top))
+        self._image._expect(below, self._level, bands)
 
     def _resample(self, bands: tuple[int, ...] | None, x: int, y: int, w: int, h: int) -> tuple[Pixels, Mask | None]:
         """A window of all or some bands and its validity (None if all of it is valid), in blocks of bounded size."""

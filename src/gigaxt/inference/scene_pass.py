@@ -200,7 +200,9 @@ class ScenePass:
         windows, halo, n = self.windows, self.halo, len(chunk.cols)
         side = windows.core + 2 * halo
         top = int(windows.ys[chunk.row]) - halo
-        read = [read_region(self.image, int(windows.xs[col]) - halo, top, side, side) for col in chunk.cols]
+        places = [(int(windows.xs[col]) - halo, top, side, side) for col in chunk.cols]
+        self.image.expect(places)
+        read = [read_region(self.image, *place) for place in places]
         masks = [np.ones((side, side, 1), np.bool_) if mask is None else mask for _, mask in read]
         bands = max(mask.shape[2] for mask in masks)
         return {
