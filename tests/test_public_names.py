@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import gigaxt
 
 
@@ -22,3 +24,9 @@ def test_no_module_hides_behind_a_public_name() -> None:
 def test_importing_is_light() -> None:
     code = "import sys, gigaxt; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("package", ["metrics", "datasets", "testing"])
+def test_a_package_can_be_imported_first(package: str) -> None:
+    """No circle of imports that only holds where another package came before."""
+    subprocess.run([sys.executable, "-c", f"import gigaxt.{package}"], check=True)

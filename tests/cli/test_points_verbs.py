@@ -205,3 +205,29 @@ def test_check_writes_a_config_that_fits(vessels: Path, cells: Path, capsys: pyt
     (cells / "0.csv").write_text("x,y,kind,area\n500,3,red,1\n")
     assert main(["check", str(cells / "all.csv")]) == 2
     assert "points that do not fit: 1" in capsys.readouterr().out
+
+
+def test_without_a_val_split_thresholds_are_chosen_on_the_training_data(
+    vessels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "x"
+    shutil.copytree(vessels, folder)
+    shutil.rmtree(folder / "run")
+    text = (folder / "x.csv").read_text()
+    (folder / "x.csv").write_text(text.replace(",val\n", ",train\n"))
+    path = config(folder / "x.csv", bands=2, head=VESSELS, band_names=["VV", "VH"], mean=[-16.4, -26.3], std=[4.8, 5])
+    assert main(["train", "--config", str(path), "--out", str(folder / "run")]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("no val split: thresholds are those that are best on the training images") == 1
+    head = json.loads((folder / "run" / "model" / "config.json").read_text())["model"]["head"]
+    assert (
+        main(["eval", str(folder / "run"), str(folder / "x.csv"), "--split", "train", "--json", str(folder / "a")]) == 0
+    )
+    chosen = json.loads((folder / "a").read_text())
+    assert chosen["per_class"]["object"]["threshold"] == pytest.approx(head["threshold"][0])
+    assert head["threshold"] != [0.3]
+    assert len(head["flag_threshold"]) == 2
+    fixed = ["--model.head.threshold", "0.2", "--model.head.flag-threshold", "0.5", "0.5"]
+    assert main(["train", "--config", str(path), *fixed, "--out", str(folder / "fixed")]) == 0
+    assert "no val split" not in capsys.readouterr().err
+    assert json.loads((folder / "fixed/model/config.json").read_text())["model"]["head"]["threshold"] == [0.2]

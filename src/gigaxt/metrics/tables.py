@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gigaxt.datasets.cells import read_cells
+from gigaxt.cells import read_cells
 from gigaxt.errors import DataError
 
 UNKNOWN = -1

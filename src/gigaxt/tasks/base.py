@@ -113,6 +113,7 @@ class Task(ABC):
         metric_names: the metrics of an evaluation, in the order of tables.
         class_names: one name a class.
         images_per_call: how many cases `model.evaluate` may be given at once; None: any number.
+        leaves_open: whether `settle` has something to set that the user did not.
     """
 
     manifest: Manifest
@@ -121,6 +122,7 @@ class Task(ABC):
     metric_names: tuple[str, ...]
     class_names: tuple[str, ...]
     images_per_call: int | None = None
+    leaves_open: bool = False
 
     @abstractmethod
     def target(self, row: Row, image: Image) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ class Points(Task):
 
     best = "f1"
     images_per_call = 1
+    asked_of: ClassVar[Mapping[str, str]] = {}
+    """Flags that are asked only of objects of which another flag is known to be set: name -> the other's."""
 
     def __init__(self, manifest: Manifest, head: PointsConfig) -> None:
         self.manifest = manifest
@@ -45,6 +47,7 @@ class Points(Task):
         self.head = replace(head, class_names=list(head.class_names or names))
         self.class_names = tuple(self.head.class_names or ())
         self.spec = Spec.of(self.head)
+        self.leaves_open = head.threshold is None or (bool(head.flags) and head.flag_threshold is None)
         self.metric_names: tuple[str, ...] = (
             "f1",
             "precision",
@@ -255,14 +258,19 @@ class PointsTally(Tally):
 
     def _known(self, attribute: int, classes: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Answer and truth of an attribute, over the objects that were found and of which it is known."""
-        name = self.task.head.attributes[attribute]
-        answers, truths = [], []
-        for case in self.cases:
-            hit = (case.matched >= 0) & (case.found.scores >= classes[case.found.classes])
-            truth = case.truth.attributes[case.matched[hit], attribute]
-            answers.append(case.found.attributes[name][hit][~np.isnan(truth)])
-            truths.append(truth[~np.isnan(truth)])
+        answers, truths = zip(*(self._known_in(case, attribute, classes) for case in self.cases), strict=True)
         return np.concatenate(answers), np.concatenate(truths)
+
+    def _known_in(
+        self, case: Case, attribute: int, classes: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        names = self.task.head.attributes
+        hit = (case.matched >= 0) & (case.found.scores >= classes[case.found.classes])
+        truth = case.truth.attributes[case.matched[hit]]  # (hits, k)
+        known = ~np.isnan(truth[:, attribute])
+        if names[attribute] in self.task.asked_of:
+            known &= truth[:, names.index(self.task.asked_of[names[attribute]])] == 1
+        return case.found.attributes[names[attribute]][hit][known], truth[known, attribute]
 
     def _attributes(self, thresholds: Thresholds) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
         head = self.task.head

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from gigaxt.datasets.manifest import Manifest
-from gigaxt.datasets.points import table_of
+from gigaxt.datasets.points import read_points, table_of
 from gigaxt.datasets.row import Row
 from gigaxt.datasets.xview3 import SUBMISSION, scene_id, submission_columns
 from gigaxt.errors import DataError
 from gigaxt.finding import decided
+from gigaxt.image.base import Image
 from gigaxt.metrics import xview3_score
 from gigaxt.metrics.matching import PIXEL_M
 from gigaxt.metrics.shorelines import read_shoreline
 from gigaxt.nn.heads.points import PointsConfig
+from gigaxt.points import PointTarget
 from gigaxt.tasks.base import Evaluation
 from gigaxt.tasks.points import Case, Points, PointsTally, Thresholds
 
@@ -36,10 +38,21 @@ class Vessels(Points):
     """
 
     best = "aggregate"
+    asked_of: ClassVar[Mapping[str, str]] = {"is_fishing": "is_vessel"}
 
     def __init__(self, manifest: Manifest, head: PointsConfig) -> None:
         super().__init__(manifest, replace(head, tolerance_px=TOLERANCE_M / PIXEL_M))
         self.metric_names = SCORES
+        self.scored: dict[int, PointTarget] = {}
+        """Line of a row -> its objects as they are scored: those of LOW confidence do not count."""
+
+    def target(self, row: Row, image: Image) -> PointTarget:
+        """The points of one image, those of LOW confidence as `head.low_confidence` says."""
+        learnt, scene = super().target(row, image), row.cells.get("scene_id") or None
+        assert row.target_path is not None
+        spec = self.spec._replace(low_confidence="ignore")
+        self.scored[row.line] = learnt if spec == self.spec else read_points(row.target_path, spec, image, scene)
+        return learnt
 
     def tally(self) -> VesselsTally:
         """A fresh, empty tally."""
@@ -62,6 +75,10 @@ class VesselsTally(PointsTally):
     """Detections and objects of each scene of a split."""
 
     task: Vessels
+
+    def update(self, rows: Sequence[Row], targets: Sequence[Any], output: Mapping[str, Any]) -> None:
+        """See `PointsTally.update`; what was found is compared with the objects as they are scored."""
+        super().update(rows, [self.task.scored[row.line] for row in rows], output)
 
     def compute(self) -> Evaluation:
         """The official scores; precision, recall and F1 of all objects and of the flags in the table of classes."""

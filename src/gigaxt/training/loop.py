@@ -148,7 +148,7 @@ class Run(Trainee):
                         self.save()
                         saved, saved_at = (state.step, state.evaluated), time.monotonic()
                 if state.step >= self.total_steps and not len(self.val_samples):
-                    self.save_model()
+                    self.finish_without_val()
             except CheckpointError:
                 raise  # nothing can be written, the previous checkpoint stays
             except GigaxtError:
@@ -275,7 +275,7 @@ class Run(Trainee):
             return
         try:
             with autocast(self.device, self.settings.amp):
-                evaluation = self.retried(self._evaluate)
+                evaluation = self.retried(partial(self._evaluate, self.val_samples))
         except Stopping:
             return  # done again by the run that continues
         self._tell_news()
@@ -289,20 +289,33 @@ class Run(Trainee):
             self.task.settle(cast(ModelConfig, self.evaluated_model.config).head, evaluation)
             self.save_model()
 
-    def _evaluate(self) -> Evaluation:
+    def finish_without_val(self) -> None:
+        """Keep the last model; what its head leaves open, such as thresholds, is chosen on the training images."""
+        if self.task.leaves_open:
+            try:
+                with autocast(self.device, self.settings.amp):
+                    evaluation = self.retried(partial(self._evaluate, self.train_samples))
+            except Stopping:
+                return  # done again by the run that continues
+            self._tell_news()
+            self.task.settle(cast(ModelConfig, self.evaluated_model.config).head, evaluation)
+            self.log.line("no val split: thresholds are those that are best on the training images, and so optimistic")
+        self.save_model()
+
+    def _evaluate(self, samples: Samples) -> Evaluation:
+        def before_image(done: int) -> None:
+            if self.signals.caught is not None:
+                raise Stopping
+            self.log.evaluating(done, len(samples))
+
         return evaluate(
             self.evaluated_model,
-            self.val_samples,
+            samples,
             self.task,
             batch=self.settings.batch,
             skipped=self.skipped,
-            on_image=self._before_image,
+            on_image=before_image,
         )
-
-    def _before_image(self, done: int) -> None:
-        if self.signals.caught is not None:
-            raise Stopping
-        self.log.evaluating(done, len(self.val_samples))
 
     # Small things
 

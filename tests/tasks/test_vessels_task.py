@@ -1,0 +1,112 @@
+"""xView3-SAR as a task: which objects its thresholds are chosen on, and its score."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gigaxt.datasets.manifest import Manifest
+from gigaxt.finding import decided
+from gigaxt.image.memory import ArrayImage
+from gigaxt.nn.heads import PointsConfig
+from gigaxt.objects import Objects
+from gigaxt.tasks.base import Evaluation
+from gigaxt.tasks.vessels import Vessels, VesselsTally
+from xview3_folder import HEADER
+
+VESSELS = {"scoring": "xview3", "flags": ["is_vessel", "is_fishing"], "numbers": ["vessel_length_m"]}
+
+Label = tuple[int, int, str, str, str]
+"""Row, column, is_vessel, is_fishing, confidence."""
+
+
+def vessels(folder: Path, scenes: dict[str, list[Label]], *, groups: bool = True, **head: Any) -> Vessels:
+    """The task of some scenes of 400 x 400 px with these labels, each 50 m long and 1 km from the shore."""
+    with (folder / "labels.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, HEADER)
+        table.writeheader()
+        for scene, labels in scenes.items():
+            for row, col, vessel, fishing, confidence in labels:
+                place = {"detect_scene_row": row, "detect_scene_column": col, "scene_id": scene}
+                what = {"is_vessel": vessel, "is_fishing": fishing, "vessel_length_m": 50, "confidence": confidence}
+                table.writerow(dict.fromkeys(HEADER, "") | place | what | {"distance_from_shore_km": 1.0})
+    lines = ["image,points,scene_id,shoreline,group"]
+    for i, scene in enumerate(scenes):
+        np.save(folder / f"{scene}_shoreline.npy", np.array([[[0.0, col] for col in range(0, 400, 10)]]))
+        (folder / scene).mkdir(exist_ok=True)
+        lines.append(f"{scene},labels.csv,{scene},{scene}_shoreline.npy,{f'g{i}' if groups else 'g'}")
+    (folder / "x.csv").write_text("\n".join(lines) + "\n")
+    return Vessels(Manifest.read(folder / "x.csv", task="points"), PointsConfig(**{**VESSELS, **head}))
+
+
+Detection = tuple[float, float, float, float, float]
+"""Row, column, score, chance of is_vessel, chance of is_fishing."""
+
+
+def tallied(task: Vessels, found: dict[str, list[Detection]]) -> VesselsTally:
+    """What a model would have found, the best first; lengths of 40 m."""
+    tally = task.tally()
+    image = ArrayImage(np.zeros((400, 400, 1), np.uint8))
+    for row in task.manifest.rows:
+        columns = np.array(found.get(row.cells["scene_id"], []), float).reshape(-1, 5)
+        objects = Objects(
+            places=columns[:, :2] + 0.5,
+            classes=np.zeros(len(columns), np.int64),
+            scores=columns[:, 2],
+            attributes={
+                "is_vessel": columns[:, 3],
+                "is_fishing": columns[:, 4],
+                "vessel_length_m": np.full(len(columns), 40.0),
+            },
+        )
+        sums = {"loss_sum": torch.tensor(1.0), "objects": torch.tensor(1.0)}
+        tally.update([row], [task.target(row, image)], {"found": objects, **sums})
+    return tally
+
+
+def evaluated(task: Vessels, found: dict[str, list[Detection]]) -> Evaluation:
+    return tallied(task, found).compute()
+
+
+def test_fishing_is_asked_of_vessels_alone(tmp_path: Path) -> None:
+    """A fixed platform that looks like a fishing vessel does not raise the threshold of fishing vessels."""
+    task = vessels(
+        tmp_path,
+        {
+            "a": [
+                (50, 50, "True", "True", "HIGH"),
+                (50, 150, "True", "False", "HIGH"),
+                (50, 250, "False", "False", "HIGH"),
+            ]
+        },
+    )
+    found = {"a": [(50, 50, 0.9, 0.9, 0.6), (50, 150, 0.8, 0.8, 0.2), (50, 250, 0.7, 0.1, 0.9)]}
+    result = evaluated(task, found)
+    assert result.per_class["is_fishing"]["threshold"] == pytest.approx(0.4)
+    assert (result.per_class["is_fishing"]["f1"], result.per_class["is_fishing"]["known"]) == (1.0, 2)
+    assert result.per_class["is_vessel"]["threshold"] == pytest.approx(0.45)
+    assert (result.metrics["fishing_fscore"], result.metrics["vessel_fscore"]) == (1.0, 1.0)
+    settled = PointsConfig(**VESSELS)
+    task.settle(settled, result)
+    assert decided(tallied(task, found).cases[0].found, settled).attributes["is_fishing"].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("low", ["ignore", "object", "background"])
+def test_low_confidence_does_not_count_however_it_is_learnt(tmp_path: Path, low: str) -> None:
+    """The official program leaves such a detection out: it is neither right nor a false alarm."""
+    task = vessels(tmp_path, {"a": [(50, 50, "True", "", "HIGH"), (50, 150, "True", "", "LOW")]}, low_confidence=low)
+    target = task.target(task.manifest.rows[0], ArrayImage(np.zeros((400, 400, 1), np.uint8)))
+    assert (len(target), int(target.ignored.sum())) == {"ignore": (2, 1), "object": (2, 0), "background": (1, 0)}[low]
+    for found in (
+        [(50, 150, 0.95, 1, 1), (50, 50, 0.9, 1, 1), (300, 300, 0.5, 1, 1)],
+        [(50, 50, 0.9, 1, 1), (300, 300, 0.5, 1, 1), (50, 150, 0.2, 1, 1)],
+    ):
+        result = evaluated(task, {"a": found})
+        scores = result.per_class["object"]
+        assert (scores["threshold"], scores["f1"], scores["cases"]) == (pytest.approx(0.7), 1.0, 1)
+        assert result.metrics["loc_fscore"] == 1.0
