@@ -138,6 +138,9 @@ class TrainConfig:
     """Of everything random: first weights, order, augmentation, stochastic depth."""
     amp: Literal["auto", "off", "bf16"] = "auto"
     """bfloat16 autocast; auto: on CUDA devices that have it."""
+    compile: bool = False
+    """Compile the region encoder (`torch.compile`): minutes before the first step, then each is faster. Needs a C++
+    compiler on the CPU, Triton on CUDA. Numbers differ by rounding."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`; auto: CUDA where there is one."""
     streaming: Streaming = field(default_factory=lambda: Streaming(budget_gib=2.0, chunk_regions=8))
@@ -240,6 +243,7 @@ FREE_TO_CHANGE = (
     "train.init",
     "train.token_cache",
     "train.token_cache_gib",
+    "train.compile",
     "train.device",
     "train.streaming",
     "train.checkpoint_minutes",

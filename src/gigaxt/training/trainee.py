@@ -21,6 +21,7 @@ from gigaxt.training.checkpoint import (
     restore_random_states,
     save_checkpoint,
 )
+from gigaxt.training.compiling import compile_encoder
 from gigaxt.training.config import RunConfig
 from gigaxt.training.initial import first_model
 from gigaxt.training.optim import make_optimizer
@@ -47,6 +48,8 @@ class Trainee:
         self.model: nn.Module
         self.model, self.fresh = first_model(config, continued=bool(checkpoints(folder.checkpoints)))
         self.model.to(device)
+        if settings.compile:
+            compile_encoder(self.model, device)
         self.optimizer = make_optimizer(self.model, settings)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         # use_warmup: a plain average would hold the first, random weights for 1 / (1 - decay) steps.
