@@ -52,8 +52,8 @@ def what_learns(model: nn.Module, config: RunConfig) -> tuple[str, str]:
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if learning == count:
         return f"{count / 1e6:.2f} M weights", ""
-    stages = {"frozen": "frozen", "last_n": f"but for its last {settings.last_n} frozen"}[settings.encoder]
-    weights = f"{count / 1e6:.2f} M weights of which {learning / 1e6:.2f} M learn (region encoder {stages})"
+    part = settings.encoder + (f" {settings.last_n}" if settings.encoder == "last_n" else "")
+    weights = f"{count / 1e6:.2f} M weights of which {learning / 1e6:.2f} M learn (region encoder: {part})"
     if settings.init is None and not config.model.region_encoder.pretrained:
         return weights, (
             "the region encoder is frozen at random weights: set model.region_encoder.pretrained or train.init, "
