@@ -14,6 +14,7 @@ from gigaxt.errors import ConfigError, DataError
 from gigaxt.nn.backbone import REGION_STEP, BackboneSpec, Layout, build_backbone
 from gigaxt.nn.batchnorm import freeze_batchnorm
 from gigaxt.nn.pretrained_weights import load_local_weights
+from gigaxt.nn.swin_attention import fuse_window_attention
 
 logger = logging.getLogger("gigaxt")
 
@@ -84,6 +85,7 @@ class RegionEncoder(nn.Module):
         self.config = config
         spec = BackboneSpec(name=config.name, in_channels=config.in_channels, options=config.options)
         self.trunk, self.layout = build_backbone(spec, config.region, pretrained=config.pretrained is True)
+        fuse_window_attention(self.trunk)
         self.unused_weights: list[str] = []
         if not config.pretrained:
             _unlike_zero(self.trunk)
