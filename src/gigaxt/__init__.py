@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from gigaxt import metrics as metrics
     from gigaxt import testing as testing
     from gigaxt.errors import CheckpointError, ConfigError, DataError, GigaxtError, ImageError, TrainingError
-    from gigaxt.image import Image, open_bands, open_image
+    from gigaxt.image import Image, cache_files, open_bands, open_image
     from gigaxt.inference import predict
     from gigaxt.nested import stream_nested
     from gigaxt.nn.batchnorm import freeze_batchnorm
@@ -30,7 +30,7 @@ _HOMES = {
         "ImageError",
         "TrainingError",
     ),
-    "gigaxt.image": ("Image", "open_bands", "open_image"),
+    "gigaxt.image": ("Image", "cache_files", "open_bands", "open_image"),
     "gigaxt.inference": ("predict",),
     "gigaxt.nested": ("stream_nested",),
     "gigaxt.nn.batchnorm": ("freeze_batchnorm",),
@@ -58,6 +58,7 @@ __all__ = [
     "Streaming",
     "TrainingError",
     "build_model",
+    "cache_files",
     "freeze_batchnorm",
     "from_xt_release",
     "key_dropout",

@@ -18,8 +18,8 @@ from gigaxt.cases import Cases, by_case
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.foreground import Foreground
 from gigaxt.image.base import Image, Mask, Window
+from gigaxt.image.files import file_identity
 from gigaxt.image.open import PICTURE_SUFFIXES
-from gigaxt.image.process import file_identity
 from gigaxt.image.views import resample
 from gigaxt.inputs import InputConfig, to_pixel_size, to_size
 from gigaxt.regions import Place, RegionGrid, keep_valid

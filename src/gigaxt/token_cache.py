@@ -26,7 +26,7 @@ from gigaxt.augment import Dihedral
 from gigaxt.config import to_dict
 from gigaxt.errors import CheckpointError
 from gigaxt.image.base import Image
-from gigaxt.image.process import file_identity
+from gigaxt.image.files import file_identity
 from gigaxt.scenes import SceneBatch
 
 if TYPE_CHECKING:

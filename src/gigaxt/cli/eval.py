@@ -63,6 +63,10 @@ class EvalArguments:
     """bfloat16 autocast; auto: on CUDA devices that have it."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What an image that cannot be read does."""
+    cache: Path | None = None
+    """Folder on a fast disk for local copies of what is read of the images, where these lie on slow storage."""
+    cache_gib: float = 50.0
+    """Size of that folder, of which the least recently used copies make room."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +88,17 @@ def main(args: Sequence[str]) -> int:
     if arguments.model.suffix.lower() == ".json":
         return score_files(arguments)
 
+    from gigaxt.cli.progress import told_cache
     from gigaxt.training.folds import fold_folders
 
     folders = fold_folders(arguments.model)
     skipped: dict[str, str] | None = {} if arguments.on_bad_image == "skip" else None
-    if folders or arguments.folds is not None:
-        _check_folds(arguments, len(folders))
-        scores = _print_of_folds([_tally(find_model(folder), arguments, skipped) for folder in folders], arguments)
-    else:
-        scores = _print_of_model(_tally(find_model(arguments.model), arguments, skipped), arguments)
+    with told_cache(arguments.cache, arguments.cache_gib):
+        if folders or arguments.folds is not None:
+            _check_folds(arguments, len(folders))
+            scores = _print_of_folds([_tally(find_model(folder), arguments, skipped) for folder in folders], arguments)
+        else:
+            scores = _print_of_model(_tally(find_model(arguments.model), arguments, skipped), arguments)
     for reason in (skipped or {}).values():
         print(f"skipped: {reason}")
     if arguments.json is not None:

@@ -37,6 +37,10 @@ class PlanArguments:
     """Rehearse the settings that would be chosen, too, and write them into CONFIG."""
     out: Path = Path("runs")
     """Where the run's folder will be: its disk must have room."""
+    cache: Path | None = None
+    """In place of the config's `data.cache`: a folder on a fast disk for local copies of what is read of the images."""
+    cache_gib: float | None = None
+    """In place of the config's `data.cache_gib`."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -53,7 +57,9 @@ def main(args: Sequence[str]) -> int:
     for image in arguments.images:
         if not image.exists():
             raise ConfigError(f"{image}: there is no such image")
-    config = run_config_from([], None, str(arguments.config), arguments.out)
+    given = {"--cache": arguments.cache, "--cache-gib": arguments.cache_gib}
+    flags = [f"--data.{name[2:]}={value}" for name, value in given.items() if value is not None]
+    config = run_config_from(flags, None, str(arguments.config), arguments.out)
     plan = make_plan(config, arguments.images)
     free = free_disk_gib(arguments.out)
     print("\n".join(table(plan, config, free)))

@@ -56,6 +56,10 @@ class PredictArguments:
     """bfloat16 autocast; auto: on CUDA devices that have it."""
     chunk_regions: int = 8
     """Regions encoded at once: more is faster and takes more memory."""
+    cache: Path | None = None
+    """Folder on a fast disk for local copies of what is read of the images, where these lie on slow storage."""
+    cache_gib: float = 50.0
+    """Size of that folder, of which the least recently used copies make room."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -64,6 +68,7 @@ def main(args: Sequence[str]) -> int:
     images = list(expand(arguments.images))
 
     from gigaxt.cli.eval import find_model
+    from gigaxt.cli.progress import told_cache
     from gigaxt.pretrained import load
     from gigaxt.training.device import autocast, pick_device
 
@@ -72,7 +77,7 @@ def main(args: Sequence[str]) -> int:
     model = load(folder).to(device)
     model.streaming = replace(model.streaming, chunk_regions=arguments.chunk_regions)
     skipped: dict[str, str] | None = {} if arguments.on_bad_image == "skip" else None
-    with autocast(device, arguments.amp):
+    with autocast(device, arguments.amp), told_cache(arguments.cache, arguments.cache_gib):
         if model.config.head.kind == "detect":
             from gigaxt.cli.predict_objects import predict_objects
 
@@ -187,14 +192,14 @@ def draw(model: GigaXT, image: Path, mask: Path) -> Path:
     head: Any = model.config.head
     # As the model saw it: three of its bands, its size.
     seen: Any = model.batch([open_image(image, rgb=model.config.input.rgb)]).scenes[0].image
-    return save_png(with_mask(thumbnail(seen), open_image(mask), head), mask.with_suffix(".png"))
+    return save_png(with_mask(thumbnail(seen), open_image(mask, cached=False), head), mask.with_suffix(".png"))
 
 
 def _what_mask(path: Path) -> str:
     from gigaxt.cli.info import describe_size, file_size
     from gigaxt.image import open_image
 
-    return f"{describe_size(open_image(path))}, {file_size(path)}"
+    return f"{describe_size(open_image(path, cached=False))}, {file_size(path)}"
 
 
 def _check_not_input(target: Path, images: Sequence[Path]) -> None:

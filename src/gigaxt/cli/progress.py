@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -13,6 +16,17 @@ if TYPE_CHECKING:
 
 LINE_EVERY_S = 15.0
 """Time between plain lines."""
+
+
+@contextlib.contextmanager
+def told_cache(folder: Path | None, gib: float) -> Iterator[None]:
+    """Image files are read through a cache in `folder`; at the end a line says how much came from where."""
+    from gigaxt.image.file_cache import files_cached
+
+    with files_cached(folder, gib) as cache:
+        yield
+        if folder is not None and cache is not None:
+            print(f"read: {cache.summary}", file=sys.stderr)
 
 
 class Steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ gigaxt train --config run.yaml --out runs/a             settings from a file (gi
 gigaxt train --config run.yaml --train.lr 1e-3          flags win over the file, and the file over its `base: FILE`
 gigaxt train data.csv --train.init runs/a/model         go on from a model's weights and settings
 gigaxt train data.csv --folds 5 --out runs/cv           five runs, fold-1 to fold-5, each scored on its own fifth
+gigaxt train data.csv --cache /scratch/images           local copies of what is read from slow storage (data.cache)
 
 --out FOLDER holds the run: checkpoints, model/, metrics.csv, report.html (default: runs/<name of the CSV or YAML>).
 The same command continues a run that was stopped. SIGTERM, SIGUSR1 and Ctrl-C save first. --debug shows tracebacks."""
@@ -76,6 +78,7 @@ def split_arguments(args: Sequence[str]) -> tuple[list[str], str | None, str | N
     """
     rest: list[str] = []
     found: dict[str, str] = {}
+    args = [re.sub(r"^--cache(?=$|=|[-_]gib)", "--data.cache", arg) for arg in args]  # as of the other verbs
     waiting = ""
     for arg in args:
         name, equals, value = arg.partition("=")

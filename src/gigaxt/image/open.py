@@ -10,8 +10,8 @@ import numpy as np
 from gigaxt.errors import ImageError
 from gigaxt.image import headers, raster
 from gigaxt.image.base import Image
+from gigaxt.image.files import File
 from gigaxt.image.memory import ArrayImage, image_from_tensor, is_tensor
-from gigaxt.image.process import File
 from gigaxt.image.tiff import TiffImage
 from gigaxt.image.views import resample
 
@@ -32,6 +32,7 @@ def open_image(
     max_pixels: int = 2**34,
     max_tile_bytes: int = 64 << 20,
     rgb: bool = False,
+    cached: bool = True,
 ) -> Image:
     """Open a file, an array or a tensor as an `Image`, without reading its pixels.
 
@@ -47,11 +48,13 @@ def open_image(
         max_tile_bytes: refuse tiles, strips or chunks that decode to more.
         rgb: make red, green and blue of 8 bit PNG, JPEG, BMP and WebP pictures that are grey, CMYK, with alpha or a
             palette; other formats are taken as they are.
+        cached: read through the cache of files where there is one (`gigaxt.cache_files`); False for files that are
+            read once.
 
     Raises:
         ImageError: the source cannot be opened as an image, or has no pixel size to resample by.
     """
-    image = _open(source, nodata, max_pixels, max_tile_bytes, rgb)
+    image = _open(source, nodata, max_pixels, max_tile_bytes, rgb, cached)
     if mpp is None and gsd_m is None:
         return image
     if mpp is not None and gsd_m is not None:
@@ -64,7 +67,7 @@ def open_image(
     return resample(image, *(1.0 if abs(scale - 1) < _SAME else scale for scale in scales))
 
 
-def _open(source: Any, nodata: float | None, max_pixels: int, max_tile_bytes: int, rgb: bool) -> Image:
+def _open(source: Any, nodata: float | None, max_pixels: int, max_tile_bytes: int, rgb: bool, cached: bool) -> Image:
     in_memory = isinstance(source, np.ndarray) or is_tensor(source)
     if nodata is not None and not in_memory:
         raise ImageError(source, "nodata= is for arrays and tensors: a file says it itself")
@@ -79,7 +82,7 @@ def _open(source: Any, nodata: float | None, max_pixels: int, max_tile_bytes: in
     path = Path(source)
     if path.is_dir():
         return _open_folder(path, max_pixels, max_tile_bytes)
-    return _open_file(path, max_pixels, max_tile_bytes, rgb)
+    return _open_file(path, max_pixels, max_tile_bytes, rgb, cached)
 
 
 def _open_folder(path: Path, max_pixels: int, max_tile_bytes: int) -> Image:
@@ -96,22 +99,22 @@ def _open_folder(path: Path, max_pixels: int, max_tile_bytes: int) -> Image:
     return ZarrImage(path, max_pixels=max_pixels, max_tile_bytes=max_tile_bytes)
 
 
-def _open_file(path: Path, max_pixels: int, max_tile_bytes: int, rgb: bool) -> Image:
-    file = File(path)
+def _open_file(path: Path, max_pixels: int, max_tile_bytes: int, rgb: bool, cached: bool) -> Image:
+    file = File(path, cached=cached)
     if not file.size:
         raise ImageError(path, "expected an image, got an empty file")
     head = file.read(0, min(headers.HEAD, file.size))
     kind = headers.kind_of(head)
     limits = {"max_pixels": max_pixels, "max_tile_bytes": max_tile_bytes}
     if kind == "tiff":
-        image = TiffImage(path, **limits)
+        image = TiffImage(path, **limits, cached=cached)
         return _slide(path, limits) if image.vendor_slide else image
     if kind in _SLIDES or (kind == "jpeg" and (path.with_suffix("") / "Slidedat.ini").is_file()):  # the latter is MRXS
         return _slide(path, limits)
     if kind in _PICTURES:
         from gigaxt.image.pillow import PillowImage
 
-        return PillowImage(path, max_pixels=max_pixels, rgb=rgb)
+        return PillowImage(path, max_pixels=max_pixels, rgb=rgb, cached=cached)
     if kind in raster.DRIVERS:
         return raster.RasterImage(path, kind, **limits)
     what = kind or ("text" if _is_text(head) else f"a file that starts with {head[:8]!r}")

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from gigaxt.errors import ImageError
 from gigaxt.image.base import Image, Level, Pixels
+from gigaxt.image.files import File
 from gigaxt.image.headers import HEAD, CodedSize, coded_size, kind_of, png_bits
-from gigaxt.image.process import File, PerProcess
+from gigaxt.image.process import PerProcess
 
 MAX_PIXELS = 64_000_000
 """Larger pictures cannot be read in parts and are refused: 64 MP of RGB take 192 MB."""
@@ -35,15 +36,18 @@ class PillowImage(Image):
         path: the file.
         max_pixels: refuse more than this, if it is less than `MAX_PIXELS`.
         rgb: make red, green and blue of grey, palette, CMYK and alpha instead; 16 bits and floats stay as they are.
+        cached: see `open_image`.
 
     Raises:
         ImageError: too large (the message holds the command that converts it), or no such picture.
     """
 
-    def __init__(self, path: str | Path, *, max_pixels: int = MAX_PIXELS, rgb: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, *, max_pixels: int = MAX_PIXELS, rgb: bool = False, cached: bool = True
+    ) -> None:
         self.name = str(path)
-        self._options: dict[str, Any] = {"max_pixels": max_pixels, "rgb": rgb}
-        self._file = File(self.name)
+        self._options: dict[str, Any] = {"max_pixels": max_pixels, "rgb": rgb, "cached": cached}
+        self._file = File(self.name, cached=cached)
         head = self._file.read(0, min(_HEADER, self._file.size))
         self._kind = kind_of(head[:HEAD]) or "unknown"
         size = coded_size(head)
@@ -78,7 +82,7 @@ class PillowImage(Image):
         )
 
     def _open(self) -> PIL.Image.Image:
-        return PIL.Image.open(self.name, formats=[_FORMATS[self._kind]])
+        return PIL.Image.open(self._file.stream(), formats=[_FORMATS[self._kind]])
 
     def _describe(self) -> tuple[str, int]:
         """Pillow's mode and the orientation, without decoding."""

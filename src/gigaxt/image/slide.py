@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from gigaxt.errors import ImageError
 from gigaxt.image.base import Image, Level, Mask, Pixels
+from gigaxt.image.files import File
 from gigaxt.image.headers import HEAD, kind_of
-from gigaxt.image.process import File, PerProcess
+from gigaxt.image.process import PerProcess
 from gigaxt.image.tiff_walk import Walk
 
 

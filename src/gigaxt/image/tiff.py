@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gigaxt.image.base import Image, Level, Mask, Pixels, Window
-from gigaxt.image.process import File
+from gigaxt.image.files import File
 from gigaxt.image.tiff_index import build_index, compression_name
 from gigaxt.image.tiff_pieces import Piece, PlaneReader, fetch_ahead, fill_pieces
 
@@ -29,15 +29,18 @@ class TiffImage(Image):
         path: the file.
         max_pixels: a larger width x height is refused.
         max_tile_bytes: a larger decoded tile or strip is refused; uncompressed strips of any size are read by row.
+        cached: see `open_image`.
 
     Raises:
         ImageError: the file is no TIFF, is truncated or corrupt, or of a kind that is not read.
     """
 
-    def __init__(self, path: str | Path, *, max_pixels: int = 2**34, max_tile_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self, path: str | Path, *, max_pixels: int = 2**34, max_tile_bytes: int = 64 << 20, cached: bool = True
+    ) -> None:
         self.name = str(path)
-        self._options: dict[str, Any] = {"max_pixels": max_pixels, "max_tile_bytes": max_tile_bytes}
-        self._file = File(self.name)
+        self._options: dict[str, Any] = {"max_pixels": max_pixels, "max_tile_bytes": max_tile_bytes, "cached": cached}
+        self._file = File(self.name, cached=cached)
         index = build_index(self._file, max_pixels, max_tile_bytes)
         self.vendor_slide = index.vendor
         """Whether openslide should read this file: its levels overlap, are padded or lie beyond 32-bit offsets."""

@@ -17,8 +17,8 @@ import tifffile
 from numpy.typing import NDArray
 
 from gigaxt.errors import ImageError
+from gigaxt.image.files import File
 from gigaxt.image.headers import coded_size
-from gigaxt.image.process import File
 from gigaxt.image.tiff_tags import (
     GeoReference,
     OmeImage,
@@ -153,7 +153,8 @@ def build_index(file: File, max_pixels: int, max_tile_bytes: int) -> TiffIndex:
         return TiffIndex((), (), None, None, GeoReference(None, None, None), (), 1, True)
     chain = walk.chain()
     try:
-        with _quiet(), tifffile.TiffFile(file.path, is_ndpi=False, is_lsm=False, is_scanimage=False) as tiff:
+        flags: Any = {"is_ndpi": False, "is_lsm": False, "is_scanimage": False}
+        with _quiet(), tifffile.TiffFile(file.stream(), name=file.path, **flags) as tiff:
             return _Builder(walk, tiff, chain, max_pixels, max_tile_bytes).index()
     except ImageError:
         raise

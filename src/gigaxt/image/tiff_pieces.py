@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gigaxt.errors import ImageError
 from gigaxt.image.base import Pixels
 from gigaxt.image.cache import FETCHED, SEGMENTS, Fetched
-from gigaxt.image.process import File
+from gigaxt.image.files import File
 from gigaxt.image.ranges import runs, span
 from gigaxt.image.tiff_index import NONE, Plane
 

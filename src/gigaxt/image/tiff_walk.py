@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass, field
 
 from gigaxt.errors import ImageError
-from gigaxt.image.process import File
+from gigaxt.image.files import File
 
 MAX_DIRECTORIES = 1 << 16
 MAX_ENTRIES = 4096

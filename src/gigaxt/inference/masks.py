@@ -173,7 +173,7 @@ def _kept(parts: Parts, rasters: Sequence[Raster], scene: ScenePass, row: int) -
     """Whether all strips of a row are among the parts."""
     size = _strip_height(scene, row), scene.image.width
     try:
-        strips = [open_image(parts.path(raster.strip(row))) for raster in rasters]
+        strips = [open_image(parts.path(raster.strip(row)), cached=False) for raster in rasters]
     except ImageError:
         return False
     return all((strip.height, strip.width) == size for strip in strips)
@@ -227,7 +227,7 @@ def _put_together(scene: ScenePass, raster: Raster, parts: Parts) -> None:
     image = scene.image
     with TiffWriter(raster.path, image.height, image.width, like=image, **raster.options) as writer:
         for row, y in enumerate(scene.windows.ys.tolist()):
-            strip = open_image(parts.path(raster.strip(row)))
+            strip = open_image(parts.path(raster.strip(row)), cached=False)
             for x in range(0, strip.width, COLUMNS):
                 writer.write(x, y, strip.read(x, 0, min(COLUMNS, strip.width - x), strip.height))
 

@@ -31,8 +31,15 @@ class DataConfig:
     """The fold that is val, from 1."""
     verify_sha256: bool = False
     """Compare each file with the CSV's `sha256` column when it is first opened."""
+    cache: str | None = None
+    """Folder on a fast disk for local copies of what is read of the images; see `gigaxt.cache_files`. In a YAML file
+    relative to that file."""
+    cache_gib: float = 50.0
+    """Size of that folder, of which the least recently used copies make room."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.cache_gib < float("inf"):
+            raise ConfigError(f"data.cache_gib: expected a positive number, got {self.cache_gib}")
         if (self.folds is None) != (self.fold is None):
             raise ConfigError("data: expected `folds` and `fold` together, got one of them")
         if self.part is not None:
@@ -240,6 +247,8 @@ class RunConfig:
 FREE_TO_CHANGE = (
     "data.csv",
     "data.verify_sha256",
+    "data.cache",
+    "data.cache_gib",
     "train.init",
     "train.token_cache",
     "train.token_cache_gib",
@@ -260,7 +269,7 @@ def known_optimizers() -> list[str]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The plain data of a run's YAML file, with `data.csv`, `train.init` and `train.token_cache` made absolute.
+    """The plain data of a run's YAML file, with `data.csv`, `data.cache`, `train.init`, `train.token_cache` absolute.
 
     A file may name another one that it is based on, `base: other.yaml`, relative to itself. What both set is taken from
     the file that names the base, key by key.
@@ -310,7 +319,7 @@ def _read_one(path: Path, above: str) -> dict[str, Any]:
         raise ConfigError(f"{above}{path}: expected YAML, but{where}: {problem}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{above}{path}: expected the keys data, model and train, got {type(data).__name__}")
-    for name, key in (("data", "csv"), ("train", "init"), ("train", "token_cache")):
+    for name, key in (("data", "csv"), ("data", "cache"), ("train", "init"), ("train", "token_cache")):
         section = data.get(name)
         if isinstance(section, dict) and isinstance(section.get(key), str):
             section[key] = str((path.parent / section[key]).resolve())

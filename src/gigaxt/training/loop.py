@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import nn
 
 from gigaxt.errors import CheckpointError, DataError, GigaxtError, ImageError, TrainingError
+from gigaxt.image.file_cache import file_cache, files_cached
 from gigaxt.nn.xt import ModelConfig
 from gigaxt.rows import Streaming
 from gigaxt.tasks import Evaluation, Task
@@ -66,7 +67,12 @@ def train(
         TrainingError: the loss or a gradient is not finite; no weight was changed.
         CheckpointError: something could not be written; the previous checkpoint is intact.
     """
-    folder, config, task = prepare_run(config, Path(out))
+    with files_cached(config.data.cache, config.data.cache_gib):
+        return _train(config, Path(out), console, on_step)
+
+
+def _train(config: RunConfig, out: Path, console: Console | None, on_step: OnStep | None) -> RunResult:
+    folder, config, task = prepare_run(config, out)
     device = pick_device(config.train.device)
     # The run's own random stream: the caller's goes on afterwards as if nothing had happened.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), Signals() as signals:
@@ -157,6 +163,8 @@ class Run(Trainee):
                 raise
             if saved != (state.step, state.evaluated):
                 self.save()
+            if (cache := file_cache()) is not None:
+                log.line(f"read: {cache.summary}")
             log.line(self._farewell())
 
     def step(self) -> None:

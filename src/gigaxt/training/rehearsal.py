@@ -21,6 +21,7 @@ from rich.console import Console
 from gigaxt.config import from_dict, to_dict
 from gigaxt.errors import GigaxtError, TrainingError
 from gigaxt.image.cache import SEGMENTS
+from gigaxt.image.file_cache import files_cached
 from gigaxt.image.open import open_image
 from gigaxt.inputs import to_pixel_size, to_size
 from gigaxt.machine import drop_from_cache, peak_resident_gib
@@ -31,7 +32,7 @@ from gigaxt.rows import GIB, Reader, Streaming
 from gigaxt.scenes import SceneBatch
 from gigaxt.targets import SceneTarget
 from gigaxt.training.checkpoint import KEEP
-from gigaxt.training.config import RunConfig, run_config
+from gigaxt.training.config import DataConfig, RunConfig, run_config
 from gigaxt.training.data import Sample, Samples, derive_seed
 from gigaxt.training.device import autocast, pick_device
 from gigaxt.training.log import RunLog
@@ -120,6 +121,12 @@ class Rehearsal(Run):
 
 def rehearse(job: Job, folder: Path) -> Found:
     """Do it, in `folder`; raises as `train`."""
+    data = from_dict(DataConfig, job.config["data"], "data")
+    with files_cached(data.cache, data.cache_gib):
+        return _rehearse(job, folder)
+
+
+def _rehearse(job: Job, folder: Path) -> Found:
     folder_of_run, config, task = prepare_run(run_config(job.config), folder / "run")
     device = pick_device(config.train.device)
     with Signals() as signals:

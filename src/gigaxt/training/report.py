@@ -119,7 +119,7 @@ def answers(folder: RunFolder, task: Task, device: torch.device) -> Iterator[Ans
             image = open_image(path, rgb=model.config.input.rgb)
             if image.height * image.width > ANSWER_PIXELS:
                 return None
-            return open_image(predict(model, image, Path(temporary) / f"{derive_seed(path)}.tif"))
+            return open_image(predict(model, image, Path(temporary) / f"{derive_seed(path)}.tif"), cached=False)
 
         yield answer
 

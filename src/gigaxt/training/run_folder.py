@@ -129,9 +129,10 @@ def _resolved(config: RunConfig, manifest: Manifest, stored: RunConfig | None) -
             weights = balanced(task.class_counts("train"))
         head = replace(head, class_weights=weights)
     csv = str(Path(config.data.csv).resolve())
+    cache = None if config.data.cache is None else str(Path(config.data.cache).resolve())
     if config.train.token_cache is not None:
         config = replace(config, train=replace(config.train, token_cache=str(Path(config.train.token_cache).resolve())))
-    return replace(config, data=replace(config.data, csv=csv), model=replace(config.model, head=head))
+    return replace(config, data=replace(config.data, csv=csv, cache=cache), model=replace(config.model, head=head))
 
 
 def _in_units(head: SegmentConfig, manifest: Manifest, stored: RunConfig | None) -> SegmentConfig:
