@@ -336,10 +336,13 @@ def read_region(image: Image, x: int, y: int, w: int, h: int) -> tuple[NDArray[n
     """Pixels (h, w, C) of a window and which are valid, (h, w, 1 or C); None: all are."""
     pixels, mask = image.read_valid(x, y, w, h)
     valid = mask[..., None]
-    if image.nodata is not None and np.issubdtype(pixels.dtype, np.floating):
-        # A valid pixel may lack single bands. Integers are left alone: 0 is nodata and a colour in too many files.
-        lacking = np.isnan(pixels) if np.isnan(image.nodata) else pixels == pixels.dtype.type(image.nodata)
-        valid = valid & ~lacking
+    if np.issubdtype(pixels.dtype, np.floating):
+        # A valid pixel may lack single bands. Integers are left alone: 0 is nodata and a colour in too many files. What
+        # is not finite is no number, whatever the file says: through the context it would spoil the whole scene.
+        present = np.isfinite(pixels)
+        if image.nodata is not None:
+            present &= pixels != pixels.dtype.type(image.nodata)
+        valid = valid & present
     return pixels, None if valid.all() else valid
 
 

@@ -233,6 +233,20 @@ def test_what_is_not_valid_has_no_influence() -> None:
     torch.testing.assert_close(model([ArrayImage(a, nodata=np.nan)]), model([ArrayImage(b, nodata=-9999)]))
 
 
+@pytest.mark.parametrize("nodata", [None, -9999.0, float("nan")])
+def test_pixels_that_are_no_numbers_do_not_spoil_the_scene(nodata: float | None) -> None:
+    """As if they were the mean of their band: a network input of zero, in the band where they stand."""
+    model = make("convnext", "segment").eval()
+    pixels = np.random.default_rng(0).random((100, 150, 3))
+    broken = pixels.copy()
+    broken[70, 90, 1], broken[10, 20], broken[80, 140, 0] = np.nan, np.inf, -np.inf
+    filled = np.where(np.isfinite(broken), broken, 0.0)
+    found, expected = model([ArrayImage(broken, nodata=nodata)])[0], model([ArrayImage(filled)])[0]
+    assert found.isfinite().all()
+    if nodata is None:
+        torch.testing.assert_close(found, expected)
+
+
 def test_augmented_views_train_with_their_masks() -> None:
     model = make("convnext", "segment").train()
     images, masks = scenes()
