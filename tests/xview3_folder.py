@@ -16,14 +16,21 @@ HEADER = [
 ]
 
 
-def write_raster(path: Path, pixels: Any, pixel_m: float, left: float = 600_000.0, top: float = 4_220_000.0) -> None:
-    """A GeoTIFF in UTM zone 30 with nodata -32768."""
+def write_raster(
+    path: Path,
+    pixels: Any,
+    pixel_m: float,
+    left: float = 600_000.0,
+    top: float = 4_220_000.0,
+    nodata: str = "-32768",
+) -> None:
+    """A GeoTIFF in UTM zone 30."""
     keys = (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 32630)
     tags = [
         (33550, "d", 3, (pixel_m, pixel_m, 0.0), True),
         (33922, "d", 6, (0.0, 0.0, 0.0, left, top, 0.0), True),
         (34735, "H", len(keys), keys, True),
-        (42113, "s", 0, "-32768", True),
+        (42113, "s", 0, nodata, True),
     ]
     tifffile.imwrite(path, pixels, photometric="minisblack", extratags=tags)
 

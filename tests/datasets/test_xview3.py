@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gigaxt import DataError, ImageError, open_image
 from gigaxt.cli import main
@@ -14,6 +15,7 @@ from gigaxt.datasets.manifest import Manifest
 from gigaxt.datasets.xview3 import write_manifest, write_submission
 from gigaxt.metrics.shorelines import read_shoreline
 from gigaxt.objects import Objects
+from tiny_models import tiny_model
 from xview3_folder import write_raster, write_root, write_scene
 
 FIXTURE = Path("/work/shared/fixtures/xview3_mini_scene")
@@ -34,6 +36,38 @@ def test_a_scene_is_one_image(tmp_path: Path) -> None:
     assert known.min() > -110
     assert known.max() < -50  # nothing is interpolated across nodata
     assert image.select(["VV", "VH"]).read_valid(0, 0, 128, 128)[1].sum() == 112 * 128
+
+
+def test_a_depth_that_is_not_known_is_nodata_of_the_scene(tmp_path: Path) -> None:
+    """Whatever its own file writes there; so that the network sees 0 in that band, and the pixel stays valid."""
+    write_scene(tmp_path, "a", side=200)
+    folder = tmp_path / "validation" / "a"
+    depth = np.full((4, 4), -80.0, np.float32)
+    depth[1, 2] = -9999
+    write_raster(folder / "bathymetry.tif", depth, 500.0, nodata="-9999")
+    image = open_image(folder)
+    pixels, valid = image.read_valid(0, 0, 200, 200)
+    unknown = np.zeros((200, 200), bool)
+    unknown[50:100, 100:150] = True
+    np.testing.assert_allclose(pixels[..., 2], np.where(unknown, -32768, -80), rtol=1e-6)
+    np.testing.assert_array_equal(valid, np.arange(200)[:, None].repeat(200, axis=1) >= 16)
+    assert (pixels[16:, :, :2] > -60).all()
+    # Asked for alone, it has a validity of its own.
+    alone, known = image.select(["bathymetry"]).read_valid(0, 0, 200, 200)
+    np.testing.assert_array_equal(known, ~unknown)
+    np.testing.assert_allclose(alone[known], -80, rtol=1e-6)
+    # What the network is given.
+    model = tiny_model({"kind": "points", "dim": 8}, mean=[-16.4, -26.3, -50.0], std=[4.8, 5.0, 10.0])
+    batch = model.batch([image], None)
+    loaded = batch.load(batch.chunks(100)[0])
+    seen = torch.where(
+        loaded["valid"], loaded["pixels"] * loaded["scale"][:, None, None] + loaded["shift"][:, None, None], 0
+    )
+    places = [(place.row, place.col) for _, _, place in batch.chunks(100)[0].places]
+    region = seen[places.index((1, 2))]  # px 64 to 128 of rows, 128 to 192 of columns
+    assert (region[: 100 - 64, : 150 - 128, 2] == 0).all()
+    torch.testing.assert_close(region[100 - 64 :, :, 2], torch.full((28, 64), -3.0).double())
+    assert (region[..., :2].abs() < 20).all()
 
 
 def test_broken_scenes(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from gigaxt import ConfigError, DataError, GigaXT, Streaming, open_image
 from gigaxt.image.memory import ArrayImage
 from gigaxt.nn.heads import PointsConfig, PointsHead
-from gigaxt.points import UNKNOWN
+from gigaxt.points import NOTHING, UNKNOWN
 from tiny_models import tiny_model
 
 POINTS = [[50.5, 20], [63.9, 64.2], [64.3, 63.7], [5, 5.5], [98, 140], [70, 100]]
@@ -121,6 +121,28 @@ def test_nothing_is_learnt_where_there_is_no_data() -> None:
     bare = ArrayImage(pixels, nodata=0)
     assert int(model._sums([bare], [TARGET], 0, linear=False)[1]) == 4
     assert int(model._sums([open_image(pixels)], [TARGET], 0, linear=False)[1]) == 5
+
+
+@pytest.mark.parametrize("stride", [2, 4])
+def test_a_cell_counts_where_one_of_its_pixels_does(stride: int) -> None:
+    """Single valid pixels in a map of cells that is no square."""
+    head, (rows, cols) = make(stride=stride).head, (3, 5)
+    answers = torch.zeros(1, sum(head.widths), rows, cols, dtype=torch.float64)
+    answers[0, 0] = torch.linspace(-2, 2, rows * cols).reshape(rows, cols)
+    p = answers[0, 0].sigmoid()  # another one in each cell
+    of_cell = -(p**2) * (1 - p).log()
+    targets = {
+        "heat": torch.zeros(1, rows, cols),
+        "classes": torch.full((1, rows, cols), NOTHING),
+        "attributes": torch.zeros(1, 2, rows, cols),
+        "offsets": torch.zeros(1, 2, rows, cols),
+    }
+    for row, col in ((0, 4), (2, 1), (1, 3)):
+        for down, along in ((0, 0), (stride - 1, 0), (0, stride - 1), (stride - 1, stride - 1)):
+            valid = torch.zeros(1, rows * stride, cols * stride, dtype=torch.bool)
+            valid[0, row * stride + down, col * stride + along] = True
+            total = head.loss_sums(answers, {**targets, "valid": valid})[0]
+            torch.testing.assert_close(total, of_cell[row, col], rtol=1e-12, atol=0)
 
 
 def test_what_an_object_is_is_told_by_the_context() -> None:
