@@ -76,6 +76,17 @@ def test_nothing_is_found_without_data() -> None:
     assert len(found(np.full((8, 8), np.nan), 4)[0]) == 0
 
 
+def test_the_last_cells_of_an_image_are_cut() -> None:
+    """15 x 13 px at stride 2: the last row and column of cells have half of their pixels, or a quarter."""
+    heat = np.full((8, 7), -9.0)
+    heat[7, 6], heat[7, 2], heat[3, 6] = 4, 3, 2
+    finder = PeakFinder(stride=2, side=8, score=0.1, max_objects=9)
+    valid = np.ones((15, 13), bool)
+    valid[14, 4:6] = False
+    finder.add(0, 0, torch.from_numpy(heat)[None], valid)
+    assert finder.finish()[0].tolist() == [[7, 6], [3, 6]]
+
+
 def test_a_flat_map_is_bounded() -> None:
     """Each cell of it is a peak."""
     finder = PeakFinder(stride=2, side=32, score=0.1, max_objects=50)
