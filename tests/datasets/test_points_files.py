@@ -167,3 +167,17 @@ def test_a_file_that_changes_is_read_anew(tmp_path: Path) -> None:
 
     os.utime(path, ns=(1, 1))
     assert len(read_points(path, spec(), image())) == 2
+
+
+def test_rows_of_a_scene_are_found_by_the_name_of_its_file(tmp_path: Path) -> None:
+    """A manifest without a column `scene_id` does not give each image the points of all."""
+    path = tmp_path / "p.csv"
+    path.write_text("scene_id,row,col\na.tif,1,2\nb.tif,3,4\n")
+    spec = Spec.of(PointsConfig())
+    image = ArrayImage(np.zeros((20, 20, 1), np.uint8))
+    image.name = "/somewhere/b.tif"
+    assert read_points(path, spec, image).places.tolist() == [[3.5, 4.5]]
+    assert read_points(path, spec, image, "a.tif").places.tolist() == [[1.5, 2.5]]
+    image.name = "c.tif"
+    with pytest.raises(DataError, match=r"none of its 2 points has the scene_id 'c.tif'"):
+        read_points(path, spec, image)

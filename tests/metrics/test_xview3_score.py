@@ -14,6 +14,7 @@ from naive_xview3 import Contours, Row, naive_score
 
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.metrics import xview3_score
+from gigaxt.metrics.xview3 import scene_sums, scores_of
 
 Table = dict[str, list[Any]]
 
@@ -98,6 +99,21 @@ def test_equals_plain_loops(options: dict[str, Any]) -> None:
         assert got["scores"] == pytest.approx(expected["scores"], abs=1e-12), seed
         matched += got["counts"]["loc"]["tp"]
     assert matched > 20
+
+
+def test_the_score_of_some_scenes_is_made_of_their_sums() -> None:
+    """Scenes a and b of random cases, together and alone."""
+    for seed in range(40):
+        found, objects, shore = _random_case(seed)
+        sums = scene_sums(_table(found), _table(objects), shore)
+        for part in ("a", "b", "ab"):
+            chosen = [[row for row in rows if row["scene"] in part] for rows in (found, objects)]
+            if not all(chosen):
+                continue
+            expected = naive_score(*chosen, shore)["scores"]
+            rows = [i for i, scene in enumerate(sums.scenes) if scene in part]
+            got = scores_of({name: column[rows].sum() for name, column in sums.columns.items()})
+            assert {name: float(value) for name, value in got.items()} == pytest.approx(expected, abs=1e-12), seed
 
 
 def _objects(places: list[tuple[float, float]], scene: str = "a", **columns: Any) -> Table:

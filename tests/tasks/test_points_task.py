@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,34 @@ def test_objects_are_in_px_of_the_file() -> None:
     places = find(model, image).objects.places
     assert places[:, 0].max() > 64
     assert places[:, 1].max() > 128
+
+
+def test_intervals_are_over_groups_of_images(tmp_path: Path) -> None:
+    """Twice the same image in one group, another in a second one: three draws have other scores than all."""
+    points = task(tmp_path)
+    for name in ("b", "c"):
+        tifffile.imwrite(tmp_path / f"{name}.tif", np.zeros((64, 64), np.uint8))
+    (tmp_path / "all.csv").write_text(
+        "image,points,split,group\na.tif,a_points.csv,val,1\nb.tif,a_points.csv,val,1\nc.tif,a_points.csv,val,2\n"
+    )
+    points = Points(
+        Manifest.read(tmp_path / "all.csv", task="points"),
+        replace(points.head, threshold=[0.5, 0.5], flag_threshold=[0.5]),
+    )
+    good = detections([[10, 10], [30, 30]], [1, 0], [0.9, 0.8], [0.8, 0], [22, 0])
+    bad = detections([[10, 10], [50, 20]], [1, 1], [0.9, 0.8], [0.1, 0], [30, 0])
+    tally = points.tally()
+    for row, found in zip(points.manifest.rows, (good, good, bad), strict=True):
+        target = points.target(row, ArrayImage(np.zeros((64, 64, 1), np.uint8)))
+        tally.update([row], [target], {"found": found})
+    result = tally.compute()
+    # right, wrong, to find: (2, 0, 2) twice and (1, 1, 2)
+    assert result.metrics["f1"] == pytest.approx(10 / 12)
+    assert result.intervals["f1"] == (0.5, 1.0)
+    assert result.intervals["precision"] == (0.5, 1.0)
+    assert result.metrics["length_mae"] == pytest.approx(14 / 3)
+    assert result.intervals["length_mae"] == (2.0, 10.0)
+    assert result.intervals["moving_f1"] == (0.0, 1.0)
+    assert "average_precision" not in result.intervals
+    scores = tally.scoring(tally.thresholds())(torch.tensor([[1.0, 2, 0], [0, 0, 1], [2, 1, 0]]).double())
+    assert scores["f1"].tolist() == pytest.approx([2 * (2 + 2) / (4 + 2 + 6), 2 * (4 + 1) / (5 + 1 + 6), 1.0])

@@ -110,3 +110,53 @@ def test_low_confidence_does_not_count_however_it_is_learnt(tmp_path: Path, low:
         scores = result.per_class["object"]
         assert (scores["threshold"], scores["f1"], scores["cases"]) == (pytest.approx(0.7), 1.0, 1)
         assert result.metrics["loc_fscore"] == 1.0
+
+
+def some_scenes(seed: int) -> tuple[dict[str, list[Label]], dict[str, list[Detection]]]:
+    """Six scenes of one to five objects, found up to twice, up to 30 px away; one scene without any to find."""
+    random = np.random.default_rng(seed)
+    scenes: dict[str, list[Label]] = {}
+    found: dict[str, list[Detection]] = {}
+    for name in "cafebd":  # not sorted
+        scenes[name], found[name] = [], []
+        for _ in range(random.integers(1, 6)):
+            row, col = (int(x) for x in random.integers(0, 350, 2))
+            flags = [("True", "False", "")[random.integers(3)] for _ in range(2)]
+            scenes[name].append((row, col, *flags, ("HIGH", "MEDIUM", "LOW")[random.integers(3)]))  # type: ignore[arg-type]
+            for _ in range(random.integers(0, 3)):
+                away = random.uniform(0, 30)
+                found[name].append((row + away, col, *random.uniform(0.05, 1, 3)))
+        found[name].sort(key=lambda detection: -detection[2])
+    scenes["low"] = [(9, 9, "True", "", "LOW")]
+    return scenes, found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_of_drawn_scenes_are_those_of_a_data_set_that_has_them_so_often(tmp_path: Path, seed: int) -> None:
+    scenes, found = some_scenes(seed)
+    task = vessels(tmp_path, scenes, threshold=[0.2], flag_threshold=[0.5, 0.5])
+    tally = tallied(task, found)
+    weights = np.random.default_rng(seed).integers(0, 4, (len(scenes), 3)).astype(float)
+    got = tally.scoring(tally.thresholds())(torch.from_numpy(weights))
+    for draw in range(3):
+        folder = tmp_path / f"draw{draw}"
+        folder.mkdir()
+        often = {f"{name}{k}": name for i, name in enumerate(scenes) for k in range(int(weights[i, draw]))}
+        again = vessels(
+            folder, {new: scenes[old] for new, old in often.items()}, threshold=[0.2], flag_threshold=[0.5, 0.5]
+        )
+        expected = evaluated(again, {new: found.get(old, []) for new, old in often.items()}).metrics
+        for name, value in expected.items():
+            assert float(got[name][draw]) == pytest.approx(value, abs=1e-12), name
+
+
+def test_intervals_over_groups_of_scenes(tmp_path: Path) -> None:
+    scenes, found = some_scenes(0)
+    result = evaluated(vessels(tmp_path, scenes), found)
+    assert set(result.intervals) == set(result.metrics)
+    for name, (low, high) in result.intervals.items():
+        assert low <= result.metrics[name] <= high, name
+    assert result.intervals["loc_fscore"][1] - result.intervals["loc_fscore"][0] > 0.05
+    assert result.notes == ["intervals are of 7 groups only, and so too narrow"]
+    alone = evaluated(vessels(tmp_path, scenes, groups=False), found)
+    assert (alone.intervals, alone.metrics) == ({}, result.metrics)

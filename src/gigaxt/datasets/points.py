@@ -85,7 +85,8 @@ def read_points(path: Path, spec: Spec, image: Image, scene: str | None = None) 
         path: CSV or GeoJSON; its places are in one of `PLACES`.
         spec: which columns.
         image: that they lie on.
-        scene: of a CSV with a column `scene_id`, which rows count. Of one with `image`, those of the image's file name.
+        scene: of a CSV with a column `scene_id`, which rows count; None: those of the image's file or folder
+            name, as of a CSV with a column `image`.
 
     Raises:
         DataError: a column is missing, a cell does not fit (with its line), points outside of the image, or a file with
@@ -125,8 +126,8 @@ def rows_of(table: Table, image: Image, scene: str | None) -> NDArray[np.intp]:
     """Which rows of a table are of an image."""
     if not len(table):
         return np.empty(0, np.intp)
-    if scene is not None and "scene_id" in table:
-        column, wanted, words = "scene_id", scene, table.words("scene_id")
+    if "scene_id" in table:
+        column, wanted, words = "scene_id", scene or Path(image.name).name, table.words("scene_id")
     elif "image" in table:
         column, wanted = "image", Path(image.name).name
         words = [Path(word).name for word in table.words("image")]

@@ -39,6 +39,7 @@ MAX_LENGTH_M = 500
 """Longer lengths count as this."""
 CONFIDENCES = ("HIGH", "MEDIUM", "LOW")
 SCORED_CONFIDENCES = ("HIGH", "MEDIUM")
+CLASS_COUNTS = ("tp", "fp", "fn", "tn")
 
 Counts = dict[str, int]
 
@@ -82,6 +83,66 @@ def xview3_score(
         DataError: a file, column or cell that does not fit, named with its line; a scene without its shoreline.
         ConfigError: a tolerance out of range.
     """
+    sums = scene_sums(
+        predictions,
+        truth,
+        shorelines,
+        distance_tolerance_m=distance_tolerance_m,
+        shore_tolerance_km=shore_tolerance_km,
+        drop_low_detect=drop_low_detect,
+        costly_dist=costly_dist,
+        score_all=score_all,
+        scenes=scenes,
+    )
+    total = {name: float(column.sum()) for name, column in sums.columns.items()}
+
+    def counts(what: str, *kinds: str) -> Counts:
+        return {kind: int(total[f"{what}_{kind}"]) for kind in kinds}
+
+    return {
+        "scores": {name: float(value) for name, value in scores_of(total).items()},
+        "counts": {
+            "n_pred_in": sums.predictions,
+            "n_pred_scored": int(total["found"]),
+            "n_gt_scored": int(total["objects"]),
+            "loc": counts("loc", "tp", "fp", "fn"),
+            "shore": counts("shore", "tp", "fp", "fn") if sums.with_shore else None,
+            "vessel": counts("vessel", *CLASS_COUNTS),
+            "fishing": counts("fishing", *CLASS_COUNTS),
+            "n_length_pairs": int(total["length_pairs"]),
+            "sum_match_distance_m": round(total["distance_m"], 4),
+        },
+    }
+
+
+@dataclass(frozen=True)
+class SceneSums:
+    """What the score is made of, scene by scene: the score of any scenes is that of the sums over them."""
+
+    scenes: list[str]
+    """All that occur in predictions or truth; those that are not scored have zeros."""
+    columns: dict[str, NDArray[np.float64]]
+    """Name -> (scenes,): `loc_tp`, `loc_fp`, `loc_fn`, and so of `shore`; of `vessel` and `fishing` `_tn` too;
+    `length_error`, the sum of the relative errors, of `length_pairs`; `found`, `objects`, `distance_m`."""
+    predictions: int
+    """As given."""
+    with_shore: bool
+    """Whether the score close to shore was asked for."""
+
+
+def scene_sums(
+    predictions: object,
+    truth: object,
+    shorelines: str | Path | Mapping[str, Contours] | None = None,
+    *,
+    distance_tolerance_m: float = 200,
+    shore_tolerance_km: float = 2,
+    drop_low_detect: bool = True,
+    costly_dist: bool = True,
+    score_all: bool = False,
+    scenes: Iterable[str] | None = None,
+) -> SceneSums:
+    """What `xview3_score`, whose arguments and errors are the same, is made of."""
     _check_tolerances(distance_tolerance_m, shore_tolerance_km)
     matching = _Matching(distance_tolerance_m, costly_dist)
     shore = Shorelines(shorelines) if shorelines is not None and shore_tolerance_km else None
@@ -99,19 +160,47 @@ def xview3_score(
     pairs = matching.of_scenes(found, objects)
     matched, matched_objects = found.take(pairs.found), objects.take(pairs.truth)
     is_vessel = matched_objects.is_vessel == 1
-    length_errors = _length_errors(matched.length_m, matched_objects.length_m)
-    counts = {
-        "n_pred_in": len(tables[0]),
-        "n_pred_scored": len(found),
-        "n_gt_scored": len(objects),
-        "loc": _localisation(len(matched), np.isin(found.scene, objects.scene).sum(), len(objects)),
-        "shore": shore and _close_to_shore(found, objects, matching, shore, names, shore_tolerance_km),
-        "vessel": _classification(matched.is_vessel, matched_objects.is_vessel),
-        "fishing": _classification(matched.is_fishing[is_vessel], matched_objects.is_fishing[is_vessel]),
-        "n_length_pairs": len(length_errors),
-        "sum_match_distance_m": round(float(pairs.distance_m.sum()), 4),
+    known_length = ~np.isnan(matched_objects.length_m)
+
+    def per_scene(of: NDArray[np.intp], weights: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+        return np.bincount(of, weights, minlength=len(names)).astype(np.float64)
+
+    there = found.scene[np.isin(found.scene, objects.scene)]
+    columns = _localisation("loc", per_scene(matched.scene), per_scene(there), per_scene(objects.scene))
+    near = _close_to_shore(found, objects, matching, shore, names, shore_tolerance_km)
+    columns |= _localisation("shore", *near)
+    for what, which in (("vessel", np.ones_like(is_vessel)), ("fishing", is_vessel)):
+        answers, truths = (getattr(part, f"is_{what}")[which] for part in (matched, matched_objects))
+        for kind, chosen in _classification(answers, truths).items():
+            columns[f"{what}_{kind}"] = per_scene(matched.scene[which][chosen])
+    errors = _length_errors(matched.length_m[known_length], matched_objects.length_m[known_length])
+    columns |= {
+        "length_error": per_scene(matched.scene[known_length], errors),
+        "length_pairs": per_scene(matched.scene[known_length]),
+        "found": per_scene(found.scene),
+        "objects": per_scene(objects.scene),
+        "distance_m": per_scene(matched.scene, pairs.distance_m),
     }
-    return {"scores": _scores(counts, length_errors), "counts": counts}
+    return SceneSums(names.tolist(), columns, len(tables[0]), shore is not None)
+
+
+def scores_of(sums: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
+    """The scores from the sums of `SceneSums.columns` over scenes, numbers or arrays of one shape."""
+    loc, shore, vessel, fishing = (
+        _f1(*(np.asarray(sums[f"{what}_{kind}"], np.float64) for kind in ("tp", "fp", "fn")))
+        for what in ("loc", "shore", "vessel", "fishing")
+    )
+    pairs = np.asarray(sums["length_pairs"], np.float64)
+    error = np.asarray(sums["length_error"], np.float64) / np.maximum(pairs, 1)
+    length = np.where(pairs > 0, 1 - np.minimum(error, 1), 0.0)  # NaN stays NaN
+    return {
+        "loc_fscore": loc,
+        "loc_fscore_shore": shore,
+        "vessel_fscore": vessel,
+        "fishing_fscore": fishing,
+        "length_acc": length,
+        "aggregate": loc * (1 + length + vessel + fishing + shore) / 5,
+    }
 
 
 @dataclass(frozen=True)
@@ -177,21 +266,22 @@ def _close_to_shore(
     found: _Detections,
     objects: _Objects,
     matching: _Matching,
-    shorelines: Shorelines,
+    shorelines: Shorelines | None,
     names: NDArray[np.str_],
     tolerance_km: float,
-) -> Counts:
-    """Matches, false alarms and misses there."""
+) -> NDArray[np.float64]:
+    """Matches, detections and objects there, of each scene: (3, scenes)."""
+    counts = np.zeros((3, len(names)))
+    if shorelines is None:
+        return counts
     radius_px = (tolerance_km + matching.tolerance_m / 1000) * 1000 / PIXEL_M
     close = objects.take(objects.shore_km <= tolerance_km)
-    tp = there = to_find = 0
     for scene, i, j in _by_scene(found, close):
         places = found.places[i]
         near = places[_is_near(places, shorelines.points(str(names[scene])), radius_px)]
         if len(near):
-            tp += len(matching.of(near, close.places[j]).found)
-            there, to_find = there + len(near), to_find + len(j)
-    return _localisation(tp, there, to_find)
+            counts[:, scene] = len(matching.of(near, close.places[j]).found), len(near), len(j)
+    return counts
 
 
 def _is_near(places: Places, shore: Points, radius_px: float) -> NDArray[np.bool_]:
@@ -204,42 +294,26 @@ def _is_near(places: Places, shore: Points, radius_px: float) -> NDArray[np.bool
     return np.asarray(((square > 0) & (square <= radius_px**2)).any(axis=1))
 
 
-def _localisation(matched: int, found: int, objects: int) -> Counts:
-    return {"tp": matched, "fp": int(found) - matched, "fn": objects - matched}
+def _localisation(
+    what: str, matched: NDArray[np.float64], found: NDArray[np.float64], objects: NDArray[np.float64]
+) -> dict[str, NDArray[np.float64]]:
+    return {f"{what}_tp": matched, f"{what}_fp": found - matched, f"{what}_fn": objects - matched}
 
 
-def _classification(found: NDArray[np.int8], truth: NDArray[np.int8]) -> Counts:
-    """Of the pairs whose truth is known; 1 is the class that is looked for."""
+def _classification(found: NDArray[np.int8], truth: NDArray[np.int8]) -> dict[str, NDArray[np.bool_]]:
+    """Which pairs, of those whose truth is known, are of each of `CLASS_COUNTS`; 1 is the class looked for."""
     right, positive, negative = found == truth, truth == 1, truth == 0
-    kinds = {"tp": right & positive, "fp": ~right & negative, "fn": ~right & positive, "tn": right & negative}
-    return {kind: int(which.sum()) for kind, which in kinds.items()}
+    return {"tp": right & positive, "fp": ~right & negative, "fn": ~right & positive, "tn": right & negative}
 
 
 def _length_errors(found: NDArray[np.float64], truth: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Relative errors where the truth is known."""
-    found, truth = (np.minimum(length[~np.isnan(truth)], MAX_LENGTH_M) for length in (found, truth))
+    """Relative errors."""
+    found, truth = (np.minimum(length, MAX_LENGTH_M) for length in (found, truth))
     return np.abs(found - truth) / truth
 
 
-def _scores(counts: dict[str, Any], length_errors: NDArray[np.float64]) -> dict[str, float]:
-    loc, vessel, fishing = (_f1(counts[kind]) for kind in ("loc", "vessel", "fishing"))
-    shore = 0.0 if counts["shore"] is None else _f1(counts["shore"])
-    length = 1 - float(np.minimum(length_errors.mean(), 1)) if len(length_errors) else 0.0  # NaN stays NaN
-    return {
-        "loc_fscore": loc,
-        "loc_fscore_shore": shore,
-        "vessel_fscore": vessel,
-        "fishing_fscore": fishing,
-        "length_acc": length,
-        "aggregate": loc * (1 + length + vessel + fishing + shore) / 5,
-    }
-
-
-def _f1(counts: Counts) -> float:
-    if not counts["tp"]:
-        return 0.0
-    precision, recall = (counts["tp"] / (counts["tp"] + counts[wrong]) for wrong in ("fp", "fn"))
-    return 2 * precision * recall / (precision + recall)
+def _f1(tp: NDArray[np.float64], fp: NDArray[np.float64], fn: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 2 * tp / np.maximum(2 * tp + fp + fn, 1)
 
 
 def _check_tolerances(distance_m: float, shore_km: float) -> None:

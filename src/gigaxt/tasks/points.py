@@ -24,7 +24,7 @@ from gigaxt.nn.heads.points import PointsConfig
 from gigaxt.objects import Objects
 from gigaxt.points import UNKNOWN, PointTarget
 from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase, as_table, worst_first
-from gigaxt.tasks.bootstrap import about_groups, estimate
+from gigaxt.tasks.bootstrap import Scores, about_groups, estimate
 from gigaxt.tasks.point_matching import LEFT_OUT, WRONG, Curve, flag_threshold, match_points
 
 
@@ -195,29 +195,25 @@ class PointsTally(Tally):
         if not self.cases:
             raise DataError("there is no image to evaluate")
         task, thresholds = self.task, self.thresholds()
-        curves = self._curves()
-        counts = torch.tensor([[self._counts(case, thresholds, k) for k in range(len(curves))] for case in self.cases])
-        groups = [case.row.group or case.row.case or str(case.row.image) for case in self.cases]
-        metrics, intervals = estimate(partial(_scores, counts.sum(dim=1).double()), groups)
+        curves, groups = self._curves(), [case.row.group or case.row.case or str(case.row.image) for case in self.cases]
+        metrics, intervals = estimate(self.scoring(thresholds), groups)
         metrics["average_precision"] = _mean([curve.average_precision() for curve in curves])
-        flags, numbers = self._attributes(thresholds)
-        metrics |= {f"{name}_f1": table["f1"] for name, table in flags.items()}
-        metrics |= {f"{name}_mae": table["mae"] for name, table in numbers.items()}
-        per_class = as_table(_columns(counts.sum(dim=0).double(), curves, thresholds), task.class_names)
+        per_class = as_table(_columns(self._all_counts(thresholds).sum(dim=0), curves, thresholds), task.class_names)
         objects = sum(case.objects for case in self.cases)
         return Evaluation(
             images=len(self.cases),
             loss=sum(case.loss_sum for case in self.cases) / max(objects, 1),
-            metrics=self._metrics(metrics, thresholds),
-            intervals=intervals,
+            metrics={name: metrics[name] for name in task.metric_names},
+            intervals={name: intervals[name] for name in task.metric_names if name in intervals},
             notes=about_groups(len(set(groups))),
-            per_class=_one_table({**per_class, **flags, **numbers}),
+            per_class=_one_table({**per_class, **self._attribute_table(thresholds)}),
             worst=worst_first([self._worst_case(case, thresholds) for case in self.cases]),
         )
 
-    def _metrics(self, known: Mapping[str, float], thresholds: Thresholds) -> dict[str, float]:
-        """Those of the task, at thresholds, from `known` ones."""
-        return {name: known[name] for name in self.task.metric_names}
+    def scoring(self, thresholds: Thresholds) -> Scores:
+        """The task's metrics of weighted images, but for average precision, which is not made of sums."""
+        sums = {"": self._all_counts(thresholds).sum(dim=1)}  # (images, classes, 3) -> (images, 3)
+        return partial(_scores, sums | self._attribute_sums(thresholds))
 
     def thresholds(self) -> Thresholds:
         """Those of the head; where it has none, those of the best F1."""
@@ -250,6 +246,12 @@ class PointsTally(Tally):
             )
         return curves
 
+    def _all_counts(self, thresholds: Thresholds) -> Tensor:
+        """See `_counts`: (images, classes, 3)."""
+        classes = range(len(self.task.class_names))
+        counts = [[self._counts(case, thresholds, k) for k in classes] for case in self.cases]
+        return torch.tensor(counts, dtype=torch.float64)
+
     def _counts(self, case: Case, thresholds: Thresholds, k: int) -> list[int]:
         """Right, wrong, and objects to find of one class in an image."""
         enough = case.found.scores[case.counted(k)] >= thresholds.classes[k]
@@ -272,25 +274,31 @@ class PointsTally(Tally):
             known &= truth[:, names.index(self.task.asked_of[names[attribute]])] == 1
         return case.found.attributes[names[attribute]][hit][known], truth[known, attribute]
 
-    def _attributes(self, thresholds: Thresholds) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-        head = self.task.head
-        flags, numbers = {}, {}
-        for i, name in enumerate(head.flags):
-            chances, truth = self._known(i, thresholds.classes)
-            yes, real = chances >= thresholds.flags[i], truth > 0.5
-            right, wrong = int((yes & real).sum()), int((yes & ~real).sum())
-            flags[name] = {
-                "f1": _ratio(2 * right, right + wrong + int(real.sum())),
-                "precision": _ratio(right, right + wrong),
-                "recall": _ratio(right, int(real.sum())),
-                "threshold": float(thresholds.flags[i]),
-                "known": len(truth),
-            }
-        for i, name in enumerate(head.numbers, start=len(head.flags)):
-            answers, truth = self._known(i, thresholds.classes)
-            mae = float(np.abs(answers - truth).mean()) if len(truth) else math.nan
-            numbers[name] = {"mae": mae, "known": len(truth)}
-        return flags, numbers
+    def _attribute_sums(self, thresholds: Thresholds) -> dict[str, Tensor]:
+        """Of each flag right, wrong and to find, (images, 3); of each number error and known, (images, 2)."""
+        head, sums = self.task.head, {}
+        for i, name in enumerate(head.attributes):
+            rows = []
+            for case in self.cases:
+                answers, truth = self._known_in(case, i, thresholds.classes)
+                if i < len(head.flags):
+                    yes, real = answers >= thresholds.flags[i], truth > 0.5
+                    rows.append([(yes & real).sum(), (yes & ~real).sum(), real.sum()])
+                else:
+                    rows.append([np.abs(answers - truth).sum(), len(truth)])
+            sums[name] = torch.tensor(np.array(rows), dtype=torch.float64)
+        return sums
+
+    def _attribute_table(self, thresholds: Thresholds) -> dict[str, dict[str, float]]:
+        """Scores of each flag and number over all images."""
+        head, once = self.task.head, torch.ones(len(self.cases), 1, dtype=torch.float64)
+        table = {}
+        for i, (name, sums) in enumerate(self._attribute_sums(thresholds).items()):
+            scores = {column: float(score) for column, score in _of_sums(sums, once).items()}
+            if i < len(head.flags):
+                scores["threshold"] = float(thresholds.flags[i])
+            table[name] = {**scores, "known": len(self._known(i, thresholds.classes)[1])}
+        return table
 
     def _worst_case(self, case: Case, thresholds: Thresholds) -> WorstCase:
         counts = [self._counts(case, thresholds, k) for k in range(len(self.task.class_names))]
@@ -300,9 +308,22 @@ class PointsTally(Tally):
         return WorstCase(image=str(case.row.image), badness=1 - f1, caption=caption)
 
 
-def _scores(counts: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """Scores (draws,) of images weighted by (images, draws), from (images, 3): right, wrong, and to find."""
-    right, wrong, true = counts.T @ weights  # (draws,) each
+def _scores(sums: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
+    """Scores (draws,) of images weighted by (images, draws), from the sums of objects (named "") and attributes."""
+    found = _of_sums(sums[""], weights)
+    for name, parts in sums.items():
+        if name:
+            scores = _of_sums(parts, weights)
+            found |= {f"{name}_{score}": scores[score] for score in ("f1", "mae") if score in scores}
+    return found
+
+
+def _of_sums(sums: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """From (images, 3) right, wrong and to find, or (images, 2) error and known; (draws,) each."""
+    if sums.shape[1] == 2:
+        error, known = sums.T @ weights
+        return {"mae": error / known}
+    right, wrong, true = sums.T @ weights
     return {"f1": 2 * right / (right + wrong + true), "precision": right / (right + wrong), "recall": right / true}
 
 
@@ -322,10 +343,6 @@ def _one_table(rows: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, f
     """Rows with the columns of all of them, NaN where a row has none."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     return {name: {column: row.get(column, math.nan) for column in columns} for name, row in rows.items()}
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else math.nan
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from gigaxt.datasets.manifest import Manifest
 from gigaxt.datasets.points import read_points, table_of
@@ -16,12 +18,13 @@ from gigaxt.datasets.xview3 import SUBMISSION, scene_id, submission_columns
 from gigaxt.errors import DataError
 from gigaxt.finding import decided
 from gigaxt.image.base import Image
-from gigaxt.metrics import xview3_score
 from gigaxt.metrics.matching import PIXEL_M
 from gigaxt.metrics.shorelines import read_shoreline
+from gigaxt.metrics.xview3 import scene_sums, scores_of
 from gigaxt.nn.heads.points import PointsConfig
 from gigaxt.points import PointTarget
 from gigaxt.tasks.base import Evaluation
+from gigaxt.tasks.bootstrap import Scores
 from gigaxt.tasks.points import Case, Points, PointsTally, Thresholds
 
 TOLERANCE_M = 200.0
@@ -83,12 +86,13 @@ class VesselsTally(PointsTally):
     def compute(self) -> Evaluation:
         """The official scores; precision, recall and F1 of all objects and of the flags in the table of classes."""
         evaluation = super().compute()
-        notes = list(evaluation.notes)
-        if not any(row.cells.get("shoreline") for row in self.rows):
-            notes.append("no shorelines: the score close to shore is 0, and the aggregate at most 0.8")
-        return replace(evaluation, intervals={}, notes=notes)
+        if any(row.cells.get("shoreline") for row in self.rows):
+            return evaluation
+        note = "no shorelines: the score close to shore is 0, and the aggregate at most 0.8"
+        return replace(evaluation, notes=[*evaluation.notes, note])
 
-    def _metrics(self, known: Mapping[str, float], thresholds: Thresholds) -> dict[str, float]:
+    def scoring(self, thresholds: Thresholds) -> Scores:
+        """The official scores of weighted scenes."""
         head = replace(self.task.head, threshold=thresholds.classes.tolist(), flag_threshold=thresholds.flags.tolist())
         predictions: dict[str, list[Any]] = {name: [] for name in SUBMISSION}
         for case in self.cases:
@@ -96,8 +100,14 @@ class VesselsTally(PointsTally):
                 predictions[name] += column
         scenes = [scene_of(case.row) for case in self.cases]
         shorelines = shorelines_of(self.task.manifest.path, self.rows)
-        scores = xview3_score(predictions, self.task.truth(self.cases), shorelines, scenes=scenes)["scores"]
-        return {name: scores[name] for name in SCORES}
+        sums = scene_sums(predictions, self.task.truth(self.cases), shorelines, scenes=scenes)
+        columns = np.stack(list(sums.columns.values()))[:, [sums.scenes.index(scene) for scene in scenes]]
+
+        def scores(weights: Tensor) -> dict[str, Tensor]:
+            found = scores_of(dict(zip(sums.columns, columns @ weights.numpy(), strict=True)))
+            return {name: torch.from_numpy(found[name]) for name in SCORES}
+
+        return scores
 
 
 def scene_of(row: Row) -> str:
