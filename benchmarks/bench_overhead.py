@@ -4,14 +4,24 @@ Classification, context `none`. The floor is the region encoder's forward and ba
 float pixels in memory, by ordinary autograd. Against it: the streamed step, read from a JPEG TIFF on disk, with
 nothing kept (4/3 of the floor is the recomputation; at most 1.40 is allowed) and with everything kept (at most 1.05).
 
+Segmentation. The floor is made of the passes that DESIGN states, each timed on its own on tensors in memory: F forward
+without a graph, F + B forward and backward, of the encoder with its maps, and of the decoder with the loss.
+
+    all kept        encoder      F + B    decoder      F + B
+    maps kept       encoder  F + F + B    decoder      F + B
+    nothing kept    encoder 2F + F + B    decoder 2 (F + B)
+
+At most 1.05 of it is allowed.
+
 glibc hands large blocks back to the system at once, so that activations that are kept cost page faults at every step,
 which the floor, a chunk at a time, does not have. By default the script therefore runs with settings under which freed
 memory is used again (`REUSE`; worth having in every run on a CPU); `--allocator default` measures without.
 
 Contenders take turns in one process; the ratio of each round is of neighbours in time, and the median is told. CPU time
-counts all threads, so reading ahead is not free in it.
+counts all threads, so reading ahead is not free in it. Everything kept takes memory: 60 MiB a region with
+convnextv2_atto.
 
-    python benchmarks/bench_overhead.py [--side 4096] [--rounds 3] [--backbones convnextv2_atto] [--keep]
+    python benchmarks/bench_overhead.py [--side 4096] [--rounds 3] [--backbones convnextv2_atto small] [--keep]
 """
 
 from __future__ import annotations
@@ -28,56 +38,106 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_memory import make_image
+from bench_memory import make_image, make_mask
 from report import publish
 from torch import Tensor
 
 import gigaxt
+from gigaxt.nn.stages import LossSums
+from gigaxt.targets import target_for
 
 REGION, CHUNK = 256, 8
 REUSE = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "68719476736"}
 """Settings of glibc: no block is mapped on its own, and freed memory stays with the process."""
-LIMITS = {"nothing kept": 1.40, "all kept": 1.05}
+SMALL = {"depths": [1, 1, 1, 1], "dims": [16, 32, 64, 128]}
+"""Of the backbone `small`, a ConvNeXt whose activations of a large image fit a small machine."""
+LIMITS = {
+    "classify": {"nothing kept": 1.40, "all kept": 1.05},
+    "segment": {"nothing kept": 1.05, "maps kept": 1.05, "all kept": 1.05},
+}
+BUDGETS = {"nothing kept": (0.0, 0.0), "maps kept": (0.0, 1000.0), "all kept": (1000.0, 0.0)}
+"""GiB on the device and on the host."""
+Times = tuple[float, float]
+"""CPU and wall seconds."""
 
 
-def build(backbone: str, device: str) -> gigaxt.GigaXT:
+def build(backbone: str, head: str, device: str) -> gigaxt.GigaXT:
     torch.manual_seed(0)
+    name, options = ("convnext_tiny", SMALL) if backbone == "small" else (backbone, {})
     config = {
-        "region_encoder": {"name": backbone, "region": REGION},
+        "region_encoder": {"name": name, "region": REGION, "options": options},
         "context": {"kind": "none", "dim": 192},
-        "head": {"kind": "classify", "classes": 4},
+        "head": {"kind": head, "classes": 4},
     }
     return gigaxt.build_model(gigaxt.ModelConfig.from_dict(config)).to(device).train()
 
 
-def bare(model: gigaxt.GigaXT, image: gigaxt.Image) -> Callable[[], None]:
-    """Forward and backward of the region encoder alone, on pixels in memory."""
-    batch, device = model.batch([image]), next(model.parameters()).device
-    pixels: list[Tensor] = []
-    for chunk in batch.chunks(CHUNK):
+def pixels_of(model: gigaxt.GigaXT, image: gigaxt.Image) -> list[Tensor]:
+    """The regions as the encoder sees them, channels last in memory, a chunk each."""
+    device = next(model.parameters()).device
+    found = []
+    for chunk in model.batch([image]).chunks(CHUNK):
         raw = [image.read(place.col * REGION, place.row * REGION, REGION, REGION) for _, _, place in chunk.places]
-        # Channels last in memory, as the model itself sees them.
-        pixels.append((torch.from_numpy(np.stack(raw)).to(device).float() / 255).permute(0, 3, 1, 2))
-    encoder = model.encode.encoder
+        found.append((torch.from_numpy(np.stack(raw)).to(device).float() / 255).permute(0, 3, 1, 2))
+    return found
+
+
+def bare(model: gigaxt.GigaXT, image: gigaxt.Image) -> Callable[[], dict[str, Times]]:
+    """The floors of a classifier: forward and backward of the region encoder alone, on pixels in memory."""
+    pixels, encoder = pixels_of(model, image), model.encode.encoder
 
     def step() -> None:
         for x in pixels:
             tokens = encoder(x)[0]
             tokens.backward(torch.full_like(tokens, 1e-3))
 
-    return step
+    def floors() -> dict[str, Times]:
+        once = timed(step, model)
+        return dict.fromkeys(LIMITS["classify"], once)
+
+    return floors
 
 
-def streamed(model: gigaxt.GigaXT, image: gigaxt.Image, budget_gib: float) -> Callable[[], None]:
-    def step() -> None:
-        model.streaming = gigaxt.Streaming(budget_gib=budget_gib, chunk_regions=CHUNK)
-        model.loss([image], [1]).backward()
+def bare_dense(model: gigaxt.GigaXT, image: gigaxt.Image, mask: gigaxt.Image) -> Callable[[], dict[str, Times]]:
+    """The floors of a segmentation, made of the passes that each way of keeping takes."""
+    pixels, encoder, decode = pixels_of(model, image), model.encode.encoder, LossSums(model.head, model.encode)
+    batch = model.batch([image], [target_for(model.head, mask)])
+    device = next(model.parameters()).device
+    drawn = [{k: t.to(device) for k, t in batch.load_targets(chunk).items()} for chunk in batch.chunks(CHUNK)]
+    tokens = (REGION // 32) ** 2
 
-    return step
+    def forward() -> None:
+        with torch.no_grad():
+            for x in pixels:
+                encoder(x)
+
+    def both() -> None:
+        for x in pixels:
+            found, maps = encoder(x)
+            torch.autograd.backward([found, *maps], [torch.full_like(t, 1e-3) for t in (found, *maps)])
+
+    def decoding() -> Times:
+        spent = [0.0, 0.0]
+        for x, targets in zip(pixels, drawn, strict=True):
+            with torch.no_grad():
+                maps = encoder(x)[1]
+            leaves = tuple(t.requires_grad_() for t in maps)
+            context = torch.zeros(len(x), tokens, 192, device=device, requires_grad=True)
+            some = timed(
+                lambda leaves=leaves, context=context, t=targets: decode(leaves, context, t)[0].backward(), model
+            )
+            spent = [a + b for a, b in zip(spent, some, strict=True)]
+        return spent[0], spent[1]
+
+    def floors() -> dict[str, Times]:
+        f, fb, d = timed(forward, model), timed(both, model), decoding()
+        passes = {"all kept": (0, 1), "maps kept": (1, 1), "nothing kept": (2, 2)}  # encoder's F, decoder's F + B
+        return {name: (n * f[0] + fb[0] + k * d[0], n * f[1] + fb[1] + k * d[1]) for name, (n, k) in passes.items()}
+
+    return floors
 
 
-def timed(step: Callable[[], None], model: gigaxt.GigaXT) -> tuple[float, float]:
-    """CPU and wall seconds."""
+def timed(step: Callable[[], None], model: gigaxt.GigaXT) -> Times:
     model.zero_grad()
     cpu, wall = time.process_time(), time.perf_counter()
     step()
@@ -86,35 +146,43 @@ def timed(step: Callable[[], None], model: gigaxt.GigaXT) -> tuple[float, float]
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def compare(backbone: str, side: int, rounds: int, folder: Path, device: str) -> dict[str, Any]:
+def compare(backbone: str, head: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    side, device = options.side, options.device
     path = folder / f"{side}.tif"
     if not path.exists():
         make_image(path, (side, side))
+        make_mask(path.with_name("mask.tif"), (side, side))
     image = gigaxt.open_image(path)
-    model = build(backbone, device)
-    contenders = {
-        "bare": bare(model, image),
-        "nothing kept": streamed(model, image, 0.0),
-        "all kept": streamed(model, image, 1000.0),
-    }
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-    model.loss(
-        torch.zeros(1, 3, REGION, REGION, device=device), [1]
-    ).backward()  # what the first use of each library loads
-    for round_ in range(rounds):
-        order = list(contenders) if round_ % 2 == 0 else list(contenders)[::-1]
-        for name in order:
-            times[name].append(timed(contenders[name], model))
-    result: dict[str, Any] = {"backbone": backbone, "side_px": side, "regions": len(model.batch([image]).places)}
-    result["bare_ms_a_region"] = round(1e3 * statistics.median(cpu for cpu, _ in times["bare"]) / result["regions"], 2)
-    for name, limit in LIMITS.items():
-        cpu = [a[0] / b[0] for a, b in zip(times[name], times["bare"], strict=True)]
-        wall = [a[1] / b[1] for a, b in zip(times[name], times["bare"], strict=True)]
+    model = build(backbone, head, device)
+    target: Any = [1] if head == "classify" else [gigaxt.open_image(path.with_name("mask.tif"))]
+    floors = bare(model, image) if head == "classify" else bare_dense(model, image, target[0])
+    small: Any = [1] if head == "classify" else [np.zeros((REGION, REGION), np.uint8)]
+    model.loss(torch.zeros(1, 3, REGION, REGION, device=device), small).backward()  # what the first use loads
+    names = [name for name in LIMITS[head] if not options.only or name in options.only]
+
+    def streamed(name: str) -> Times:
+        budget, host = BUDGETS[name]
+        model.streaming = gigaxt.Streaming(budget_gib=budget, host_gib=host, chunk_regions=CHUNK)
+        return timed(lambda: model.loss([image], target).backward(), model)
+
+    ratios: dict[str, list[Times]] = {name: [] for name in names}
+    floor_s = []
+    for round_ in range(options.rounds):
+        first = floors() if round_ % 2 == 0 else None
+        found = {name: streamed(name) for name in names}
+        floor = first or floors()
+        floor_s.append(floor["all kept"][0])
+        for name, (cpu, wall) in found.items():
+            ratios[name].append((cpu / floor[name][0], wall / floor[name][1]))
+    regions = len(model.batch([image]).places)
+    result: dict[str, Any] = {"backbone": backbone, "head": head, "side_px": side, "regions": regions}
+    result["bare_ms_a_region"] = round(1e3 * statistics.median(floor_s) / regions, 2)
+    for name in names:
         result[name] = {
-            "cpu_ratio": round(statistics.median(cpu), 3),
-            "rounds": [round(ratio, 3) for ratio in cpu],
-            "wall_ratio": round(statistics.median(wall), 3),
-            "limit": limit,
+            "cpu_ratio": round(statistics.median(cpu for cpu, _ in ratios[name]), 3),
+            "rounds": [round(cpu, 3) for cpu, _ in ratios[name]],
+            "wall_ratio": round(statistics.median(wall for _, wall in ratios[name]), 3),
+            "limit": LIMITS[head][name],
         }
     print(result, flush=True)
     return result
@@ -125,16 +193,19 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--backbones", nargs="+", default=["convnextv2_atto"])
+    parser.add_argument("--heads", nargs="+", choices=LIMITS, default=list(LIMITS))
+    parser.add_argument("--only", nargs="+", choices=BUDGETS, help="these ways of keeping")
     parser.add_argument("--keep", action="store_true", help="write the result file")
     parser.add_argument("--device", default="cpu", help="on cuda the wall ratio is the one that counts")
+    parser.add_argument("--name", default="overhead", help="of the result file")
     parser.add_argument("--allocator", choices=["reuse", "default"], default="reuse")
     options = parser.parse_args()
     if options.allocator == "reuse" and not REUSE.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **REUSE})  # read when a process starts
     with tempfile.TemporaryDirectory() as folder:
-        rows = [compare(name, options.side, options.rounds, Path(folder), options.device) for name in options.backbones]
+        rows = [compare(name, head, options, Path(folder)) for name in options.backbones for head in options.heads]
     result = {"chunk_regions": CHUNK, "threads": torch.get_num_threads(), "allocator": options.allocator, "rows": rows}
-    publish("overhead", result, keep=options.keep)
+    publish(options.name, result, keep=options.keep)
 
 
 if __name__ == "__main__":
