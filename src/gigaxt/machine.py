@@ -61,15 +61,54 @@ def peak_resident_gib() -> float:
     return peak / (GIB if sys.platform == "darwin" else 2**20)  # bytes there, KiB on Linux
 
 
-def drop_from_cache(path: Path) -> None:
-    """Have the system forget what it holds of a file, so that the next read comes from the disk. A hint, no promise."""
+def drop_from_cache(path: Path) -> bool:
+    """Have the system forget what it holds of a file, or of the files in a folder, so that the next read is cold.
+
+    Returns:
+        Whether it did, as far as it tells: not where there is no such file, where the system takes no such hints, or
+        where it still has pages of it in memory.
+    """
+    if path.is_dir():
+        forgotten = [drop_from_cache(file) for file in path.rglob("*") if file.is_file()]  # all of them, not up to one
+        return all(forgotten)
     if not path.is_file() or not hasattr(os, "posix_fadvise"):
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+        return False
     try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        os.fsync(descriptor)  # what is not on the disk yet cannot be forgotten
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        return not any(_in_memory(descriptor, place) for place in _places(os.fstat(descriptor).st_size))
+    except OSError:
+        return False
     finally:
         os.close(descriptor)
+
+
+def read_bytes() -> int | None:
+    """What this process has asked the system to read of files so far; None: the system does not tell."""
+    for line in _lines(Path("/proc/self/io")):
+        name, _, value = line.partition(":")
+        if name == "rchar":
+            return int(value)
+    return None
+
+
+def _places(size: int) -> range:
+    """A few places in a file, where it is looked whether they are in memory."""
+    return range(0, size, max(size // 32, 1 << 16))
+
+
+def _in_memory(descriptor: int, place: int) -> bool:
+    """Whether the system holds a place of a file; where it does not tell, as in tmpfs, it is taken not to."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    try:
+        return os.preadv(descriptor, [bytearray(1)], place, os.RWF_NOWAIT) > 0
+    except OSError:  # EAGAIN: it would have to wait for the disk
+        return False
 
 
 def _lines(path: Path) -> list[str]:

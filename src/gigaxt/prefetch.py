@@ -15,11 +15,13 @@ from gigaxt.errors import ConfigError
 
 C = TypeVar("C")
 
-READ_AHEAD = 2
+READERS = 2
 """Chunks in the queue besides the one at work; also the number of reading threads. The codecs release the GIL."""
 
 
-def read_ahead(load: Callable[[C], Any], chunks: Sequence[C], device: torch.device) -> Iterator[tuple[C, Any]]:
+def read_ahead(
+    load: Callable[[C], Any], chunks: Sequence[C], device: torch.device, readers: int = READERS
+) -> Iterator[tuple[C, Any]]:
     """Yield (chunk, load(chunk) on `device`) in order, with the next chunks being loaded meanwhile.
 
     Args:
@@ -27,19 +29,20 @@ def read_ahead(load: Callable[[C], Any], chunks: Sequence[C], device: torch.devi
         chunks: what to load.
         device: where the tensors go. To CUDA they are copied without waiting, from pinned memory; PyTorch's caching
             host allocator reuses a pinned block only after the copy's event.
+        readers: threads, and chunks ahead of the one at work.
 
-    At most `READ_AHEAD` + 1 chunks are in memory. Errors of `load` are raised at their chunk's turn.
+    At most `readers` + 1 chunks are in memory. Errors of `load` are raised at their chunk's turn.
     """
     if len(chunks) <= 1:
         for chunk in chunks:
             yield chunk, to_device(load(chunk), device)
         return
     pin = device.type == "cuda"
-    executor = ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="gigaxt-read")
+    executor = ThreadPoolExecutor(readers, thread_name_prefix="gigaxt-read")
     try:
         queue: deque[Future[Any]] = deque()
         for i, chunk in enumerate(chunks):
-            for later in chunks[i + len(queue) : i + 1 + READ_AHEAD]:
+            for later in chunks[i + len(queue) : i + 1 + readers]:
                 queue.append(executor.submit(_load, load, later, pin))
             yield chunk, to_device(queue.popleft().result(), device)
     finally:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gigaxt.errors import ConfigError
 from gigaxt.nn.keyed import dropout_key
-from gigaxt.prefetch import count_rows, read_ahead, take_rows
+from gigaxt.prefetch import READERS, count_rows, read_ahead, take_rows
 
 T = TypeVar("T")
 GIB = 2**30
@@ -30,6 +30,9 @@ class Streaming:
     the device's."""
     chunk_regions: int = 4
     """Regions encoded together in one batch."""
+    readers: int = READERS
+    """Threads that read and decode chunks ahead, and how many chunks they are ahead at most. More of them help where
+    the storage answers slowly, or where there are idle cores; each holds one more chunk in memory."""
     most_regions: int | None = field(default=None, init=False, repr=False, compare=False)
     """No setting: how many regions at once the device could do after it had run out of memory. Noted by the streams,
     so that the next one does not try more again; None: it has not run out."""
@@ -43,6 +46,8 @@ class Streaming:
             raise ConfigError(f"streaming.host_gib: expected a number of GiB from 0, got {self.host_gib}")
         if self.chunk_regions < 1:
             raise ConfigError(f"streaming.chunk_regions: expected at least 1, got {self.chunk_regions}")
+        if self.readers < 1:
+            raise ConfigError(f"streaming.readers: expected at least 1 thread, got {self.readers}")
 
 
 @dataclass
@@ -96,7 +101,7 @@ class Reader:
     def rows(self, chunks: Sequence[Any], starts: Sequence[int] | None = None) -> Iterator[Rows]:
         """The chunks' rows in order; `starts` gives their places in the stream where some chunks are left out."""
         start = 0
-        for i, (chunk, loaded) in enumerate(read_ahead(self.load, chunks, self.device)):
+        for i, (chunk, loaded) in enumerate(read_ahead(self.load, chunks, self.device, self.streaming.readers)):
             start = start if starts is None else starts[i]
             count = count_rows(loaded)
             ids = getattr(chunk, "region_ids", None)

@@ -73,7 +73,7 @@ def test_the_table(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         "33:20 min, 5 steps, 5,586 regions a sample",
         "2.00 forward + 1 backward",
         "4 regions a chunk, budget 0 GiB; 11.17 GiB would keep all",
-        "5 ms a region cold, 1 ms again; behind the computation, 8% of that step",
+        "reading            5 ms a region cold, 1 ms again; behind the computation, 17% of that step",
         "choice             8 regions a chunk, budget 11.41 GiB: at most 15.93 GiB",
         "\nfits\n",
     ):
@@ -110,12 +110,58 @@ def test_a_disk_that_is_too_small_and_slow_reading_are_told(
     assert "reading is the limit" in out
 
 
+SLOW = {"cold_read_s": 0.05, "cold_bytes": 5e5}
+CACHED = YAML.replace("data: {csv: data.csv}", "data: {csv: data.csv, cache: kept}")
+
+
+@pytest.mark.parametrize(
+    ("yaml", "changes", "told", "not_told"),
+    [
+        (YAML, SLOW, ["50 ms a region cold (10 MB/s)", "the limit: 142%", "--cache DIR", "readers: 8"], ["convert"]),
+        (CACHED, SLOW, ["from the second time on the images come from data.cache"], ["--cache DIR"]),
+        (YAML, SLOW | {"read_s": 0.017}, ["decoding is what takes long"], ["--cache DIR"]),
+        (YAML, SLOW | {"storage": "strips of 3 rows, deflate"}, ["the images lie in strips of 3 rows, deflate"], []),
+        (
+            YAML,
+            {"still_cached": ["a.tif", "b.tif"]},
+            ["\n                     not cold: the system would not forget a.tif and 1 more"],
+            ["--cache DIR", "readers"],
+        ),
+    ],
+)
+def test_what_to_do_about_slow_reading(
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    yaml: str,
+    changes: dict[str, Any],
+    told: list[str],
+    not_told: list[str],
+) -> None:
+    config.write_text(yaml)
+    rehearsed(monkeypatch, replace(FOUND, **changes))
+    assert main(["plan", str(config)]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("\nfits\n")
+    assert [text for text in told if text not in out] == []
+    assert [text for text in not_told if text in out] == []
+
+
+def test_reading_threads_survive_a_fit(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.write_text(YAML.replace("chunk_regions: 4", "chunk_regions: 4, readers: 6"))
+    seen = rehearsed(monkeypatch, FOUND)
+    assert main(["plan", str(config), "--fit"]) == 0
+    assert [streaming.readers for streaming in seen] == [6, 6]
+    assert "chunk_regions: 8, readers: 6}" in config.read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "args", "text"),
     [
         ("budget_gib: -1", [], "expected a number of GiB from 0"),
         ("budget_gib: 1000000", [], "expected at most the"),
         ("budget_gibs: 1", [], "did you mean `budget_gib`"),
+        ("readers: 0", [], "streaming.readers: expected at least 1 thread"),
         ("budget_gib: 0.0", ["none.tif"], "none.tif: there is no such image"),
     ],
 )

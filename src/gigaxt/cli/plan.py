@@ -120,7 +120,12 @@ def reading_row(plan: Plan) -> list[tuple[str, str]]:
         return []
     share = f"{plan.reading_s / found.step_s:.0%} of that step"
     limit = f"the limit: {share}" if plan.reads_too_slowly else f"behind the computation, {share}"
-    return [("reading", f"{1e3 * found.cold_read_s:.3g} ms a region cold, {1e3 * found.read_s:.3g} ms again; {limit}")]
+    speed = f" ({found.cold_bytes / found.cold_read_s / 1e6:.3g} MB/s)" if found.cold_bytes else ""
+    rows = [f"{1e3 * found.cold_read_s:.3g} ms a region cold{speed}, {1e3 * found.read_s:.3g} ms again; {limit}"]
+    if found.still_cached:
+        more = f" and {len(found.still_cached) - 1} more" if len(found.still_cached) > 1 else ""
+        rows.append(f"not cold: the system would not forget {found.still_cached[0]}{more}; a first read may be slower")
+    return [("reading" if i == 0 else "", row) for i, row in enumerate(rows)]
 
 
 def choice_row(plan: Plan) -> list[tuple[str, str]]:
@@ -163,10 +168,27 @@ def advice(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
         lines.append(f"- memory ran out with {streaming.chunk_regions} regions a chunk; it went on with fewer")
     if found.disk_gib > free_disk:
         lines.append(f"- the disk of the run folder is too small: {found.disk_gib:.2f} GiB, {free_disk:.2f} free")
+    fits = not lines
     if plan.reads_too_slowly:
-        lines.append("- reading is the limit: use a faster disk, or tiled files (gigaxt convert)")
-    lines.append("fits" if not lines or plan.reads_too_slowly else "see above")
+        lines += ["- reading is the limit", *slow_reading(plan, config)]
+    lines.append("fits" if fits else "see above")
     return lines
+
+
+def slow_reading(plan: Plan, config: RunConfig) -> list[str]:
+    """What helps where reading is the limit, a line each."""
+    readers, storage = plan.streaming.readers, plan.found.storage if plan.found is not None else ""
+    strips = f"- the images lie in {storage}, of which a region needs a part: make tiled ones (gigaxt convert)"
+    tiles = [strips] if storage.startswith("strips") else []
+    more = f"more reading threads: train.streaming.readers: {4 * readers}"
+    if plan.decodes_too_slowly:
+        return [f"- decoding is what takes long, not the disk: {more}, up to the cores", *tiles]
+    kept = (
+        "- from the second time on the images come from data.cache, if they fit into data.cache_gib"
+        if config.data.cache is not None
+        else "- --cache DIR (data.cache) keeps what is read of TIFF, PNG and JPEG on a faster disk"
+    )
+    return [kept, f"- {more}, where the storage answers slowly", *tiles]
 
 
 def spelled(streaming: Streaming) -> str:

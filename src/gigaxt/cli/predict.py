@@ -56,6 +56,8 @@ class PredictArguments:
     """bfloat16 autocast; auto: on CUDA devices that have it."""
     chunk_regions: int = 8
     """Regions encoded at once: more is faster and takes more memory."""
+    readers: int = 2
+    """Threads that read ahead: more where the storage answers slowly."""
     cache: Path | None = None
     """Folder on a fast disk for local copies of what is read of the images, where these lie on slow storage."""
     cache_gib: float = 50.0
@@ -75,7 +77,7 @@ def main(args: Sequence[str]) -> int:
     folder = find_model(arguments.model).folder
     device = pick_device(arguments.device)
     model = load(folder).to(device)
-    model.streaming = replace(model.streaming, chunk_regions=arguments.chunk_regions)
+    model.streaming = replace(model.streaming, chunk_regions=arguments.chunk_regions, readers=arguments.readers)
     skipped: dict[str, str] | None = {} if arguments.on_bad_image == "skip" else None
     with autocast(device, arguments.amp), told_cache(arguments.cache, arguments.cache_gib):
         if model.config.head.kind == "detect":

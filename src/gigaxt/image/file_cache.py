@@ -325,6 +325,17 @@ def files_cached(folder: str | Path | None, gib: float) -> Iterator[FileCache | 
         _active = before
 
 
+@contextlib.contextmanager
+def files_uncached() -> Iterator[None]:
+    """Read past the cache for a while, as if there were none."""
+    global _active
+    before, _active = _active, None
+    try:
+        yield
+    finally:
+        _active = before
+
+
 def file_cache() -> FileCache | None:
     """This process's cache; None: there is none."""
     return _active

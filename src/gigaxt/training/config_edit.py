@@ -22,6 +22,7 @@ def write_streaming(path: Path, streaming: Streaming) -> None:
         "budget_gib": streaming.budget_gib,
         "host_gib": streaming.host_gib,
         "chunk_regions": streaming.chunk_regions,
+        **({} if streaming.readers == Streaming().readers else {"readers": streaming.readers}),
     }
     wanted["train"] = {**(wanted.get("train") or {}), "streaming": settings}
     new = _edited(old, yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=1000).strip())

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil, floor
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from gigaxt import errors
 from gigaxt.config import from_dict
 from gigaxt.errors import TrainingError
 from gigaxt.machine import device_memory_gib, host_memory_gib, resident_gib
-from gigaxt.prefetch import READ_AHEAD
 from gigaxt.rows import Streaming
 from gigaxt.training.config import RunConfig
 from gigaxt.training.device import check_budgets, pick_device
@@ -25,6 +24,8 @@ from gigaxt.training.rehearsal import Found, job_of
 
 WATCH_S = 0.1
 """Time between looks at the child's memory."""
+DECODING = 0.9
+"""Share of a step beyond which decoding is what it waits for."""
 SPARE = 0.9
 """Share of the free memory that is spent: the rest is for the system, and for what differs from step to step."""
 
@@ -66,17 +67,22 @@ class Plan:
 
     @property
     def reading_s(self) -> float:
-        """Time that the reading threads need for the heaviest step where nothing is in the system's cache yet."""
+        """Time that the reading threads need for the heaviest step where nothing of it was read before."""
         found = self.found
         if found is None:
             return 0.0
-        again = max(found.passes - 1, 0) * found.read_s
-        return found.regions * (found.cold_read_s + again) / min(READ_AHEAD, os.cpu_count() or 1)
+        return found.regions * (found.cold_read_s + max(found.passes - 1, 0) * found.read_s)
 
     @property
     def reads_too_slowly(self) -> bool:
         """Whether a first step waits for the disk: reading takes longer than all the rest."""
         return self.found is not None and self.reading_s > self.found.step_s
+
+    @property
+    def decodes_too_slowly(self) -> bool:
+        """Whether most of a step is reading even where nothing waits for a disk."""
+        found = self.found
+        return found is not None and found.regions * found.passes * found.read_s > DECODING * found.step_s
 
     @property
     def epoch_s(self) -> float:
@@ -141,12 +147,12 @@ def choose(found: Found, streaming: Streaming, room: Room) -> Streaming:
         left = left_host = SPARE * room.host_free - (found.host_gib - spent - spent_host) - grown
     left, left_host = max(left, 0.0), max(left_host, 0.0)
     if graphs <= left:
-        return Streaming(budget_gib=_up(graphs), host_gib=0.0, chunk_regions=int(chunk))
+        return replace(streaming, budget_gib=_up(graphs), host_gib=0.0, chunk_regions=int(chunk))
     host = _up(maps if dense else graphs - left) if room.apart or dense else 0.0
     if host > left_host:  # half of the maps would save half of a pass, but graphs save more
         host = 0.0 if dense else _down(left_host)
     budget = _down(left if room.apart else left - host)
-    return Streaming(budget_gib=max(budget, 0.0), host_gib=host, chunk_regions=int(chunk))
+    return replace(streaming, budget_gib=max(budget, 0.0), host_gib=host, chunk_regions=int(chunk))
 
 
 def predicted_gib(found: Found, streaming: Streaming, other: Streaming) -> float:

@@ -7,11 +7,12 @@ and saves, so that time, memory and space are those of the run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,16 +21,17 @@ from rich.console import Console
 
 from gigaxt.config import from_dict, to_dict
 from gigaxt.errors import GigaxtError, TrainingError
-from gigaxt.image.cache import SEGMENTS
-from gigaxt.image.file_cache import files_cached
+from gigaxt.image.cache import FETCHED, SEGMENTS
+from gigaxt.image.file_cache import BLOCKS, file_cache, files_cached, files_uncached
 from gigaxt.image.open import open_image
 from gigaxt.inputs import to_pixel_size, to_size
-from gigaxt.machine import drop_from_cache, peak_resident_gib
+from gigaxt.machine import drop_from_cache, peak_resident_gib, read_bytes
 from gigaxt.nn.xt import GigaXT, ModelConfig
+from gigaxt.prefetch import read_ahead
 from gigaxt.regions import RegionGrid
 from gigaxt.replay import counted_saves
 from gigaxt.rows import GIB, Reader, Streaming
-from gigaxt.scenes import SceneBatch
+from gigaxt.scenes import Chunk, SceneBatch
 from gigaxt.targets import SceneTarget
 from gigaxt.training.checkpoint import KEEP
 from gigaxt.training.config import DataConfig, RunConfig, run_config
@@ -104,9 +106,15 @@ class Found:
     chunk_s: dict[str, float]
     """Time a region of one pass forward and backward, by regions a chunk."""
     cold_read_s: float
-    """Of one region, by one thread, from the disk as far as the system can be made to go there."""
+    """Of one region, by all reading threads, from the disk as far as the system can be made to go there."""
     read_s: float
-    """The same from the system's cache."""
+    """The same from the system's cache, or that of `data.cache`."""
+    cold_bytes: float = 0.0
+    """Bytes that were read of files for one region; 0: the system does not tell."""
+    storage: str = ""
+    """How the first image lies in its file, such as "tiles of 512 x 512 px, jpeg"; empty where that is not known."""
+    still_cached: list[str] = field(default_factory=list)
+    """Images that could not be read cold: the system kept what it held of them."""
 
 
 class Rehearsal(Run):
@@ -136,7 +144,8 @@ def _rehearse(job: Job, folder: Path) -> Found:
         run.heaviest = _heaviest(run, config, sizes, job.images)
         batch = _model(run).batch([sample.given for sample in run.heaviest])
         regions = len(batch.places)
-        reading = _time_reading(batch, config.train.streaming.chunk_regions) if job.probe else (0.0, 0.0)
+        files = [Path(name) for name in job.images] or [row.image for sample in run.heaviest for row in sample.case]
+        reading = _time_reading(batch, config.train.streaming, files) if job.probe else Reading()
         graph, maps = _kept_bytes(run, batch)
         step_s, passes = _steps(run, regions)
         evaluate_s = _evaluate(run)
@@ -163,8 +172,11 @@ def _rehearse(job: Job, folder: Path) -> Found:
             disk_gib=_disk_gib(run),
             device=str(device),
             chunk_s=_time_chunks(run, batch) if job.probe else {},
-            cold_read_s=reading[0],
-            read_s=reading[1],
+            cold_read_s=reading.cold_s,
+            read_s=reading.again_s,
+            cold_bytes=reading.cold_bytes,
+            storage=str(getattr(open_image(files[0]), "storage", "")),
+            still_cached=list(reading.still_cached),
         )
 
 
@@ -312,23 +324,40 @@ def _time_chunks(run: Run, batch: SceneBatch) -> dict[str, float]:
     return found
 
 
-def _time_reading(batch: SceneBatch, chunk_regions: int) -> tuple[float, float]:
-    """Seconds to read one region, from the disk and again from the system's cache."""
-    for scene in batch.scenes:
-        drop_from_cache(Path(scene.image.name))
-    chunks = batch.chunks(chunk_regions)
+@dataclass(frozen=True)
+class Reading:
+    """How fast the reading threads bring regions. Of one region, s and bytes; 0: not measured."""
+
+    cold_s: float = 0.0
+    cold_bytes: float = 0.0
+    again_s: float = 0.0
+    still_cached: tuple[str, ...] = ()
+
+
+def _time_reading(batch: SceneBatch, streaming: Streaming, files: Sequence[Path]) -> Reading:
+    """Read some chunks from the source, and again from the system's cache or that of the config."""
+    held = tuple(str(path) for path in dict.fromkeys(files) if not drop_from_cache(path))
+    chunks = batch.chunks(streaming.chunk_regions)
     chunks = chunks[:: max(1, len(chunks) // READS)][:READS]
-    found = []
-    for _ in ("cold", "warm"):
-        SEGMENTS.clear()
-        regions, started = 0, time.monotonic()
-        for chunk in chunks:
-            batch.load(chunk)
+    with files_uncached():
+        cold_s, cold_bytes = _read(batch, chunks, streaming.readers)
+    if file_cache() is not None:
+        _read(batch, chunks, streaming.readers)  # fills it
+    return Reading(cold_s, cold_bytes, _read(batch, chunks, streaming.readers)[0], held)
+
+
+def _read(batch: SceneBatch, chunks: Sequence[Chunk], readers: int) -> tuple[float, float]:
+    """Seconds and bytes a region, as nothing is in this process's memory yet."""
+    for store in (SEGMENTS, FETCHED, BLOCKS):
+        store.clear()
+    regions, before, started = 0, read_bytes(), time.monotonic()
+    with contextlib.closing(cast(Any, read_ahead(batch.load, chunks, torch.device("cpu"), readers))) as loaded:
+        for chunk, _ in loaded:
             regions += chunk.stop - chunk.start
             if time.monotonic() - started > MOST_READ_S:
                 break
-        found.append((time.monotonic() - started) / regions)
-    return found[0], found[1]
+    seconds, after = time.monotonic() - started, read_bytes()
+    return seconds / regions, 0.0 if before is None or after is None else (after - before) / regions
 
 
 def _disk_gib(run: Run) -> float:
