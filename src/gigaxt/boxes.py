@@ -153,7 +153,7 @@ class BoxTarget(SceneTarget):
 
     def turned(self, k: int) -> BoxTarget:
         """See `SceneTarget.turned`."""
-        height, width = self._size
+        height, width = self.size
         x0, y0, x1, y1 = self.boxes_xyxy.T
         if k & 4:
             x0, y0, x1, y1, height, width = y0, x0, y1, x1, width, height
@@ -165,35 +165,39 @@ class BoxTarget(SceneTarget):
 
     def cropped(self, x: int, y: int, width: int, height: int) -> BoxTarget:
         """See `SceneTarget.cropped`; boxes are cut, those of which too little is left are ignored."""
-        low = np.array([x, y, x, y])
-        cut = np.clip(self.boxes_xyxy - low, 0, [width, height, width, height])
-        area, whole = (np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (cut, self.boxes_xyxy))
-        kept = area > 0
-        ignored = self.ignored | (area < VISIBLE * whole)
+        cut, share = self._cut(x, y, width, height), self.share_in(x, y, width, height)
+        kept = share > 0
         return BoxTarget(
             cut[kept],
             self.classes[kept],
-            ignored[kept],
+            (self.ignored | (share < VISIBLE))[kept],
             name=self.name,
             size_px=(height, width),
             lattice=self.lattice,
         )
 
+    def share_in(self, x: int, y: int, width: int, height: int) -> NDArray[np.float64]:
+        """How much of each box lies in a window of the image, 0 to 1: (n,)."""
+        cut, whole = self._cut(x, y, width, height), self.boxes_xyxy
+        return np.asarray(np.prod(cut[:, 2:] - cut[:, :2], axis=1) / np.prod(whole[:, 2:] - whole[:, :2], axis=1))
+
+    def _cut(self, x: int, y: int, width: int, height: int) -> NDArray[np.float64]:
+        return np.asarray(np.clip(self.boxes_xyxy - [x, y, x, y], 0, [width, height, width, height]))
+
     def resampled(self, scale_x: float, scale_y: float) -> BoxTarget:
         """See `SceneTarget.resampled`."""
         # As `gigaxt.image.views.resample` does, which rounds the size and not the scale.
-        height, width = (
-            max(1, round(side / scale)) for side, scale in zip(self._size, (scale_y, scale_x), strict=True)
-        )
+        height, width = (max(1, round(side / scale)) for side, scale in zip(self.size, (scale_y, scale_x), strict=True))
         return self._with(self.boxes_xyxy / [scale_x, scale_y, scale_x, scale_y], size_px=(height, width))
 
     def resized(self, width: int, height: int) -> BoxTarget:
         """See `SceneTarget.resized`."""
-        scale_y, scale_x = height / self._size[0], width / self._size[1]
+        scale_y, scale_x = height / self.size[0], width / self.size[1]
         return self._with(self.boxes_xyxy * [scale_x, scale_y, scale_x, scale_y], size_px=(height, width))
 
     @property
-    def _size(self) -> tuple[int, int]:
+    def size(self) -> tuple[int, int]:
+        """Height and width of the image, px."""
         if self.size_px is None:
             raise DataError(f"{self.name}: the size of the image is not known: give `size_px`")
         return self.size_px
@@ -214,7 +218,7 @@ def as_boxes(target: Any, classes: int) -> BoxTarget:
         DataError: something else, or a class out of range.
     """
     if isinstance(target, Mapping) and {"boxes", "labels"} <= target.keys():
-        boxes, labels, ignored = (_as_array(target.get(key)) for key in ("boxes", "labels", "ignored"))
+        boxes, labels, ignored = (as_array(target.get(key)) for key in ("boxes", "labels", "ignored"))
         target = BoxTarget(boxes, labels, ignored)
     if not isinstance(target, BoxTarget):
         raise DataError(f"expected a BoxTarget, or a mapping with `boxes` and `labels`, got {type(target).__name__}")
@@ -225,7 +229,8 @@ def as_boxes(target: Any, classes: int) -> BoxTarget:
     return target
 
 
-def _as_array(part: Any) -> Any:
+def as_array(part: Any) -> Any:
+    """A tensor as an array; other things as they are."""
     return part.detach().cpu().numpy() if hasattr(part, "detach") else part
 
 

@@ -6,20 +6,25 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from gigaxt.crops import painted
+from gigaxt.image.base import Image
 from gigaxt.image.part_file import PartFile
 from gigaxt.objects import Objects
+from gigaxt.run_lengths import run_lengths
 
 DECIMALS_PX = 3
 
 
 def write_coco_results(
-    path: str | Path, found: Iterable[tuple[int | str, Objects]], category_ids: Sequence[int] | None
+    path: str | Path, found: Iterable[tuple[int | str, Image, Objects]], category_ids: Sequence[int] | None
 ) -> int:
-    """Write boxes of any number of images as a list of `image_id`, `category_id`, `bbox` (x, y, w, h) and `score`.
+    """Write objects of any number of images as a list of `image_id`, `category_id`, `bbox` (x, y, w, h) and `score`.
+
+    Those with masks also have their run lengths as `segmentation`.
 
     Args:
         path: of the JSON, which has another name until it is complete.
-        found: image id and objects of each image.
+        found: of each image its id, the image, and the objects in px of it.
         category_ids: of each class; None: 1, 2, ...
 
     Returns:
@@ -31,17 +36,20 @@ def write_coco_results(
     file, count = PartFile(Path(path)), 0
     try:
         file.append(b"[")
-        for image_id, objects in found:
+        for image_id, image, objects in found:
             assert objects.boxes_xyxy is not None
             lines: list[str] = []
             columns = objects.boxes_xyxy.tolist(), objects.classes.tolist(), objects.scores.tolist()
-            for (left, top, right, bottom), class_, score in zip(*columns, strict=True):
+            for i, ((left, top, right, bottom), class_, score) in enumerate(zip(*columns, strict=True)):
                 entry = {
                     "image_id": image_id,
                     "category_id": class_ + 1 if category_ids is None else category_ids[class_],
                     "bbox": [round(side, DECIMALS_PX) for side in (left, top, right - left, bottom - top)],
                     "score": round(score, 6),
                 }
+                if objects.masks is not None:
+                    crop = painted(objects.masks[i], (left, top, right, bottom), image.height, image.width)
+                    entry["segmentation"] = run_lengths(crop, image.height, image.width)
                 lines.append(f"{',' if count else ''}\n{json.dumps(entry, allow_nan=False)}")
                 count += 1
             file.append("".join(lines).encode())

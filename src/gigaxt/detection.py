@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from gigaxt.image.base import Image
 from gigaxt.nms import suppress
 from gigaxt.nn.heads.detect import DetectConfig, DetectHead, at_locations
+from gigaxt.nn.heads.mask_rcnn import MaskRCNNHead
 from gigaxt.nn.xt import GigaXT, RegionAnswer
 from gigaxt.objects import Objects
+from gigaxt.scenes import Scene
+from gigaxt.targets import SceneTarget
 
 MOST_OF_REGION = 1000
 """Candidates of one region, those that score best."""
@@ -47,11 +51,22 @@ def joined(parts: list[Candidates]) -> Candidates:
     return Candidates(*(np.concatenate(same) for same in zip(no_candidates(), *parts, strict=True)))
 
 
+class Found(NamedTuple):
+    """What a model says of a scene."""
+
+    objects: Objects
+    """All that score at least `head.score`, best first, in px of the image."""
+    sums: dict[str, Tensor] | None
+    """Of the loss, as `GigaXT.evaluate` gives them; None without a target."""
+
+
 def detect(model: GigaXT, image: Image, *, progress: Callable[[int, int], None] | None = None) -> Objects:
     """The objects of one scene; memory grows with its tokens and with its objects.
 
+    Of a head of kind mask_rcnn they have masks, and memory grows with the scene's feature maps.
+
     Args:
-        model: with a detection head; used as it is, in evaluation mode or not.
+        model: with a head that finds boxes; used as it is, in evaluation mode or not.
         image: the scene.
         progress: called with (regions done, all).
 
@@ -59,17 +74,99 @@ def detect(model: GigaXT, image: Image, *, progress: Callable[[int, int], None] 
         Best first; boxes in px of `image`, whatever pixel size the model works at.
 
     Raises:
-        ImageError: unreadable input. DataError: an image that does not fit the model.
+        ImageError: unreadable input. DataError: an image that does not fit the model, or the memory.
     """
-    batch = model.batch([image])
-    seen = batch.scenes[0].image
-    head = cast(DetectHead, model.head)
-    pool = CandidatePool(seen.width, seen.height)
-    for done, answer in enumerate(model.predict_regions(batch), start=1):
-        pool.add(candidates(answer, head.lattice.strides, head.config))
+    return find(model, image, progress=progress).objects
+
+
+@torch.no_grad()
+def find(
+    model: GigaXT, image: Image, target: Any = None, *, progress: Callable[[int, int], None] | None = None
+) -> Found:
+    """As `detect`, and the loss where there is a target, in one pass over the scene.
+
+    Args:
+        model: as of `detect`.
+        image: the scene.
+        target: what `model(images, targets)` takes of it.
+        progress: called with (regions done, all).
+    """
+    head = model.head
+    assert isinstance(head, DetectHead | MaskRCNNHead)
+    batch = model.batch([image], None if target is None else [head.as_target(target)])
+    answers, scene = _told(model.predict_regions(batch), batch.full_size, progress), batch.scenes[0]
+    if isinstance(head, MaskRCNNHead):
+        head.check_fits(batch.scenes, next(model.parameters()).device, training=False)
+        objects, sums = _find_with_masks(head, scene, answers)
+    else:
+        objects, sums = _find_boxes(head, scene, answers)
+    seen = scene.image
+    return Found(objects.on(seen.height, seen.width, image.height, image.width), sums)
+
+
+def _told(
+    answers: Iterator[RegionAnswer], regions: int, progress: Callable[[int, int], None] | None
+) -> Iterator[RegionAnswer]:
+    for done, answer in enumerate(answers, start=1):
+        yield answer
         if progress is not None:
-            progress(done, batch.full_size)
-    return select(pool.all(), head.config).on(seen.height, seen.width, image.height, image.width)
+            progress(done, regions)
+
+
+def _find_boxes(
+    head: DetectHead, scene: Scene, answers: Iterator[RegionAnswer]
+) -> tuple[Objects, dict[str, Tensor] | None]:
+    pool = CandidatePool(scene.image.width, scene.image.height)
+    sums: list[Tensor] = []
+    for answer in answers:
+        pool.add(candidates(answer, head.lattice.strides, head.config))
+        if scene.target is not None:
+            part = _sums(head, scene.target, answer, scene.grid.core)
+            sums = [a + b for a, b in zip(sums, part, strict=True)] if sums else list(part)
+    return select(pool.all(), head.config), head.scores(sums) if sums else None
+
+
+def _sums(head: DetectHead, target: SceneTarget, answer: RegionAnswer, core: int) -> tuple[Tensor, ...]:
+    """What one region adds to the loss; its answers, cut at the image's border, are whole again."""
+    device = answer.answers[0].device
+    maps = tuple(
+        F.pad(found, (0, core // s - found.shape[2], 0, core // s - found.shape[1]))[None]
+        for found, s in zip(answer.answers, head.lattice.strides, strict=True)
+    )
+    drawn = target.draw(answer.x, answer.y, core, core)
+    valid = np.zeros((core, core), np.bool_)
+    valid[: answer.valid.shape[0], : answer.valid.shape[1]] = answer.valid
+    parts = {name: torch.from_numpy(part)[None].to(device) for name, part in {**drawn, "valid": valid}.items()}
+    return head.loss_sums(maps, parts)
+
+
+def _find_with_masks(
+    head: MaskRCNNHead, scene: Scene, answers: Iterator[RegionAnswer]
+) -> tuple[Objects, dict[str, Tensor] | None]:
+    height, width = size = (scene.image.height, scene.image.width)
+    maps: list[Tensor] = []
+    for answer in answers:
+        # Zeros where regions are left out, as in training.
+        maps = maps or [
+            found.new_zeros(found.shape[0], -(-height // s), -(-width // s))
+            for found, s in zip(answer.answers, head.strides, strict=True)
+        ]
+        for whole, found, s in zip(maps, answer.answers, head.strides, strict=True):
+            row, col = answer.y // s, answer.x // s
+            whole[:, row : row + found.shape[1], col : col + found.shape[2]] = found
+    losses = None if scene.target is None else head.scene_losses(maps, size, scene.target, seed=0)
+    sums = None if losses is None else {"loss": torch.stack(list(losses.values())).sum(), **losses}
+    answered = {name: part.cpu().numpy() for name, part in head.scene_answer(maps, size).items()}
+    boxes = answered["boxes"].astype(np.float64)
+    left, top, right, bottom = boxes.T
+    objects = Objects(
+        places=np.stack([top + bottom, left + right], axis=1) / 2,
+        classes=answered["labels"].astype(np.int64),
+        scores=answered["scores"].astype(np.float64),
+        boxes_xyxy=boxes,
+        masks=answered["masks"].astype(np.float32),
+    )
+    return objects, sums
 
 
 def candidates(answer: RegionAnswer, strides: tuple[int, ...], config: DetectConfig) -> Candidates:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gigaxt.crops import outlines
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image.base import Image
 from gigaxt.image.part_file import PartFile
@@ -43,6 +44,8 @@ class Objects:
     """(n,) from 0 to 1."""
     boxes_xyxy: NDArray[np.float64] | None = None
     """(n, 4) left, top, right, bottom, px from the upper left corner; None: points."""
+    masks: NDArray[np.float32] | None = None
+    """(n, side, side), the chance that each cell of an object's box is covered; None: boxes alone."""
     attributes: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     """Name -> (n,): float64, NaN where not known; or int8 for yes (1), no (0) and not known (-1)."""
 
@@ -53,6 +56,8 @@ class Objects:
             raise DataError(f"objects: expected places (n, 2) and columns (n,), got {self.places.shape} and {shapes}")
         if self.boxes_xyxy is not None and self.boxes_xyxy.shape != (len(self), 4):
             raise DataError(f"objects: expected {len(self)} boxes (n, 4), got {self.boxes_xyxy.shape}")
+        if self.masks is not None and (self.boxes_xyxy is None or len(self.masks) != len(self)):
+            raise DataError(f"objects: expected masks with {len(self)} boxes, got {len(self.masks)} masks")
         if not np.isfinite(self.places).all():
             raise DataError("objects: expected finite places")
 
@@ -66,6 +71,7 @@ class Objects:
             classes=self.classes[rows],
             scores=self.scores[rows],
             boxes_xyxy=None if self.boxes_xyxy is None else self.boxes_xyxy[rows],
+            masks=None if self.masks is None else self.masks[rows],
             attributes={name: column[rows] for name, column in self.attributes.items()},
         )
 
@@ -189,20 +195,32 @@ def _lines(image: Image, objects: Objects, class_names: Sequence[str]) -> Iterab
 
 def _features(image: Image, objects: Objects, class_names: Sequence[str], placed: bool) -> Iterable[dict[str, Any]]:
     for i in range(len(objects)):
-        if objects.boxes_xyxy is None:
-            corners = objects.places[i : i + 1]
-        else:
-            left, top, right, bottom = objects.boxes_xyxy[i]
-            corners = np.array([[bottom, left], [bottom, right], [top, right], [top, left], [bottom, left]])
-        points = to_map(image, corners) if placed else corners[:, ::-1]
-        kind, coordinates = ("Point", points[0].tolist()) if len(points) == 1 else ("Polygon", [points.tolist()])
         name = class_names[objects.classes[i]]
         properties: dict[str, Any] = {"class": name, "score": round(float(objects.scores[i]), 6)}
         properties |= {key: _json(column[i]) for key, column in objects.attributes.items()}
         if not placed:
             properties |= {"objectType": "detection", "classification": {"name": name}}
-        geometry = {"type": kind, "coordinates": coordinates}
-        yield {"type": "Feature", "geometry": geometry, "properties": properties}
+        yield {"type": "Feature", "geometry": _geometry(image, objects, i, placed), "properties": properties}
+
+
+def _geometry(image: Image, objects: Objects, i: int, placed: bool) -> dict[str, Any]:
+    """A point; or the outline of a mask; or a box, also of an object whose mask covers nothing."""
+
+    def coordinates(corners: NDArray[np.float64]) -> Any:
+        return (to_map(image, corners) if placed else corners[:, ::-1]).tolist()
+
+    if objects.boxes_xyxy is None:
+        return {"type": "Point", "coordinates": coordinates(objects.places[i : i + 1])[0]}
+    left, top, right, bottom = objects.boxes_xyxy[i]
+    shapes = [] if objects.masks is None else outlines(objects.masks[i], (left, top, right, bottom))
+    if not shapes:
+        corners = np.array([[bottom, left], [bottom, right], [top, right], [top, left], [bottom, left]])
+        return {"type": "Polygon", "coordinates": [coordinates(corners)]}
+    # Rings (x, y), the outlines anticlockwise where y goes up, as that of a box.
+    polygons = [[coordinates(ring[::-1, ::-1]) for ring in rings] for rings in shapes]
+    if len(polygons) == 1:
+        return {"type": "Polygon", "coordinates": polygons[0]}
+    return {"type": "MultiPolygon", "coordinates": polygons}
 
 
 def _json(value: np.generic) -> float | bool | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faster_coco_eval import mask as api
 from PIL import Image as Pillow
 
 from gigaxt.cli import main
@@ -38,5 +39,9 @@ def test_instances_become_boxes_and_groups_crowds(tmp_path: Path, capsys: pytest
     ]
     found = {(a["category_id"], *a["bbox"], a["area"], a["iscrowd"]) for a in data["annotations"] if a["image_id"] == 1}
     assert found == {(26, 3, 2, 6, 4, 23, 0), (26, 8, 4, 4, 1, 4, 0), (24, 20, 10, 10, 3, 30, 1)}
+    car = next(entry for entry in data["annotations"] if entry["area"] == 23)
+    expected = np.zeros((20, 30), np.uint8)
+    expected[2:6, 3:9], expected[4, 8] = 1, 0  # the other car is in front
+    np.testing.assert_array_equal(api.decode(car["segmentation"]), expected)
     with pytest.raises(DataError, match="expected the files of gtFine"):
         cityscapes_to_coco(tmp_path / "left", tmp_path / "none.json")

@@ -105,7 +105,7 @@ def test_scores(tmp_path: Path) -> None:
     ]
     tally = task.tally()
     for row, target, answer in zip(task.manifest.rows, targets, found, strict=True):
-        tally.update([row], [target], {"loss_sum": 6.0, "answering": 4.0, "objects": [answer]})
+        tally.update([row], [target], {"loss_sum": 6.0, "answering": 4.0, "objects": answer})
     result = tally.compute()
     # From 0.5 on: 2 found, 1 in a crowd, 1 of nothing, 3 to find.
     assert result.metrics["precision"] == pytest.approx(2 / 3)
@@ -139,7 +139,7 @@ def test_nothing_found_and_nothing_to_find(tmp_path: Path) -> None:
     for truth, ap in ((TRUTH, 0.0), ([], math.nan)):
         task, targets = make(tmp_path, truth)
         tally = task.tally()
-        nothing = {"loss_sum": 0.0, "answering": 0.0, "objects": [objects([], [], [])]}
+        nothing = {"loss_sum": 0.0, "answering": 0.0, "objects": objects([], [], [])}
         tally.update([task.manifest.rows[0]], [targets[0]], nothing)
         metrics = tally.compute().metrics
         assert metrics["AP"] == ap or (math.isnan(ap) and math.isnan(metrics["AP"]))
@@ -157,7 +157,7 @@ def test_more_objects_than_coco_scores(tmp_path: Path) -> None:
     task, targets = make(tmp_path, truth)
     tally = task.tally()
     found = objects([[x, y, x + w, y + h] for x, y, w, h in boxes], np.linspace(1, 0.6, 150).tolist(), [0] * 150)
-    answer = {"loss_sum": 0.0, "answering": 0.0, "objects": [found]}
+    answer = {"loss_sum": 0.0, "answering": 0.0, "objects": found}
     tally.update([task.manifest.rows[0]], [targets[0]], answer)
     result = tally.compute()
     assert result.metrics["AP"] == pytest.approx(1)

@@ -80,7 +80,7 @@ def main(args: Sequence[str]) -> int:
     model.streaming = replace(model.streaming, chunk_regions=arguments.chunk_regions, readers=arguments.readers)
     skipped: dict[str, str] | None = {} if arguments.on_bad_image == "skip" else None
     with autocast(device, arguments.amp), told_cache(arguments.cache, arguments.cache_gib):
-        if model.config.head.kind == "detect":
+        if model.config.head.kind in ("detect", "mask_rcnn"):
             from gigaxt.cli.predict_objects import predict_objects
 
             predict_objects(model, images, arguments, skipped)

@@ -14,7 +14,7 @@ from gigaxt.errors import ConfigError, DataError, ImageError
 if TYPE_CHECKING:
     from gigaxt.cli.predict import PredictArguments
     from gigaxt.image.base import Image
-    from gigaxt.nn.heads import DetectConfig
+    from gigaxt.nn.heads.base import ObjectsConfig
     from gigaxt.nn.xt import GigaXT
     from gigaxt.objects import Objects
 
@@ -41,8 +41,8 @@ def predict_objects(
     found = _found(model, images, arguments, skipped, out if suffix else None)
     if suffix == ".json":
         ids = image_ids(arguments.images)
-        with_ids = ((ids.get(path, path.name), objects) for path, _, objects in found)
-        count = write_coco_results(out, with_ids, cast("DetectConfig", model.config.head).category_ids)
+        with_ids = ((ids.get(path, path.name), image, objects) for path, image, objects in found)
+        count = write_coco_results(out, with_ids, cast("ObjectsConfig", model.config.head).category_ids)
         print(f"{out}: {count:,} objects as COCO results")
     elif suffix == ".csv":
         write_csv(out, ((image, objects) for _, image, objects in found), names)
@@ -81,7 +81,7 @@ def _found(
     from gigaxt.detection import detect
     from gigaxt.image import open_image
 
-    head = cast("DetectConfig", model.config.head)
+    head = cast("ObjectsConfig", model.config.head)
     default = head.score if out is not None and out.suffix.lower() == ".json" else head.threshold
     least = default if arguments.score is None else arguments.score
     model.eval()

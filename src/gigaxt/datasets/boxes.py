@@ -81,9 +81,15 @@ def row_boxes(row: Row, image: Image, classes: BoxClasses) -> RowBoxes:
 
 def learnt_boxes(found: RowBoxes, image: Image) -> RowBoxes:
     """Those that can be learnt: cut at the image's border, without those that have no area there."""
+    kept = have_area(found, image)
     cut = np.clip(found.boxes_xyxy, 0, [image.width, image.height] * 2)
-    kept = (cut[:, 2:] > cut[:, :2]).all(axis=1)
     return RowBoxes(cut[kept], found.classes[kept], found.crowd[kept], found.areas[kept])
+
+
+def have_area(found: RowBoxes, image: Image) -> NDArray[np.bool_]:
+    """Which boxes have an area in the image: (n,)."""
+    cut = np.clip(found.boxes_xyxy, 0, [image.width, image.height] * 2)
+    return np.asarray((cut[:, 2:] > cut[:, :2]).all(axis=1))
 
 
 def box_classes(manifest: Manifest) -> BoxClasses:

@@ -1,4 +1,4 @@
-"""Cityscapes' gtFine as COCO JSON: boxes of its eight classes with instances."""
+"""Cityscapes' gtFine as COCO JSON: boxes and masks of its eight classes with instances."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import find_objects
 
+from gigaxt.crops import Crop
 from gigaxt.errors import DataError
 from gigaxt.image.open import open_image
 from gigaxt.image.part_file import PartFile
+from gigaxt.run_lengths import run_lengths
 
 CATEGORIES = {
     24: "person",
@@ -64,16 +66,18 @@ def cityscapes_to_coco(folder: Path, out: Path) -> Path:
 
 
 def _instances(values: NDArray[np.int64]) -> list[dict[str, Any]]:
-    """Boxes and areas of the instances in a raster (h, w) of Cityscapes' instance ids."""
+    """Boxes, areas and run lengths of the instances in a raster (h, w) of Cityscapes' instance ids."""
     ids, compact = np.unique(values, return_inverse=True)
     areas = np.bincount(compact.ravel())
     found = []
-    places = find_objects(compact.reshape(values.shape) + 1)
-    for id_, area, place in zip(ids.tolist(), areas.tolist(), places, strict=True):
+    compact = compact.reshape(values.shape)
+    for i, (id_, place) in enumerate(zip(ids.tolist(), find_objects(compact + 1), strict=True)):
         label = id_ // INSTANCES if id_ >= INSTANCES else id_
         if label not in CATEGORIES or place is None:
             continue
         rows, cols = place
         box = [cols.start, rows.start, cols.stop - cols.start, rows.stop - rows.start]
-        found.append({"category_id": label, "bbox": box, "area": area, "iscrowd": int(id_ < INSTANCES)})
+        mask = run_lengths(Crop(cols.start, rows.start, compact[place] == i), *values.shape)
+        entry = {"category_id": label, "bbox": box, "area": int(areas[i]), "iscrowd": int(id_ < INSTANCES)}
+        found.append({**entry, "segmentation": mask})
     return found

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gigaxt.errors import DataError
 from gigaxt.image.base import Image
-from gigaxt.polygons import epsg_code
+from gigaxt.polygons import Polygon, epsg_code, polygon_of, polygons_in
 
 CLASS_KEYS = ("class", "category", "label", "name")
 """Properties that may name the class, the first that is there; after QuPath's `classification`."""
@@ -57,6 +57,26 @@ def read_geojson_boxes(path: Path, image: Image) -> tuple[NDArray[np.float64], l
             f"box is {boxes[number].round(1).tolist()} px; is the file of this image, and in its CRS?"
         )
     return boxes, [_class_of(feature) for feature, _ in features]
+
+
+def read_geojson_polygons(path: Path, image: Image) -> list[list[Polygon]]:
+    """The polygons of each feature, in px of an image, in the order of `read_geojson_boxes`, whose rules hold.
+
+    Raises:
+        DataError: a feature is no Polygon or MultiPolygon, or as there.
+    """
+    shapes = []
+    for number, (_, geometry) in enumerate(_features(path)):
+        where = f"{path}: feature {number} (from 0)"
+        shapes.append([polygon_of(rings, where) for rings in polygons_in(geometry, path)])
+        if not shapes[-1]:
+            raise DataError(f"{where}: expected a Polygon or MultiPolygon as its mask, got {geometry!r:.60}")
+    rings = [ring for polygons in shapes for polygon in polygons for ring in polygon]
+    if not rings:
+        return []
+    pixels = _to_pixels(path, _crs(path), np.concatenate(rings), image)
+    parts = iter(np.split(pixels, np.cumsum([len(ring) for ring in rings])[:-1]))
+    return [[[next(parts) for _ in polygon] for polygon in polygons] for polygons in shapes]
 
 
 def _load(path: Path) -> Any:

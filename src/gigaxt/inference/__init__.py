@@ -83,7 +83,7 @@ def predict(
             else f"predict: expected a case for each of {len(sources)} images, got {len(cases)}"
         )
     kind = model.config.head.kind
-    if kind in ("detect", "segment") and len(sources) > 1:
+    if kind in ("detect", "mask_rcnn", "segment") and len(sources) > 1:
         raise ConfigError(f"predict: such a model writes one file a scene, got {len(sources)}: loop over them")
     if kind != "segment" and (overlap is not None or dihedral != 1 or probabilities):
         raise ConfigError("predict: `overlap`, `dihedral` and `probabilities` are for models that segment")
@@ -95,7 +95,7 @@ def predict(
             return output
         if not model.dense:
             return write_scores(output, model, sources, cases, skipped, progress)
-        if model.config.head.kind == "detect":
+        if kind in ("detect", "mask_rcnn"):
             return write_found(output, model, open_image(sources[0], rgb=model.config.input.rgb), progress)
         settings = {"overlap": overlap, "dihedral": dihedral, "probabilities": probabilities}
         # Of an Image in memory, or a view of a file, nothing tells whether its pixels are those of last time.

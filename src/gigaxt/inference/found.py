@@ -10,7 +10,7 @@ from gigaxt.coco_results import write_coco_results
 from gigaxt.detection import detect
 from gigaxt.image import Image
 from gigaxt.inference.scores import class_names
-from gigaxt.nn.heads import DetectConfig
+from gigaxt.nn.heads.base import ObjectsConfig
 from gigaxt.nn.xt import GigaXT
 from gigaxt.objects import write_objects
 
@@ -21,9 +21,9 @@ def write_found(output: Path, model: GigaXT, image: Image, progress: Callable[[i
     Raises:
         ConfigError: another suffix than .json, .geojson or .csv. ImageError: the file cannot be written.
     """
-    head = cast(DetectConfig, model.config.head)
+    head = cast(ObjectsConfig, model.config.head)
     objects = detect(model, image, progress=progress)
     if output.suffix.lower() == ".json":
-        write_coco_results(output, [(Path(image.name).name, objects)], head.category_ids)
+        write_coco_results(output, [(Path(image.name).name, image, objects)], head.category_ids)
         return output
     return write_objects(output, image, objects.take(objects.scores >= head.threshold), class_names(model))

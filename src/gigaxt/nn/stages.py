@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gigaxt.errors import ConfigError
-from gigaxt.nn.heads.dense import DenseHead
+from gigaxt.nn.heads.dense import DenseHead, MapsHead
 from gigaxt.nn.ready import check_answers, check_encoded, check_sums
 from gigaxt.nn.region_encoder import RegionEncoder
 
@@ -137,7 +137,7 @@ class Answers(nn.Module):
         ConfigError: a halo that is no whole number of a map's cells.
     """
 
-    def __init__(self, head: DenseHead, encode: RegionTokens) -> None:
+    def __init__(self, head: MapsHead, encode: RegionTokens) -> None:
         super().__init__()
         self.head, self.side, self.shapes = head, encode.tokens_with_halo, head.shapes(encode.region)
         self.cuts = [encode.halo_px * side // encode.region for _, side, _ in self.shapes]
@@ -169,7 +169,7 @@ class LossSums(Answers):
 
     def forward(self, maps: Sequence[Tensor], context: Tensor, targets: Any = None) -> tuple[Tensor, ...]:
         """See `DenseHead.loss_sums`, and `SceneBatch.load_targets` for `targets`."""
-        sums = self.head.loss_sums(self._answers(maps, context), targets)
+        sums = cast(DenseHead, self.head).loss_sums(self._answers(maps, context), targets)
         check_sums(sums)
         return sums
 

@@ -24,7 +24,8 @@ from gigaxt.nested import stream_nested
 from gigaxt.nn.all_tokens import all_tokens
 from gigaxt.nn.context import ContextConfig, build_context
 from gigaxt.nn.heads import ClassifyHead, HeadConfig, build_head
-from gigaxt.nn.heads.dense import DenseHead
+from gigaxt.nn.heads.dense import DenseHead, MapsHead
+from gigaxt.nn.heads.scene import SceneHead
 from gigaxt.nn.keyed import key_dropout
 from gigaxt.nn.layout import alike, cut, gather, in_order, stitched, tokens_of, with_halo
 from gigaxt.nn.ready import NONE_READY, Ready, check_logits, check_ready, check_told
@@ -165,7 +166,8 @@ class GigaXT(nn.Module):
         Returns:
             Without targets, classification: (B, classes) logits. Segmentation: logits (B, classes, H, W) for a tensor,
             a list of (classes, H, W) for Images (whole scenes in memory: use `gigaxt.predict` for large ones);
-            regions without data have zeros. Heads of several maps: a tuple of such tensors, or a list of tuples.
+            regions without data have zeros. Heads of several maps: a tuple of such tensors, or a list of tuples. Heads
+            of kind mask_rcnn: what they find in each image, a list (see `MaskRCNNHead.scene_answer`).
             With targets: a scalar, the mean loss.
 
         Raises:
@@ -179,6 +181,9 @@ class GigaXT(nn.Module):
         if not self.dense:
             logits = self._classify(images, seed)
             return self._classify_head.loss(logits, self._labels(targets, logits))
+        if isinstance(self.head, SceneHead):
+            losses = self._scene_losses(images, targets, seed)
+            return torch.stack(list(losses.values())).sum().to(_loss_dtype(self.encode))
         sums = self._sums(images, targets, seed, linear=self._dense_head.linear)
         return self._dense_head.loss(sums).to(_loss_dtype(self.encode))
 
@@ -193,8 +198,12 @@ class GigaXT(nn.Module):
 
         Returns:
             Classification: logits (B, classes), loss. Dense: what the head's `scores` gives; of a segmentation loss,
-            weight_sum, and confusion (classes, classes) with the true class as row, or counts or moments.
+            weight_sum, and confusion (classes, classes) with the true class as row, or counts or moments. Of kind
+            mask_rcnn: loss, and the parts that it is the sum of.
         """
+        if isinstance(self.head, SceneHead):
+            losses = self._scene_losses(images, targets, seed=0)
+            return {"loss": torch.stack(list(losses.values())).sum(), **losses}
         if self.dense:
             return self._dense_head.scores(self._sums(images, targets, seed=0, linear=False))
         logits = self._classify(images, seed=0)
@@ -217,7 +226,7 @@ class GigaXT(nn.Module):
         """
         tokens = self._tokens(batch, range(len(batch.places)), seed=0)
         context = self._join(batch, tokens[: batch.full_size], tokens[batch.full_size :])
-        decode = Answers(self._dense_head, self.encode)
+        decode = Answers(cast(MapsHead, self.head), self.encode)
         reader = Reader(batch.load, tokens.device, 0)
         halo = self.config.input.halo
         for rows in reader.rows(batch.chunks(self.streaming.chunk_regions)):
@@ -237,6 +246,10 @@ class GigaXT(nn.Module):
         from gigaxt.pretrained import save  # pretrained builds models: a cycle at import
 
         save(self, folder)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
 
     @property
     def _classify_head(self) -> ClassifyHead:
@@ -286,12 +299,31 @@ class GigaXT(nn.Module):
 
     def _dense_answers(self, images: Cases, seed: int) -> Any:
         batch = self.batch(images)
-        maps = self._decode(batch, Answers(self._dense_head, self.encode), None, "cat", False, seed)
-        scenes = [tuple(stitched(batch, s, answers) for answers in maps) for s in range(len(batch.scenes))]
+        if isinstance(self.head, SceneHead):
+            self.head.check_fits(batch.scenes, self._device, training=False)
+            sizes = [(scene.image.height, scene.image.width) for scene in batch.scenes]
+            return [self.head.scene_answer(*found) for found in zip(self._scene_maps(batch, seed), sizes, strict=True)]
+        scenes = self._scene_maps(batch, seed)
         if isinstance(images, Tensor):
             stacked = tuple(torch.stack(same) for same in zip(*scenes, strict=True))
-            return stacked[0] if len(maps) == 1 else stacked
-        return [scene[0] for scene in scenes] if len(maps) == 1 else scenes
+            return stacked[0] if len(stacked) == 1 else stacked
+        return [scene[0] for scene in scenes] if len(scenes[0]) == 1 else scenes
+
+    def _scene_maps(self, batch: SceneBatch, seed: int) -> list[tuple[Tensor, ...]]:
+        """What the head makes of all regions, stitched: the maps of each scene."""
+        maps = self._decode(batch, Answers(cast(MapsHead, self.head), self.encode), None, "cat", False, seed)
+        return [tuple(stitched(batch, s, answers) for answers in maps) for s in range(len(batch.scenes))]
+
+    def _scene_losses(self, images: Cases, targets: Any, seed: int) -> dict[str, Tensor]:
+        """Parts of the loss by name, each the mean over the scenes."""
+        head = cast(SceneHead, self.head)
+        batch = self.batch(images, [head.as_target(target) for target in targets])
+        head.check_fits(batch.scenes, self._device, training=torch.is_grad_enabled())
+        found = [
+            head.scene_losses(maps, (scene.image.height, scene.image.width), cast(SceneTarget, scene.target), seed + i)
+            for i, (scene, maps) in enumerate(zip(batch.scenes, self._scene_maps(batch, seed), strict=True))
+        ]
+        return {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
 
     def _decode(
         self, batch: SceneBatch, decode: nn.Module, load_targets: Any, reduce: Any, linear: bool, seed: int

@@ -7,11 +7,12 @@ from pathlib import Path
 from gigaxt.datasets.manifest import Manifest
 from gigaxt.datasets.split import Fold
 from gigaxt.errors import ConfigError
-from gigaxt.nn.heads import DetectConfig, HeadConfig, PointsConfig, SegmentConfig
+from gigaxt.nn.heads import DetectConfig, HeadConfig, MaskRCNNConfig, PointsConfig, SegmentConfig
 from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase
 from gigaxt.tasks.classification import Classification
 from gigaxt.tasks.detection import Detection
 from gigaxt.tasks.fitting import fitted, fitted_numbers
+from gigaxt.tasks.instances import Instances
 from gigaxt.tasks.points import Points, fitted_points
 from gigaxt.tasks.segmentation import Segmentation
 from gigaxt.tasks.vessels import Vessels
@@ -20,6 +21,7 @@ __all__ = [
     "Classification",
     "Detection",
     "Evaluation",
+    "Instances",
     "Points",
     "Segmentation",
     "Tally",
@@ -47,7 +49,7 @@ def read_manifest(head: HeadConfig, csv: str | Path, *, split_seed: int = 0, fol
         DataError: the CSV has no column for this head, or labels that are not the model's classes.
         ConfigError: the head has another number of classes than the CSV, and no `class_names` to tell them by.
     """
-    if isinstance(head, DetectConfig):
+    if isinstance(head, DetectConfig | MaskRCNNConfig):
         return Manifest.read(csv, task="detection", split_seed=split_seed, fold=fold)
     if isinstance(head, PointsConfig):
         return Manifest.read(csv, task="points", split_seed=split_seed, fold=fold)
@@ -86,6 +88,8 @@ def make_task(head: HeadConfig, manifest: Manifest) -> Task:
         return Segmentation(manifest, head)
     if isinstance(head, DetectConfig):
         return Detection(manifest, head)
+    if isinstance(head, MaskRCNNConfig):
+        return Instances(manifest, head)
     if isinstance(head, PointsConfig):
         return Vessels(manifest, head) if head.scoring == "xview3" else Points(manifest, head)
     return Classification(manifest, head.class_names, head.time_bins)

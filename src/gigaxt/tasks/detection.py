@@ -19,7 +19,7 @@ from gigaxt.datasets.row import Row
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image.base import Image
 from gigaxt.metrics import coco_score
-from gigaxt.nn.heads.detect import DetectConfig
+from gigaxt.nn.heads.base import ObjectsConfig
 from gigaxt.objects import Objects
 from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase, worst_first
 from gigaxt.tasks.bootstrap import about_groups, estimate
@@ -49,10 +49,10 @@ class Detection(Task):
     """
 
     best = "AP"
-    metric_names = ("AP", "AP50", "AP75", "f1", "precision", "recall", "best_f1", "best_threshold")
+    metric_names: tuple[str, ...] = ("AP", "AP50", "AP75", "f1", "precision", "recall", "best_f1", "best_threshold")
     images_per_call = 1  # the loss of each image is wanted, and its objects are found one scene at a time
 
-    def __init__(self, manifest: Manifest, head: DetectConfig) -> None:
+    def __init__(self, manifest: Manifest, head: ObjectsConfig) -> None:
         self.manifest, self.head = manifest, head
         if head.class_names is not None:
             ids = head.category_ids
@@ -81,10 +81,12 @@ class Detection(Task):
         return target
 
     def answer(self, model: Any, images: Sequence[Any], targets: Sequence[Any]) -> Mapping[str, Any]:
-        """The sums of the loss, and `objects` of each image."""
-        from gigaxt.detection import detect  # which needs models, and they need no tasks
+        """The sums of the loss and the `objects` found, of one image."""
+        from gigaxt.detection import find  # which needs models, and they need no tasks
 
-        return {**model.evaluate(images, targets), "objects": [detect(model, image) for image in images]}
+        ((image,), (target,)) = images, targets
+        found = find(model, image, target)
+        return {**(found.sums or {}), "objects": found.objects}
 
     def settle(self, head: Any, evaluation: Evaluation) -> None:
         """The score from which on an object counts is the best on what was evaluated."""
@@ -106,7 +108,14 @@ class Detection(Task):
         return [float(count) for count in counts]
 
 
-class _Image(NamedTuple):
+class Masks(NamedTuple):
+    """COCO's run lengths of objects."""
+
+    truth: list[dict[str, Any]]
+    found: list[dict[str, Any]]
+
+
+class Scored(NamedTuple):
     """What came of one image."""
 
     row: Row
@@ -116,7 +125,9 @@ class _Image(NamedTuple):
     matched: NDArray[np.int64]
     """(objects,) `FOUND`, `FALSE` or `IGNORED`."""
     loss_sum: float
-    answering: float
+    loss_count: float
+    """What the loss is a mean over."""
+    masks: Masks | None = None
 
     @property
     def true_count(self) -> int:
@@ -134,7 +145,7 @@ class DetectionTally(Tally):
 
     def __init__(self, task: Detection) -> None:
         self.task: Detection = task
-        self.images: list[_Image] = []
+        self.images: list[Scored] = []
 
     @property
     def rows(self) -> list[Row]:
@@ -142,12 +153,15 @@ class DetectionTally(Tally):
         return [image.row for image in self.images]
 
     def update(self, rows: Sequence[Row], targets: Sequence[Any], output: Mapping[str, Any]) -> None:
-        """Add `{"loss_sum", "answering", "objects"}` of one image."""
-        (row,), (target,), (objects,) = rows, targets, output["objects"]
+        """Add what `Detection.answer` says of one image."""
+        (row,), (target,), objects = rows, targets, output["objects"]
         truth: RowBoxes = target.truth
         matched = match(objects.boxes_xyxy, objects.classes, truth.boxes_xyxy, truth.classes, truth.crowd, MATCHED_IOU)
-        sums = float(output["loss_sum"]), float(output["answering"])
-        self.images.append(_Image(row, target.size_px, truth, objects, matched, *sums))
+        self.images.append(Scored(row, target.size_px, truth, objects, matched, *self._loss_of(output)))
+
+    def _loss_of(self, output: Mapping[str, Any]) -> tuple[float, float]:
+        """A sum, and what it is to be divided by."""
+        return float(output["loss_sum"]), float(output["answering"])
 
     def select(self, keep: Callable[[Row], bool]) -> Self:
         """The tally of some images."""
@@ -165,20 +179,20 @@ class DetectionTally(Tally):
         """COCO's AP, F1 at the model's threshold and the best one; AP and boxes per class."""
         if not self.images:
             raise DataError("there is no image to evaluate")
-        most = self._most_of_a_class()
-        scores = coco_score(*self._as_coco(), max_dets=(1, 10, most))
-        stats = {name: _or_nan(scores["stats"][name]) for name in ("AP", "AP50", "AP75")}
+        most = self.most_of_a_class()
+        scores = coco_score(*self.as_coco(), max_dets=(1, 10, most))
+        stats = {name: or_nan(scores["stats"][name]) for name in ("AP", "AP50", "AP75")}
         counts = torch.tensor([image.counts(self.task.head.threshold) for image in self.images], dtype=torch.float64)
         groups = [image.row.group or image.row.case or str(image.row.image) for image in self.images]
         metrics, intervals = estimate(partial(_scores, counts), groups)
         best_f1, best_threshold = self._best_threshold()
-        answering = sum(image.answering for image in self.images)
+        loss_count = sum(image.loss_count for image in self.images)
         notes = [f"F1, precision and recall count objects of a score from {self.task.head.threshold:.3g} on"]
         if most > COCO_MOST:
             notes.append(f"AP is of up to {most} predictions an image and class, since there are so many objects")
         return Evaluation(
             images=len(self.images),
-            loss=sum(image.loss_sum for image in self.images) / max(answering, 1),
+            loss=sum(image.loss_sum for image in self.images) / max(loss_count, 1),
             metrics={**stats, **metrics, "best_f1": best_f1, "best_threshold": best_threshold},
             intervals=intervals,
             notes=[*notes, *about_groups(len(set(groups)))],
@@ -186,24 +200,28 @@ class DetectionTally(Tally):
             worst=worst_first([self._worst_case(image) for image in self.images]),
         )
 
-    def _as_coco(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def as_coco(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Truth and predictions, with images and classes numbered from 1."""
         truth: list[dict[str, Any]] = []
         found: list[dict[str, Any]] = []
         for number, image in enumerate(self.images, start=1):
             columns = zip(*(column.tolist() for column in image.truth), strict=True)
-            for box, class_, crowd, area in columns:
+            for i, (box, class_, crowd, area) in enumerate(columns):
                 object_ = {"id": len(truth) + 1, "image_id": number, "category_id": class_ + 1, "area": area}
-                truth.append({**object_, "bbox": _xywh(box), "iscrowd": int(crowd)})
+                mask = {} if image.masks is None else {"segmentation": image.masks.truth[i]}
+                truth.append({**object_, "bbox": _xywh(box), "iscrowd": int(crowd), **mask})
             assert image.objects.boxes_xyxy is not None
             objects = image.objects.boxes_xyxy.tolist(), image.objects.classes.tolist(), image.objects.scores.tolist()
-            for box, class_, score in zip(*objects, strict=True):
-                found.append({"image_id": number, "category_id": class_ + 1, "bbox": _xywh(box), "score": score})
+            for i, (box, class_, score) in enumerate(zip(*objects, strict=True)):
+                object_ = {"image_id": number, "category_id": class_ + 1, "bbox": _xywh(box), "score": score}
+                mask = {} if image.masks is None else {"segmentation": image.masks.found[i]}
+                found.append({**object_, **mask})
         sizes = [{"id": i, "height": im.size_px[0], "width": im.size_px[1]} for i, im in enumerate(self.images, 1)]
         categories = [{"id": i} for i, _ in enumerate(self.task.class_names, start=1)]
         return {"images": sizes, "categories": categories, "annotations": truth}, found
 
-    def _most_of_a_class(self) -> int:
+    def most_of_a_class(self) -> int:
+        """How many predictions of an image and class COCO scores."""
         most = max((int(np.bincount(im.truth.classes, minlength=1).max()) for im in self.images), default=0)
         return max(COCO_MOST, most)
 
@@ -226,11 +244,11 @@ class DetectionTally(Tally):
         classes = len(self.task.class_names)
         counts = sum(np.bincount(im.truth.classes[~im.truth.crowd], minlength=classes) for im in self.images)
         return {
-            name: {"AP": _or_nan(precision[str(i)]), "boxes": float(np.asarray(counts)[i - 1])}
+            name: {"AP": or_nan(precision[str(i)]), "boxes": float(np.asarray(counts)[i - 1])}
             for i, name in enumerate(self.task.class_names, start=1)
         }
 
-    def _worst_case(self, image: _Image) -> WorstCase:
+    def _worst_case(self, image: Scored) -> WorstCase:
         found, wrong, true = image.counts(self.task.head.threshold)
         f1 = 2 * found / (found + wrong + true) if found + wrong + true else 1.0
         caption = f"F1 {f1:.3f}: {found} of {true} objects found, {wrong} predictions of nothing"
@@ -248,5 +266,6 @@ def _xywh(box: Sequence[float]) -> list[float]:
     return [left, top, right - left, bottom - top]
 
 
-def _or_nan(value: float) -> float:
+def or_nan(value: float) -> float:
+    """COCO's -1, where nothing is defined, as NaN."""
     return math.nan if value < 0 else value

@@ -228,6 +228,8 @@ class RunConfig:
             )
         if self.train.window is not None and self.model.head.kind == "classify":
             raise ConfigError("train.window: a window of an image may lack what its label means; for dense models only")
+        if self.train.window is not None and self.model.head.kind == "mask_rcnn":
+            raise ConfigError("train.window: mask_rcnn sees whole images; use train.augment.crop_area, or kind detect")
         if self.train.window is not None and self.model.input.resize_px is not None:
             raise ConfigError("train.window and model.input.resize_px exclude each other; remove one")
         if dense and self.train.token_cache is not None:

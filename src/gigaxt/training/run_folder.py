@@ -13,7 +13,8 @@ from gigaxt.config import to_dict
 from gigaxt.datasets.labels import LABEL
 from gigaxt.datasets.manifest import Manifest
 from gigaxt.errors import CheckpointError, ConfigError
-from gigaxt.nn.heads import ClassifyConfig, DetectConfig, PointsConfig, SegmentConfig
+from gigaxt.nn.heads import ClassifyConfig, PointsConfig, SegmentConfig
+from gigaxt.nn.heads.base import ObjectsConfig
 from gigaxt.tasks import Detection, Task, fitted, fitted_numbers, fitted_points, make_task, read_manifest
 from gigaxt.training.checkpoint import checkpoints, one_line, recover_folder
 from gigaxt.training.config import RunConfig, differences, read_yaml, run_config
@@ -117,7 +118,7 @@ def _resolved(config: RunConfig, manifest: Manifest, stored: RunConfig | None) -
     task = make_task(head, manifest)
     if head.class_names is None:
         head = replace(head, class_names=list(task.class_names))
-    if isinstance(task, Detection) and isinstance(head, DetectConfig) and head.category_ids is None:
+    if isinstance(task, Detection) and isinstance(head, ObjectsConfig) and head.category_ids is None:
         ids = task.classes.ids
         head = replace(head, category_ids=None if ids is None else list(ids))
     if config.train.class_weights == "balanced":

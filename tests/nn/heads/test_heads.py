@@ -30,7 +30,7 @@ def test_config_is_plain_data(config: ClassifyConfig | DetectConfig | SegmentCon
         ({"kind": "segment", "clases": 2}, "head.clases: unknown key; did you mean `classes`"),
         ({"kind": "classify"}, "missing `classes`"),
         ({"kind": "classify", "classes": 2, "pooling": "max"}, "head.pooling: 'max'"),
-        ({"classes": 2}, "expected keys with a `kind`, one of classify, detect, points, segment"),
+        ({"classes": 2}, "expected keys with a `kind`, one of classify, detect, mask_rcnn, points, segment"),
     ],
 )
 def test_wrong_keys(data: dict[str, Any], message: str) -> None:

@@ -9,16 +9,18 @@ from gigaxt.config import from_dict, nearest
 from gigaxt.errors import ConfigError
 from gigaxt.nn.heads.classify import ClassifyConfig, ClassifyHead
 from gigaxt.nn.heads.detect import DetectConfig, DetectHead
+from gigaxt.nn.heads.mask_rcnn import MaskRCNNConfig, MaskRCNNHead
 from gigaxt.nn.heads.points import PointsConfig, PointsHead
 from gigaxt.nn.heads.segment import SegmentHead
 from gigaxt.nn.heads.segment_config import SegmentConfig
 
-HeadConfig = ClassifyConfig | DetectConfig | PointsConfig | SegmentConfig
+HeadConfig = ClassifyConfig | DetectConfig | MaskRCNNConfig | PointsConfig | SegmentConfig
 """The settings of any head; `kind` tells which."""
 
 _KINDS: dict[str, type[HeadConfig]] = {
     "classify": ClassifyConfig,
     "detect": DetectConfig,
+    "mask_rcnn": MaskRCNNConfig,
     "points": PointsConfig,
     "segment": SegmentConfig,
 }
@@ -44,7 +46,7 @@ def head_config_from_dict(data: Mapping[str, Any], where: str = "head") -> HeadC
 
 def build_head(
     config: HeadConfig, dim: int, map_channels: Sequence[int] = (), map_strides: Sequence[int] = ()
-) -> ClassifyHead | DetectHead | PointsHead | SegmentHead:
+) -> ClassifyHead | DetectHead | MaskRCNNHead | PointsHead | SegmentHead:
     """The head that `config` describes.
 
     Args:
@@ -57,6 +59,8 @@ def build_head(
         return ClassifyHead(config, dim)
     if isinstance(config, DetectConfig):
         return DetectHead(config, dim, map_channels, map_strides)
+    if isinstance(config, MaskRCNNConfig):
+        return MaskRCNNHead(config, dim, map_channels, map_strides)
     if isinstance(config, PointsConfig):
         return PointsHead(config, dim, map_channels, map_strides)
     return SegmentHead(config, dim, map_channels, map_strides)
@@ -68,6 +72,8 @@ __all__ = [
     "DetectConfig",
     "DetectHead",
     "HeadConfig",
+    "MaskRCNNConfig",
+    "MaskRCNNHead",
     "PointsConfig",
     "PointsHead",
     "SegmentConfig",

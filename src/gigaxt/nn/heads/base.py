@@ -45,6 +45,35 @@ class BaseHeadConfig:
             raise ConfigError(f"head.{key}: expected {self.classes} values, one a class, got {len(values)}")
 
 
+@dataclass(kw_only=True)
+class ObjectsConfig(BaseHeadConfig):
+    """Settings of every head that answers with boxes."""
+
+    strides: list[int] | None = None
+    """px per cell of the feature maps that answer, fine to coarse, such as [8, 16, 32]; None: all"""
+    score: float = 0.05
+    """objects that score less are left out"""
+    threshold: float = 0.3
+    """score from which on an object counts in F1 and in pictures; training sets it to the best on `val`"""
+    nms_iou: float = 0.6
+    """of two objects that overlap more, the one that scores less is left out"""
+    max_objects: int = 100_000
+    """of a scene, those that score best"""
+    category_ids: list[int] | None = None
+    """`category_id` of each class in COCO JSON; None: 1, 2, ..."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_length("category_ids", self.category_ids)
+        if self.max_objects < 1:
+            raise ConfigError(f"head.max_objects: expected at least 1, got {self.max_objects}")
+        for name in ("score", "threshold", "nms_iou"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"head.{name}: expected 0 <= x <= 1, got {getattr(self, name)}")
+        if self.label_smoothing:
+            raise ConfigError("head.label_smoothing: detection has none; remove it")
+
+
 def weights_tensor(config: BaseHeadConfig) -> Tensor | None:
     """The class weights, (classes,) float32, to be registered as a non-persistent buffer; None for all 1."""
     return None if config.class_weights is None else torch.tensor(config.class_weights, dtype=torch.float32)

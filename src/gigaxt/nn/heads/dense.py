@@ -14,19 +14,12 @@ Answers = Tensor | tuple[Tensor, ...]
 """Maps (n, channels, side, side) of n regions, each at a stride of its own: one, or several in a fixed order."""
 
 
-class DenseHead(nn.Module, ABC):
-    """A head that answers for every place of a scene, region by region, from feature maps and context.
+class MapsHead(nn.Module, ABC):
+    """A head that answers for every place of a region from its feature maps and context.
 
     It sees each region alone, with its halo, so that regions can be streamed in any grouping: no norm over the batch.
-    What it answers for the halo is cut off before the loss. That is a function of sums over all regions of the batch,
-    counted in float64, so that the streamed loss is that of the whole scene.
-
-    Attributes:
-        linear: promise that the loss is the first of the sums times what has no gradient. It saves a pass over the
-            region encoder where nothing is kept (see `gigaxt.nested`).
+    What it answers for the halo is cut off.
     """
-
-    linear: bool = False
 
     @abstractmethod
     def forward(self, maps: Sequence[Tensor], context: Tensor) -> Answers:
@@ -48,6 +41,19 @@ class DenseHead(nn.Module, ABC):
         Raises:
             DataError: it is none for this head.
         """
+
+
+class DenseHead(MapsHead):
+    """A head whose loss is a function of sums over all regions of the batch, of the answers for their cores.
+
+    They are counted in float64, so that the streamed loss is that of the whole scene.
+
+    Attributes:
+        linear: promise that the loss is the first of the sums times what has no gradient. It saves a pass over the
+            region encoder where nothing is kept (see `gigaxt.nested`).
+    """
+
+    linear: bool = False
 
     @abstractmethod
     def loss_sums(self, answers: Answers, targets: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

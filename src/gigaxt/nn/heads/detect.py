@@ -19,9 +19,9 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from gigaxt.boxes import IGNORED, BoxTarget, Lattice, as_boxes
 from gigaxt.errors import ConfigError, DataError
-from gigaxt.nn.heads.base import BaseHeadConfig, at_least_float32, weights_tensor
+from gigaxt.nn.heads.base import ObjectsConfig, at_least_float32, weights_tensor
 from gigaxt.nn.heads.dense import Answers, DenseHead
-from gigaxt.nn.heads.levels import ContextClassifier, Level, PixelNorm
+from gigaxt.nn.heads.levels import ContextClassifier, Level, PixelNorm, chosen_strides, joined_levels
 
 PRIOR = 0.01
 """Chance of an object that a fresh head gives each cell, so that the many empty ones do not drown the loss."""
@@ -30,7 +30,7 @@ GROWTH = 8.0
 
 
 @dataclass(kw_only=True)
-class DetectConfig(BaseHeadConfig):
+class DetectConfig(ObjectsConfig):
     """Settings of the detection head."""
 
     kind: Literal["detect"] = "detect"
@@ -38,39 +38,21 @@ class DetectConfig(BaseHeadConfig):
     """channels of the decoder"""
     depth: int = 2
     """3 x 3 convolutions before the classes, and as many before the boxes"""
-    strides: list[int] | None = None
-    """px per cell of the feature maps that answer, fine to coarse, such as [8, 16, 32]; None: all"""
     max_cells: float = 8.0
     """longer side of an object, in cells, from which on the next coarser map answers for it"""
     radius: float = 1.5
     """cells around an object's centre that answer for it"""
-    score: float = 0.05
-    """objects that score less are left out"""
-    threshold: float = 0.3
-    """score from which on an object counts in F1 and in pictures; training sets it to the best on `val`"""
-    nms_iou: float = 0.6
-    """of two objects that overlap more, the one that scores less is left out"""
     class_aware: bool = True
     """whether only objects of one class leave each other out"""
-    max_objects: int = 100_000
-    """of a scene, those that score best"""
-    category_ids: list[int] | None = None
-    """`category_id` of each class in COCO JSON; None: 1, 2, ..."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_length("category_ids", self.category_ids)
-        for name in ("dim", "depth", "max_objects"):
+        for name in ("dim", "depth"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"head.{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("score", "threshold", "nms_iou"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"head.{name}: expected 0 <= x <= 1, got {getattr(self, name)}")
         for name in ("max_cells", "radius"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"head.{name}: expected a positive number, got {getattr(self, name)}")
-        if self.label_smoothing:
-            raise ConfigError("head.label_smoothing: detection has none, its loss is focal; remove it")
 
 
 class DetectHead(DenseHead):
@@ -92,11 +74,7 @@ class DetectHead(DenseHead):
 
     def __init__(self, config: DetectConfig, dim: int, map_channels: Sequence[int], map_strides: Sequence[int]) -> None:
         super().__init__()
-        if not map_channels or len(map_channels) != len(map_strides):
-            raise ConfigError("head: detect needs the feature maps of the region encoder; build it with `maps=True`")
-        strides = list(map_strides) if config.strides is None else config.strides
-        if not strides or strides != [stride for stride in map_strides if stride in strides]:
-            raise ConfigError(f"head.strides: expected some of {list(map_strides)}, fine to coarse, got {strides}")
+        strides = chosen_strides(config.strides, map_strides, "detect")
         self.config = config
         self.lattice = Lattice(tuple(strides), config.max_cells, config.radius)
         self.answering = [stride in strides for stride in map_strides]
@@ -123,17 +101,8 @@ class DetectHead(DenseHead):
             from the location to the box's left, top, right, bottom in px, then the logit of centreness.
         """
         context = self.context_norm(context).permute(0, 3, 1, 2)  # (n, rows, cols, dim) -> (n, dim, rows, cols)
-        x: Tensor | None = None
-        joined: list[Tensor] = []
-        for level, features, answers in zip(
-            reversed(self.levels), reversed(maps), reversed(self.answering), strict=True
-        ):
-            x = level(features, context, x)
-            if answers:
-                joined.append(x)
-        return tuple(
-            self._answer(x, context, stride) for x, stride in zip(reversed(joined), self.lattice.strides, strict=True)
-        )
+        joined = joined_levels(self.levels, maps, context, self.answering)
+        return tuple(self._answer(x, context, stride) for x, stride in zip(joined, self.lattice.strides, strict=True))
 
     def _answer(self, x: Tensor, context: Tensor, stride: int) -> Tensor:
         logits = self.classifier(self.class_tower(x), context)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gigaxt.errors import ConfigError
 
 FILM_GAIN = 0.3
 """Standard deviation of scale and shift at the start: enough to pass gradients, too little to drown the features."""
@@ -41,6 +43,40 @@ class Level(nn.Module):
             x = x + resize(coarser, size)
         y: Tensor = self.fuse(x)
         return y
+
+
+def chosen_strides(wanted: Sequence[int] | None, map_strides: Sequence[int], kind: str) -> list[int]:
+    """The strides of the feature maps that answer: those that `head.strides` names, or all.
+
+    Raises:
+        ConfigError: there are no maps, or not those.
+    """
+    if not map_strides:
+        raise ConfigError(f"head: {kind} needs the feature maps of the region encoder; build it with `maps=True`")
+    strides = list(map_strides if wanted is None else wanted)
+    if not strides or strides != [stride for stride in map_strides if stride in strides]:
+        raise ConfigError(f"head.strides: expected some of {list(map_strides)}, fine to coarse, got {strides}")
+    return strides
+
+
+def joined_levels(
+    levels: Iterable[nn.Module], maps: Sequence[Tensor], context: Tensor, answering: Sequence[bool]
+) -> list[Tensor]:
+    """Maps joined from coarse to fine by a `Level` each; those that answer, fine to coarse.
+
+    Args:
+        levels: fine to coarse, as the others.
+        maps: (n, c_i, h_i, w_i) each.
+        context: (n, context_dim, rows, cols), of the same area.
+        answering: which are given back.
+    """
+    x: Tensor | None = None
+    joined: list[Tensor] = []
+    for level, features, answers in reversed(list(zip(levels, maps, answering, strict=True))):
+        x = level(features, context, x)
+        if answers:
+            joined.append(x)
+    return joined[::-1]
 
 
 class ContextClassifier(nn.Module):
