@@ -237,8 +237,11 @@ def test_polygons_in_the_crs_of_the_image(tmp_path: Path) -> None:
     corners = [[500_400.0, 4_999_900.0], [500_500.0, 4_999_900.0], [500_500.0, 4_999_800.0]]
     path = tmp_path / "land.json"
     path.write_text(json.dumps({"type": "Polygon", "coordinates": [corners]}))
-    found = Foreground.from_spec(str(path))
     with pytest.raises(DataError, match=r"expected polygons on array \(130 x 100 px\), got x 500400 to 500500"):
+        Foreground.from_spec(str(path)).keep(image, 32)
+    path.write_text(json.dumps({"type": "Polygon", "coordinates": [corners], "crs": "EPSG:32633"}))
+    found = Foreground.from_spec(str(path))
+    with pytest.raises(DataError, match="has no CRS to place it by"):
         found.keep(image, 32)
     image.crs, image.transform = "EPSG:32633", (10, 0, 500_000, 0, -10, 5_000_000)
     assert np.argwhere(found.keep(image, 32)).tolist() == [[0, 1]]

@@ -17,8 +17,9 @@ from gigaxt.augment import Edges, below_turns, turn
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image import open_image
 from gigaxt.image.base import Image, Mask
-from gigaxt.image.views import Cropped
-from gigaxt.polygons import Polygon, epsg_code, polygon_from_array, rasterised_area, read_geojson, to_pixels
+from gigaxt.image.views import Cropped, Resampled, Select
+from gigaxt.polygons import Polygon, epsg_code, polygon_from_array, rasterised_area, read_geojson
+from gigaxt.projection import geojson_to_px
 from gigaxt.regions import READ_BYTES, core_px, lattice_edges
 
 Spec = str | os.PathLike[str] | Image | Sequence[ArrayLike]
@@ -123,9 +124,8 @@ class PolygonForeground(Foreground):
     """What lies inside of polygons: pixels whose centre does.
 
     Coordinates. A list of arrays: always level-0 px of the file, x to the right, y down, also where the image is a
-    resampled view of it. GeoJSON: coordinates of the image's CRS if the file has a `crs` member or the image has a CRS
-    and a transform; otherwise px too, as QuPath writes them. A `crs` member must name the image's CRS; nothing is
-    reprojected.
+    resampled view of it. GeoJSON: as of masks (`gigaxt.projection.geojson_to_px`): longitude and latitude, or what its
+    `crs` member names, brought to the CRS of the image; px as above where neither has one.
     """
 
     def __init__(
@@ -143,15 +143,28 @@ class PolygonForeground(Foreground):
         self.polygons, self.geojson, self.crs = polygons, geojson, crs
 
     def _covered_px(self, image: Image, row_edges: Edges, col_edges: Edges) -> NDArray[np.float64]:
-        polygons = to_pixels(self.polygons, self.crs, image, self.name, geojson=self.geojson)
+        polygons = self._in_px(image)
         corners = np.concatenate([ring for polygon in polygons for ring in polygon])
         (left, top), (right, bottom) = corners.min(axis=0), corners.max(axis=0)
         if right <= 0 or bottom <= 0 or left >= image.width or top >= image.height:
             raise DataError(
                 f"{self.name}: expected polygons on {image.name} ({image.width} x {image.height} px), got x {left:.6g} "
-                f"to {right:.6g}, y {top:.6g} to {bottom:.6g} px; write them in level-0 px, or in its CRS ({image.crs})"
+                f"to {right:.6g}, y {top:.6g} to {bottom:.6g} px; check that they belong together, and their CRS"
             )
         return rasterised_area(polygons, row_edges, col_edges)
+
+    def _in_px(self, image: Image) -> list[Polygon]:
+        """The polygons in level-0 px of an image."""
+        placed = image.crs is not None and image.transform is not None
+        if self.geojson and (placed or self.crs is not None):
+            rings = [ring for polygon in self.polygons for ring in polygon]
+            change = geojson_to_px(self.crs, np.concatenate(rings), image, self.name)
+            return [[change(ring) for ring in polygon] for polygon in self.polygons]
+        below = image
+        while isinstance(below, Select | Resampled):
+            below = below._image
+        scale = np.array([image.width / below.width, image.height / below.height])
+        return [[ring * scale for ring in polygon] for polygon in self.polygons]
 
 
 class RasterForeground(Foreground):

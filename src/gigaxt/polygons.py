@@ -13,8 +13,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from gigaxt.augment import Edges
 from gigaxt.errors import DataError
-from gigaxt.image.base import Image
-from gigaxt.image.views import Resampled, Select
 
 Ring = NDArray[np.float64]
 """(N, 2) corners as (x, y), closed or not."""
@@ -97,36 +95,6 @@ def _ring(corners: Any, where: str) -> Ring:
         text = repr(corners)
         raise DataError(f"{where}: expected a polygon of three or more corners (x, y), got {text[:60]}")
     return ring[:, :2]
-
-
-def to_pixels(
-    polygons: list[Polygon], crs: str | None, image: Image, where: str, *, geojson: bool = True
-) -> list[Polygon]:
-    """Polygons in level-0 px of `image`.
-
-    Those of a GeoJSON file are in the image's CRS if the file has a `crs` member or the image a CRS and transform. All
-    others are in level-0 px of the file, which differ from those of `image` where it is resampled.
-
-    Raises:
-        DataError: the file names another CRS than the image's, or the image has none.
-    """
-    if not geojson or (crs is None and (image.crs is None or image.transform is None)):
-        below = image
-        while isinstance(below, Select | Resampled):
-            below = below._image
-        scale = np.array([image.width / below.width, image.height / below.height])
-        return [[ring * scale for ring in polygon] for polygon in polygons]
-    if image.transform is None:
-        raise DataError(f"{where}: has the CRS {crs}, but {image.name} has no transform; write polygons in level-0 px")
-    named, own = epsg_code(crs), epsg_code(image.crs)
-    if named and own and named != own:
-        raise DataError(
-            f"{where}: expected the CRS EPSG:{own} of {image.name}, got {crs}; "
-            f"use ogr2ogr -t_srs EPSG:{own} new.geojson {where}"
-        )
-    a, b, c, d, e, f = image.transform
-    to_crs = np.array([[a, b], [d, e]])
-    return [[np.linalg.solve(to_crs, (ring - (c, f)).T).T for ring in polygon] for polygon in polygons]
 
 
 def epsg_code(crs: str | None) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from gigaxt.config import nearest
 from gigaxt.errors import DataError
 from gigaxt.image.base import Image
-from gigaxt.polygons import Polygon, epsg_code, polygon_of, polygons_in
+from gigaxt.polygons import Polygon, polygon_of, polygons_in
+from gigaxt.projection import Change, geojson_to_px, projection, to_px
 
-LON_LAT = "OGC:CRS84"
-"""Of GeoJSON that names no other."""
 AREAS = ("Polygon", "MultiPolygon")
 _EDGE_POINTS = 21
 """Points on each side of an image, from which the box that it covers in another CRS is found."""
@@ -71,29 +70,21 @@ def read_features(path: Path, field: str | None = None, *, near: Image | None = 
 def in_pixels(features: Features, image: Image) -> list[Polygon]:
     """The polygons in level-0 px of an image.
 
-    GeoJSON is in longitude and latitude, as its standard says, or in the CRS that its `crs` member names; the others
-    are in the CRS that they name. All are reprojected to that of the image. Where the image has no CRS, or no
-    transform, and the file names none, coordinates are px of the image, as QuPath writes them.
+    Of GeoJSON see `gigaxt.projection.geojson_to_px`; the others are in the CRS that they name, or in px where neither
+    they nor the image has one. All are reprojected to the CRS of the image.
 
     Raises:
         DataError: one of the two has no CRS, coordinates that the CRS does not have, or no overlap with the image.
     """
-    crs = features.crs
-    if image.crs is None or image.transform is None:
-        if crs is not None:
-            raise DataError(
-                f"{features.name}: is in {crs}, but {image.name} has no CRS to place it by; "
-                "write polygons in px of the image, without a `crs`"
-            )
-        polygons = features.polygons
+    placed = image.crs is not None and image.transform is not None
+    if features.geojson or not placed:
+        rings = [ring for polygon in features.polygons for ring in polygon]
+        change = geojson_to_px(features.crs, np.concatenate([np.empty((0, 2)), *rings]), image, features.name)
+    elif features.crs is None:
+        raise DataError(f"{features.name}: says no CRS, {image.name} has {image.crs}; set it, as with ogr2ogr -a_srs")
     else:
-        if crs is None and not features.geojson:
-            raise DataError(
-                f"{features.name}: says no CRS, {image.name} has {image.crs}; set it, as with ogr2ogr -a_srs"
-            )
-        if crs is None:
-            _check_lon_lat(features)
-        polygons = _mapped(features, _to_pixels(crs or LON_LAT, image, features.name))
+        change = to_px(features.crs, image, features.name)
+    polygons = mapped(features.polygons, change)
     _check_overlap(features.name, polygons, image)
     return polygons
 
@@ -226,56 +217,6 @@ def _wkb(data: bytes, at: int, path: Path, number: int) -> tuple[list[list[NDArr
     return [rings] if rings else [], at
 
 
-def _check_lon_lat(features: Features) -> None:
-    corners = np.concatenate([ring for polygon in features.polygons for ring in polygon])
-    most = np.abs(corners).max(axis=0)
-    if most[0] > 180 + 1e-6 or most[1] > 90 + 1e-6:
-        raise DataError(
-            f"{features.name}: GeoJSON without a `crs` member is in longitude and latitude, but coordinates reach "
-            f"{most[0]:.6g}, {most[1]:.6g}; name its CRS with a `crs` member, or use "
-            f"ogr2ogr -lco RFC7946=YES new.geojson {features.name}"
-        )
-
-
-def _to_pixels(crs: str, image: Image, name: str) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-    """What maps (n, 2) of x, y in `crs` to px of the image."""
-    assert image.transform is not None
-    assert image.crs is not None
-    project = _projection(crs, image.crs, name)
-    a, b, c, d, e, f = image.transform
-    from_crs = np.linalg.inv(np.array([[a, b], [d, e]]))
-
-    def to_pixels(corners: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.asarray((project(corners) - (c, f)) @ from_crs.T)
-
-    return to_pixels
-
-
-def _projection(source: str, target: str, name: str) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-    if source == target or (epsg_code(source) is not None and epsg_code(source) == epsg_code(target)):
-        return lambda corners: corners
-    try:
-        from pyproj import Transformer
-        from pyproj.exceptions import ProjError
-    except ImportError as error:
-        raise DataError(
-            f"{name}: is in {source}, the image in {target}; to bring one to the other, pip install 'gigaxt[geo]'"
-        ) from error
-    try:
-        transformer = Transformer.from_crs(source, target, always_xy=True)
-    except ProjError as error:
-        raise DataError(f"{name}: cannot be brought from {source} to {target}: {error}") from error
-
-    def project(corners: NDArray[np.float64]) -> NDArray[np.float64]:
-        found = np.column_stack(transformer.transform(corners[:, 0], corners[:, 1]))
-        if not np.isfinite(found).all():
-            at = corners[~np.isfinite(found).all(axis=1)][0]
-            raise DataError(f"{name}: ({at[0]:.6g}, {at[1]:.6g}) in {source} is no place in {target}, the image's CRS")
-        return found
-
-    return project
-
-
 def _box_in(crs: str, image: Image, name: str) -> tuple[float, float, float, float] | None:
     """What an image covers in a CRS: left, bottom, right, top, and a little more."""
     if image.crs is None or image.transform is None:
@@ -284,19 +225,19 @@ def _box_in(crs: str, image: Image, name: str) -> tuple[float, float, float, flo
     x, y = (axis.ravel() for axis in np.meshgrid(along * image.width, along * image.height))
     a, b, c, d, e, f = image.transform
     corners = np.column_stack([a * x + b * y + c, d * x + e * y + f])
-    found = _projection(image.crs, crs, name)(corners)
+    found = projection(image.crs, crs, name)(corners)
     low, high = found.min(axis=0), found.max(axis=0)
     (left, bottom), (right, top) = low - 0.01 * (high - low), high + 0.01 * (high - low)
     return float(left), float(bottom), float(right), float(top)
 
 
-def _mapped(features: Features, change: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> list[Polygon]:
+def mapped(polygons: Sequence[Polygon], change: Change) -> list[Polygon]:
     """All corners changed in one call."""
-    rings = [ring for polygon in features.polygons for ring in polygon]
+    rings = [ring for polygon in polygons for ring in polygon]
     if not rings:
         return []
     parts = iter(np.split(change(np.concatenate(rings)), np.cumsum([len(ring) for ring in rings])[:-1]))
-    return [[next(parts) for _ in polygon] for polygon in features.polygons]
+    return [[next(parts) for _ in polygon] for polygon in polygons]
 
 
 def _check_overlap(name: str, polygons: Sequence[Polygon], image: Image) -> None:

@@ -186,7 +186,7 @@ def test_geojson_in_the_crs_and_in_longitude_and_latitude(tmp_path: Path) -> Non
     utm = box * (10, -10) + (500_000, 5_000_000)
     lon_lat = np.stack(transform("EPSG:32633", "EPSG:4326", *utm.T.tolist()), axis=1)
     named = {"type": "name", "properties": {"name": "urn:ogc:def:crs:OGC:1.3:CRS84"}}
-    for corners, crs in ((utm, None), (lon_lat, None), (lon_lat, named)):
+    for corners, crs in ((utm, "EPSG:32633"), (lon_lat, None), (lon_lat, named)):
         data = {"type": "FeatureCollection", "features": [feature(corners.tolist(), label="car")]}
         row = geo_row(tmp_path, data | ({"crs": crs} if crs else {}), "geo.tif")
         found = row_boxes(row, open_image(row.image), BoxClasses(("car",)))
@@ -202,7 +202,7 @@ def test_geojson_in_the_crs_and_in_longitude_and_latitude(tmp_path: Path) -> Non
         ([feature([[50, 1], [60, 1], [60, 9]])], r"feature 0 \(from 0\) lies outside of"),
         (
             {"type": "FeatureCollection", "features": [feature([[1, 1], [2, 1], [2, 3]])], "crs": "EPSG:3857"},
-            "has none",
+            "has no CRS to place it by",
         ),
         ([feature([[1, 1], [2, 1], [2, 3]])], "a feature has no class"),
         ([feature([[1, 1], [2, 1], [2, 3]], label="bus")], "class 'bus' is none of the model's"),

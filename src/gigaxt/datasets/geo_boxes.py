@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from gigaxt.errors import DataError
 from gigaxt.image.base import Image
-from gigaxt.polygons import Polygon, epsg_code, polygon_of, polygons_in
+from gigaxt.polygons import Polygon, polygon_of, polygons_in
+from gigaxt.projection import geojson_to_px
 
 CLASS_KEYS = ("class", "category", "label", "name")
 """Properties that may name the class, the first that is there; after QuPath's `classification`."""
-LON_LAT = "4326"
 
 
 def is_geojson(path: Path) -> bool:
@@ -32,9 +32,7 @@ def geojson_classes(path: Path) -> list[str | None]:
 def read_geojson_boxes(path: Path, image: Image) -> tuple[NDArray[np.float64], list[str | None]]:
     """Boxes (n, 4) as left, top, right, bottom in px of an image, and their classes.
 
-    Coordinates are in the image's CRS; in another one that the file's member `crs` names; longitude and latitude, where
-    it names none, all numbers can be such and the image's CRS has another unit; or px (x, y), where the image has no
-    CRS.
+    Coordinates are as of masks, see `gigaxt.projection.geojson_to_px`.
 
     Raises:
         DataError: no GeoJSON, a geometry without finite corners, a CRS where the image has none or that is not known,
@@ -45,7 +43,7 @@ def read_geojson_boxes(path: Path, image: Image) -> tuple[NDArray[np.float64], l
     if not corners:
         return np.zeros((0, 4)), []
     everything = np.concatenate(corners)
-    pixels = _to_pixels(path, crs, everything, image)
+    pixels = geojson_to_px(crs, everything, image, str(path))(everything)
     parts = np.split(pixels, np.cumsum([len(part) for part in corners])[:-1])
     boxes = np.array([[*part.min(axis=0), *part.max(axis=0)] for part in parts])
     x0, y0, x1, y1 = boxes.T
@@ -74,7 +72,8 @@ def read_geojson_polygons(path: Path, image: Image) -> list[list[Polygon]]:
     rings = [ring for polygons in shapes for polygon in polygons for ring in polygon]
     if not rings:
         return []
-    pixels = _to_pixels(path, _crs(path), np.concatenate(rings), image)
+    everything = np.concatenate(rings)
+    pixels = geojson_to_px(_crs(path), everything, image, str(path))(everything)
     parts = iter(np.split(pixels, np.cumsum([len(ring) for ring in rings])[:-1]))
     return [[[next(parts) for _ in polygon] for polygon in polygons] for polygons in shapes]
 
@@ -135,32 +134,3 @@ def _positions(coordinates: Any) -> Iterator[tuple[float, float]]:
         return
     for part in coordinates:
         yield from _positions(part)
-
-
-def _to_pixels(path: Path, crs: str | None, corners: NDArray[np.float64], image: Image) -> NDArray[np.float64]:
-    if image.crs is None or image.transform is None:
-        if crs is not None:
-            raise DataError(f"{path}: has the CRS {crs}, but {image.name} has none; write px (x, y), without `crs`")
-        return corners
-    own, given = epsg_code(image.crs), epsg_code(crs)
-    if crs is None and own != LON_LAT and (np.abs(corners) <= (180, 90)).all():
-        crs, given = "EPSG:4326", LON_LAT
-    if crs is not None and (given is None or given != own):
-        corners = _transformed(path, crs if given is None else f"EPSG:{given}", corners, image)
-    a, b, c, d, e, f = image.transform
-    return np.asarray(np.linalg.solve(np.array([[a, b], [d, e]]), (corners - (c, f)).T).T)
-
-
-def _transformed(path: Path, crs: str, corners: NDArray[np.float64], image: Image) -> NDArray[np.float64]:
-    try:
-        from rasterio.errors import CRSError
-        from rasterio.warp import transform
-    except ImportError as error:
-        raise DataError(
-            f"{path}: is in {crs}, {image.name} in {image.crs}: pip install 'gigaxt[geo]', or use ogr2ogr -t_srs"
-        ) from error
-    try:
-        x, y = transform(crs, image.crs, *corners.T.tolist())
-    except CRSError as error:
-        raise DataError(f"{path}: cannot go from {crs} to the CRS of {image.name}: {error}") from error
-    return np.stack([x, y], axis=1)

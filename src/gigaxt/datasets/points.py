@@ -18,10 +18,12 @@ from gigaxt.image.base import Image
 from gigaxt.metrics.tables import Table
 from gigaxt.nn.heads.points import PointsConfig
 from gigaxt.points import UNKNOWN, PointTarget
-from gigaxt.polygons import epsg_code
+from gigaxt.projection import geojson_to_px, to_px
 
 Frame = str
-"""`index`: whole numbers are pixel centres; `px` from the upper left corner; `map`: the CRS of the image; or a CRS."""
+"""`index`: whole numbers are pixel centres; `px` from the upper left corner; `map`: the CRS of the image; or a CRS. Of
+GeoJSON `geojson:` and the CRS that it names, if any."""
+GEOJSON = "geojson:"
 LON_LAT = "EPSG:4326"
 PLACES: dict[tuple[str, str], Frame] = {
     ("row", "col"): "index",
@@ -227,7 +229,7 @@ def _geojson(path: Path) -> tuple[Table, Frame, tuple[str, str]]:
     table = Table({name: [line.get(name) for line in lines] for name in names}, str(path))
     crs = data.get("crs") if isinstance(data, dict) else None
     named = crs.get("properties", {}).get("name") if isinstance(crs, Mapping) else crs
-    return table, "geojson" if named is None else str(named), ("y", "x")
+    return table, GEOJSON + ("" if named is None else str(named)), ("y", "x")
 
 
 def _indices(found: PointTable, rows: NDArray[np.intp], spec: Spec) -> NDArray[np.int64]:
@@ -248,34 +250,15 @@ def _in_px(places: NDArray[np.float64], frame: Frame, image: Image, name: str) -
     placed = image.crs is not None and image.transform is not None
     if frame == "index":
         return places + 0.5
-    if frame == "px" or (frame == "geojson" and not placed):
+    if frame == "px":
         return places
+    at = places[:, ::-1]  # (n, 2) as x, y
+    if frame.startswith(GEOJSON):
+        return geojson_to_px(frame.removeprefix(GEOJSON) or None, at, image, name)(at)[:, ::-1]
     if not placed:
         raise DataError(f"{name}: places are in {frame}, but {image.name} has no CRS and transform to place them by")
     assert image.crs is not None
-    assert image.transform is not None
-    at = places[:, ::-1]  # (n, 2) as x, y
-    if frame != "map":
-        at = _projected(at, LON_LAT if frame == "geojson" else frame, image.crs, name)
-    a, b, c, d, e, f = image.transform
-    return np.linalg.solve(np.array([[a, b], [d, e]]), (at - (c, f)).T).T[:, ::-1]
-
-
-def _projected(at: NDArray[np.float64], source: str, target: str, name: str) -> NDArray[np.float64]:
-    if epsg_code(source) is not None and epsg_code(source) == epsg_code(target):
-        return at
-    try:
-        from pyproj import Transformer
-        from pyproj.exceptions import ProjError
-    except ImportError as error:
-        raise DataError(
-            f"{name}: places in {source} on an image in {target} need pyproj: pip install pyproj"
-        ) from error
-    try:
-        transformer = Transformer.from_crs(source, target, always_xy=True)
-    except ProjError as error:
-        raise DataError(f"{name}: cannot be brought from {source} to {target}: {error}") from error
-    return np.column_stack(transformer.transform(at[:, 0], at[:, 1]))
+    return to_px(image.crs if frame == "map" else frame, image, name)(at)[:, ::-1]
 
 
 def known_numbers(paths: Sequence[Path], spec: Spec) -> NDArray[np.float64]:
