@@ -42,8 +42,8 @@ class InputConfig:
     overview: list[int] = field(default_factory=list)
     """Downsample factors of coarser levels whose regions join the context, such as [8] or [8, 64]."""
     foreground: str | None = None
-    """Which regions are worth encoding: "tissue", or a raster or GeoJSON file for all images (longitude and latitude, or
-    the CRS that its `crs` member names; px of an image without a CRS); None: all with data."""
+    """Which regions are worth encoding: "tissue", or a raster or GeoJSON file for all images (longitude and latitude,
+    or the CRS that its `crs` member names; px of an image without a CRS); None: all with data."""
 
     def __post_init__(self) -> None:
         if (self.mean is None) != (self.std is None):
