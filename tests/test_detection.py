@@ -14,7 +14,7 @@ from array_image import ArrayImage
 from gigaxt import GigaXT, open_image
 from gigaxt.augment import dihedral
 from gigaxt.boxes import BoxTarget
-from gigaxt.detection import CandidatePool, Candidates, detect, no_candidates
+from gigaxt.detection import CandidatePool, Candidates, detect, find, no_candidates
 from gigaxt.nn.xt import RegionAnswer
 from gigaxt.objects import Objects
 from tiny_models import tiny_model
@@ -147,3 +147,28 @@ def test_a_fresh_model_answers() -> None:
     assert len(found.scores) > 10
     assert np.isfinite(found.boxes_xyxy).all()
     assert isinstance(next(model.predict_regions(model.batch([image()]))).answers[0], Tensor)
+
+
+@pytest.mark.parametrize("strides", [[4, 8, 16, 32], [8]])
+def test_loss_and_objects_come_of_one_pass(strides: list[int]) -> None:
+    """Each pixel is read twice, for its token and for its maps, as for the objects alone; the sums are the model's."""
+    model = tiny_model({"kind": "detect", "classes": 3, "dim": 8, "strides": strides}).double()
+    target = {"boxes": [[5, 5, 40, 30], [60, 10, 140, 96]], "labels": [0, 2], "ignored": [False, False]}
+    masked = np.ones((100, 150), np.bool_)
+    masked[40:, 100:] = False
+    pixels = np.random.default_rng(0).integers(1, 255, (100, 150, 3), dtype=np.uint8)
+    seen = ArrayImage(pixels, masks=(masked,))
+    found = find(model, seen, target)
+    expected = model.evaluate([ArrayImage(pixels, masks=(masked,))], [target])
+    assert found.sums is not None
+    assert found.sums.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found.sums[name], value, rtol=1e-10, atol=0)
+    again = ArrayImage(pixels, masks=(masked,))
+    alone = find(model, again)
+    assert alone.sums is None
+    assert again.windows == seen.windows
+    whole = ArrayImage(pixels)  # no search for regions without data
+    find(model, whole, target)
+    assert (whole.times_read() == 2).all()
+    np.testing.assert_array_equal(alone.objects.boxes_xyxy, found.objects.boxes_xyxy)

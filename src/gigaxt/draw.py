@@ -6,7 +6,7 @@ Nothing here needs more memory than its `max_px` and one strip of the image allo
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,10 @@ _OKABE_ITO: tuple[Colour, ...] = (
     (213, 94, 0),
     (204, 121, 167),
 )
+
+
+CASE_COLOURS: tuple[Colour, ...] = _OKABE_ITO[2], _OKABE_ITO[3], _OKABE_ITO[6]
+"""Of what is there, what is found, and what is found wrongly."""
 
 
 def class_palette(classes: int) -> list[Colour]:
@@ -181,6 +185,19 @@ def with_boxes(
         frame = (left, top, max(right - 1, left), max(bottom - 1, top))  # the last pixel inside
         pen.rectangle(frame, outline=colours[class_], width=2 if min(right - left, bottom - top) > 8 else 1)
     return with_legend(np.asarray(canvas), names, colours)
+
+
+def with_case(picture: Picture, boxes_xyxy: Mapping[str, Sequence[Sequence[float]]], scale: float) -> Picture:
+    """A picture with boxes of several kinds, such as true and found ones, each in a colour of its own.
+
+    Args:
+        picture: (h, w, 3) uint8.
+        boxes_xyxy: name of a kind -> left, top, right, bottom in px of the image.
+        scale: px of the picture for each of the image.
+    """
+    boxes = np.array([box for kind in boxes_xyxy.values() for box in kind], dtype=np.float64).reshape(-1, 4)
+    kinds = np.repeat(np.arange(len(boxes_xyxy)), [len(kind) for kind in boxes_xyxy.values()])
+    return with_boxes(picture, boxes * scale, kinds, list(boxes_xyxy), colours=CASE_COLOURS)
 
 
 def save_png(picture: Picture, path: str | Path) -> Path:

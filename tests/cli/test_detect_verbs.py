@@ -12,6 +12,7 @@ import pytest
 from PIL import Image as Pillow
 
 from gigaxt.cli import main
+from gigaxt.draw import CASE_COLOURS
 from gigaxt.metrics import coco_score
 
 RUN = """
@@ -66,6 +67,16 @@ def test_from_coco_json_to_predictions(tmp_path: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     assert main(["eval", str(run), str(table), "--split", "train", "--json", str(tmp_path / "scores.json")]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())["metrics"]
+    pictures = ["eval", str(run), str(table), "--split", "all", "--png", str(tmp_path / "pictures")]
+    assert main(pictures) == 0
+    names = {f"{kind}_0{k}_{i}.png" for kind in ("worst", "best") for k in (1, 2, 3) for i in range(3)}
+    drawn = sorted((tmp_path / "pictures").iterdir())
+    assert len(drawn) == 6
+    assert {path.name for path in drawn} < names
+    found = np.asarray(Pillow.open(drawn[0]))[:, :100]
+    assert all((found == colour).all(axis=2).sum() > 30 for colour in CASE_COLOURS[:2])  # true ones, and found ones
+    assert main([*pictures[:-1], str(tmp_path / "0.png")]) == 2
+    assert (run / "report.html").read_text().count('title="boxes"') == 2  # the worst and the best of one image
     assert scores["AP50"] > 0.9
     assert scores["f1"] > 0.9
     saved = json.loads((run / "model" / "config.json").read_text())
@@ -106,6 +117,9 @@ def test_wrong_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert main(["predict", str(tmp_path / "m"), *args]) == 2
         assert message in capsys.readouterr().err
     tiny_model({"kind": "segment", "classes": 2, "dim": 8}).save(tmp_path / "s")
+    (tmp_path / "s.csv").write_text("image,mask\n0.png,0.png\n")
+    assert main(["eval", str(tmp_path / "s"), str(tmp_path / "s.csv"), "--split", "all", "--png", str(tmp_path)]) == 2
+    assert "--png: draws boxes, and the model's head is of kind segment" in capsys.readouterr().err
     assert main(["predict", str(tmp_path / "s"), images[0], "--out", str(tmp_path / "a.tif"), "--score", "0.5"]) == 2
 
 
@@ -136,3 +150,5 @@ def test_files_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["eval", str(tmp_path / "found.json"), str(truth)]) == 2
     assert "prediction 0 (from 0): expected a image_id" in capsys.readouterr().err
     assert main(["eval", str(tmp_path / "none.json"), str(truth)]) == 2
+    assert main(["eval", str(tmp_path / "found.json"), str(truth), "--png", str(tmp_path)]) == 2
+    assert "--png: draws what a model finds" in capsys.readouterr().err

@@ -55,6 +55,8 @@ class EvalArguments:
     """Of COCO results: how many of an image and category count, best first; raise it where there are more objects."""
     json: Path | None = None
     """Also write the scores to this file."""
+    png: Path | None = None
+    """Of a detector: draw the worst and the best images, with the boxes that are true and found, into this folder."""
     batch: int = 4
     """Images at once, for classification."""
     device: str = "auto"
@@ -86,6 +88,8 @@ def main(args: Sequence[str]) -> int:
     arguments = parse(EvalArguments, _with_fold_count(args), verb="eval")
 
     if arguments.model.suffix.lower() == ".json":
+        if arguments.png is not None:
+            raise ConfigError("--png: draws what a model finds; give the model, or use gigaxt predict --png")
         return score_files(arguments)
 
     from gigaxt.cli.progress import told_cache
@@ -143,6 +147,27 @@ def find_model(path: Path) -> Trained:
     raise ConfigError(f"{path}: expected the folder of a model (with config.json) or of a run (with config.yaml){hint}")
 
 
+def draw_cases(result: Evaluation, folder: Path) -> None:
+    """Draw the worst and the best images of a detector: worst_01_NAME.png, ..., best_01_NAME.png, ...
+
+    Raises:
+        ConfigError: a file cannot be written.
+    """
+    from gigaxt.draw import save_png, thumbnail, with_case
+    from gigaxt.image import open_image
+
+    for kind, cases in (("worst", result.worst), ("best", result.best_cases)):
+        for number, case in enumerate(cases, start=1):
+            image = open_image(case.image)
+            picture = thumbnail(image)
+            path = folder / f"{kind}_{number:02}_{Path(case.image).stem}.png"
+            try:
+                save_png(with_case(picture, case.boxes, picture.shape[1] / image.width), path)
+            except OSError as error:
+                raise ConfigError(f"--png {path}: cannot write: {error.strerror or error}") from error
+            print(f"{path}: {case.caption}")
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write plain data as JSON, NaN as null.
 
@@ -158,7 +183,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 def _tally(trained: Trained, arguments: EvalArguments, skipped: dict[str, str] | None) -> Tally:
     """The answers of a model to the rows that are asked for."""
     from gigaxt.pretrained import load
-    from gigaxt.tasks import make_task, read_manifest
+    from gigaxt.tasks import Detection, make_task, read_manifest
     from gigaxt.training.data import Samples
     from gigaxt.training.device import autocast, pick_device
     from gigaxt.training.evaluate import tallied
@@ -175,6 +200,8 @@ def _tally(trained: Trained, arguments: EvalArguments, skipped: dict[str, str] |
     if not cases:
         raise ConfigError(f"{arguments.csv}: no row is in the split `{arguments.split}`; try --split all")
     task = make_task(model.config.head, manifest)
+    if arguments.png is not None and not isinstance(task, Detection):
+        raise ConfigError(f"--png: draws boxes, and the model's head is of kind {model.config.head.kind}")
     with autocast(device, arguments.amp):
         return tallied(
             model, Samples(cases, task, rgb=model.config.input.rgb), task, batch=arguments.batch, skipped=skipped
@@ -187,6 +214,8 @@ def _print_of_model(tally: Tally, arguments: EvalArguments) -> dict[str, Any]:
 
     result = tally.compute()
     print_scores(result, f"{arguments.csv}, {arguments.split}: {result.size}")
+    if arguments.png is not None:
+        draw_cases(result, arguments.png)
     by = {} if arguments.by is None else {"by": _print_by(tally, arguments.by)}
     return {**asdict(result), **by}
 
@@ -273,6 +302,8 @@ def _check_folds(arguments: EvalArguments, there: int) -> None:
             f"{arguments.model}: expected {wanted or ''} folds (fold-1, fold-2, ... of `gigaxt train --folds`), "
             f"got {there or 'none'}"
         )
+    if arguments.png is not None and arguments.split == "test":
+        raise ConfigError("--png: on test each fold's model answers for all images; give one model, such as fold-1")
     if arguments.split not in ("val", "test"):
         raise ConfigError(f"--split {arguments.split}: models of folds are scored on val, each on its own, or on test")
     if arguments.by is not None and arguments.split == "test":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gigaxt.errors import ConfigError, DataError, ImageError
 
@@ -106,16 +107,34 @@ def _found(
 
 
 def draw(model: GigaXT, image: Image, objects: Objects, path: Path) -> Path:
-    """Write a small picture of an image with the boxes of its objects; raises as `open_image`."""
-    from gigaxt.draw import save_png, thumbnail, with_boxes
+    """Write a small picture of an image with the boxes and masks of its objects; raises as `open_image`."""
+    from gigaxt.draw import class_palette, overlay_mask, save_png, thumbnail, with_boxes
     from gigaxt.inference import class_names
 
-    picture = thumbnail(image)
+    picture, names = thumbnail(image), class_names(model)
     assert objects.boxes_xyxy is not None
     scale = np.tile([picture.shape[1] / image.width, picture.shape[0] / image.height], 2)
     worst_first = np.argsort(objects.scores, kind="stable")  # the best are on top
-    boxes = objects.boxes_xyxy[worst_first] * scale
-    return save_png(with_boxes(picture, boxes, objects.classes[worst_first], class_names(model)), path)
+    objects = objects.take(worst_first)
+    boxes = np.asarray(objects.boxes_xyxy) * scale
+    if objects.masks is not None:
+        covered = classes_covered(objects.masks, boxes, objects.classes, *picture.shape[:2])
+        picture = overlay_mask(picture, covered, class_palette(len(names) + 1))
+    return save_png(with_boxes(picture, boxes, objects.classes, names), path)
+
+
+def classes_covered(
+    masks: NDArray[np.float32], boxes_xyxy: NDArray[np.float64], classes: NDArray[np.int64], height: int, width: int
+) -> NDArray[np.int64]:
+    """For each pixel of a picture (height, width) the class, from 1 on, of the last object that covers it; else 0."""
+    from gigaxt.crops import painted
+
+    canvas = np.zeros((height, width), dtype=np.int64)
+    for mask, box, class_ in zip(masks, boxes_xyxy.tolist(), classes.tolist(), strict=True):
+        crop = painted(mask, box, height, width)
+        h, w = crop.pixels.shape
+        canvas[crop.y : crop.y + h, crop.x : crop.x + w][crop.pixels] = class_ + 1
+    return canvas
 
 
 def _check_out(out: Path, images: Sequence[Path]) -> str:

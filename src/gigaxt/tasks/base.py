@@ -17,6 +17,8 @@ COUNT_COLUMNS = ("boxes", "cases", "known", "pixels", "at_risk", "events")
 """Columns of `Evaluation.per_class` that are whole numbers."""
 WORST_KEPT = 12
 """Worst cases that an evaluation remembers."""
+BEST_KEPT = 4
+"""Best ones, of detectors."""
 
 
 @dataclass(kw_only=True)
@@ -33,6 +35,8 @@ class WorstCase:
     """Path of the target mask, for dense tasks."""
     others: list[str] = field(default_factory=list)
     """Paths of the other images of a case."""
+    boxes: dict[str, list[list[float]]] = field(default_factory=dict)
+    """What they are -> boxes (left, top, right, bottom) in px of the image, to be drawn over it; of detectors."""
 
 
 @dataclass(kw_only=True)
@@ -57,6 +61,8 @@ class Evaluation:
     """Rows: true class; columns: predicted class. Cases, or pixels for dense tasks."""
     worst: list[WorstCase] = field(default_factory=list)
     """Worst first."""
+    best_cases: list[WorstCase] = field(default_factory=list)
+    """Best first; of detectors."""
 
     @property
     def size(self) -> str:

@@ -21,7 +21,7 @@ from gigaxt.image.base import Image
 from gigaxt.metrics import coco_score
 from gigaxt.nn.heads.base import ObjectsConfig
 from gigaxt.objects import Objects
-from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase, worst_first
+from gigaxt.tasks.base import BEST_KEPT, Evaluation, Tally, Task, WorstCase, worst_first
 from gigaxt.tasks.bootstrap import about_groups, estimate
 from gigaxt.tasks.box_matching import FALSE, FOUND, match
 
@@ -29,6 +29,8 @@ MATCHED_IOU = 0.5
 """Overlap from which on an object counts as found in F1."""
 COCO_MOST = 100
 """Predictions of an image and class that COCO scores; more where an image has more objects of a class."""
+DRAWN = 500
+"""Boxes of a kind that are drawn over an image at most, those that score best."""
 
 
 class TruthTarget(BoxTarget):
@@ -190,6 +192,7 @@ class DetectionTally(Tally):
         notes = [f"F1, precision and recall count objects of a score from {self.task.head.threshold:.3g} on"]
         if most > COCO_MOST:
             notes.append(f"AP is of up to {most} predictions an image and class, since there are so many objects")
+        cases = [self._case(image) for image in self.images]
         return Evaluation(
             images=len(self.images),
             loss=sum(image.loss_sum for image in self.images) / max(loss_count, 1),
@@ -197,7 +200,8 @@ class DetectionTally(Tally):
             intervals=intervals,
             notes=[*notes, *about_groups(len(set(groups)))],
             per_class=self._per_class(scores["per_category_AP"]),
-            worst=worst_first([self._worst_case(image) for image in self.images]),
+            worst=worst_first(cases),
+            best_cases=sorted(cases, key=lambda case: (case.badness, case.image))[:BEST_KEPT],
         )
 
     def as_coco(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -248,11 +252,21 @@ class DetectionTally(Tally):
             for i, name in enumerate(self.task.class_names, start=1)
         }
 
-    def _worst_case(self, image: Scored) -> WorstCase:
-        found, wrong, true = image.counts(self.task.head.threshold)
+    def _case(self, image: Scored) -> WorstCase:
+        threshold = self.task.head.threshold
+        found, wrong, true = image.counts(threshold)
         f1 = 2 * found / (found + wrong + true) if found + wrong + true else 1.0
         caption = f"F1 {f1:.3f}: {found} of {true} objects found, {wrong} predictions of nothing"
-        return WorstCase(image=str(image.row.image), badness=1 - f1, caption=caption)
+        counted = image.objects.take(image.objects.scores >= threshold)
+        matched = image.matched[image.objects.scores >= threshold]
+        assert counted.boxes_xyxy is not None
+        drawn = {
+            "object": image.truth.boxes_xyxy[~image.truth.crowd],
+            "found": counted.boxes_xyxy[matched == FOUND],
+            "of nothing": counted.boxes_xyxy[matched == FALSE],
+        }
+        boxes = {name: part[:DRAWN].round(1).tolist() for name, part in drawn.items()}
+        return WorstCase(image=str(image.row.image), badness=1 - f1, caption=caption, boxes=boxes)
 
 
 def _scores(counts: Tensor, weights: Tensor) -> dict[str, Tensor]:

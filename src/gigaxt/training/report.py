@@ -19,7 +19,7 @@ import yaml
 from PIL import Image as Pillow
 
 from gigaxt.config import to_dict
-from gigaxt.draw import Picture, thumbnail
+from gigaxt.draw import Picture, thumbnail, with_case
 from gigaxt.errors import CheckpointError, GigaxtError
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image
@@ -82,6 +82,7 @@ def write_report(folder: RunFolder, config: RunConfig, task: Task, state: State,
         ("Classes", _classes(evaluation)),
         ("Confusion", _confusion(evaluation, task.class_names)),
         ("Worst images", _worst(evaluation, config, answer)),
+        ("Best images", _cases(evaluation.best_cases if evaluation else [], config, None)),
         ("Images left out", _skipped(state.skipped)),
         (
             "Next",
@@ -209,8 +210,15 @@ def _series(rows: Sequence[Mapping[str, str]], column: str) -> tuple[list[int], 
 def _worst(evaluation: Evaluation | None, config: RunConfig, answer: Answer | None) -> str:
     if evaluation is None or not evaluation.worst:
         return ""
+    note = (
+        "" if evaluation.worst[0].mask is None else f"<p>{'Image, target, answer.' if answer else 'Image, target.'}</p>"
+    )
+    return note + _cases(evaluation.worst, config, answer)
+
+
+def _cases(cases: Sequence[WorstCase], config: RunConfig, answer: Answer | None) -> str:
     figures = []
-    for case in evaluation.worst:
+    for case in cases:
         try:
             pictures = _pictures(case, config.model.head, answer)
         except GigaxtError as error:
@@ -219,15 +227,14 @@ def _worst(evaluation: Evaluation | None, config: RunConfig, answer: Answer | No
         images = "".join(f'<img alt="{_text(name)}" title="{_text(name)}" src="{png(p)}">' for name, p in pictures)
         caption = f"{_text(case.image)}<br>{_text(case.caption)}"
         figures.append(f"<figure>{images}<figcaption>{caption}</figcaption></figure>")
-    note = (
-        "" if evaluation.worst[0].mask is None else f"<p>{'Image, target, answer.' if answer else 'Image, target.'}</p>"
-    )
-    return f'{note}<div class="cases">{"".join(figures)}</div>'
+    return f'<div class="cases">{"".join(figures)}</div>' if figures else ""
 
 
 def _pictures(case: WorstCase, head: Any, answer: Answer | None) -> list[tuple[str, Picture]]:
     image = open_image(case.image)
     picture = thumbnail(image, THUMBNAIL_PX)
+    if case.boxes:
+        return [("image", picture), ("boxes", with_case(picture, case.boxes, picture.shape[1] / image.width))]
     pictures = [("image", picture)]
     pictures += [(Path(path).name, thumbnail(open_image(path), THUMBNAIL_PX)) for path in case.others[: CASE_SHOWN - 1]]
     rasters = {} if case.mask is None else {"target": open_mask(case.mask, image, head)}
