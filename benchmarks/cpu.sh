@@ -4,19 +4,21 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
+TIMEFORMAT='-- %R s, of CPU %U s + %S s'
 run() {
-  local start=$SECONDS
   echo "== $*"
-  "$PYTHON" "$@"
-  echo "-- $((SECONDS - start)) s"
+  time "$PYTHON" "$@"
 }
 run benchmarks/bench_read.py --rounds 7 "$@"
 run benchmarks/bench_storage.py "$@"
 run benchmarks/bench_write.py --quick
 run benchmarks/bench_memory.py --sizes 1024 2048 4096 "$@"
-run benchmarks/bench_overhead.py "$@"
+run benchmarks/bench_overhead.py --backbones small "$@"
+run benchmarks/bench_peers.py --sides 2048
 run benchmarks/bench_plan.py "$@"
 run benchmarks/bench_small_images.py --side 512 --images 1 --repetitions 3 --context none
 run benchmarks/bench_context.py --lengths 16384 32768
 run benchmarks/bench_context_memory.py --kinds mamba2 --tokens 65536
 run benchmarks/bench_hyper_error.py --lengths 8192 --repeats 1
+echo "== all: user and system time of this shell, then of the benchmarks"
+times

@@ -181,7 +181,7 @@ def predict_monai(path: Path) -> Step:
     def step() -> None:
         logits = sliding_window_inference(whole(path), REGION, CHUNK, windows, OVERLAP / REGION, mode="gaussian")
         assert isinstance(logits, Tensor)
-        write_classes(path.with_suffix(".mask.tif"), logits[0].argmax(0).to(torch.uint8).numpy())
+        write_classes(path.with_suffix(".mask.tif"), logits[0].max(0).indices.to(torch.uint8).numpy())
 
     return step
 
@@ -207,7 +207,7 @@ def predict_sahi(path: Path) -> Step:
         for start in range(0, len(every), CHUNK):
             some = every[start : start + CHUNK]
             x = torch.from_numpy(np.stack([one.image for one in some])).permute(0, 3, 1, 2).float() / 255
-            for one, found in zip(some, windows(x).argmax(1).numpy(), strict=True):
+            for one, found in zip(some, windows(x).max(1).indices.numpy(), strict=True):
                 left, top = one.starting_pixel
                 classes[top : top + REGION, left : left + REGION] = found
         write_classes(path.with_suffix(".mask.tif"), classes)
