@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
+from gigaxt.found import Found, LossOfRegions, told
 from gigaxt.image.base import Image
 from gigaxt.nms import suppress
 from gigaxt.nn.heads.detect import DetectConfig, DetectHead, at_locations
@@ -18,7 +18,6 @@ from gigaxt.nn.heads.mask_rcnn import MaskRCNNHead
 from gigaxt.nn.xt import GigaXT, RegionAnswer
 from gigaxt.objects import Objects
 from gigaxt.scenes import Scene
-from gigaxt.targets import SceneTarget
 
 MOST_OF_REGION = 1000
 """Candidates of one region, those that score best."""
@@ -49,15 +48,6 @@ def no_candidates() -> Candidates:
 def joined(parts: list[Candidates]) -> Candidates:
     """Those of several, one after the other."""
     return Candidates(*(np.concatenate(same) for same in zip(no_candidates(), *parts, strict=True)))
-
-
-class Found(NamedTuple):
-    """What a model says of a scene."""
-
-    objects: Objects
-    """All that score at least `head.score`, best first, in px of the image."""
-    sums: dict[str, Tensor] | None
-    """Of the loss, as `GigaXT.evaluate` gives them; None without a target."""
 
 
 def detect(model: GigaXT, image: Image, *, progress: Callable[[int, int], None] | None = None) -> Objects:
@@ -94,7 +84,7 @@ def find(
     head = model.head
     assert isinstance(head, DetectHead | MaskRCNNHead)
     batch = model.batch([image], None if target is None else [head.as_target(target)])
-    answers, scene = _told(model.predict_regions(batch), batch.full_size, progress), batch.scenes[0]
+    answers, scene = told(model.predict_regions(batch), batch.full_size, progress), batch.scenes[0]
     if isinstance(head, MaskRCNNHead):
         head.check_fits(batch.scenes, next(model.parameters()).device, training=False)
         objects, sums = _find_with_masks(head, scene, answers)
@@ -104,40 +94,14 @@ def find(
     return Found(objects.on(seen.height, seen.width, image.height, image.width), sums)
 
 
-def _told(
-    answers: Iterator[RegionAnswer], regions: int, progress: Callable[[int, int], None] | None
-) -> Iterator[RegionAnswer]:
-    for done, answer in enumerate(answers, start=1):
-        yield answer
-        if progress is not None:
-            progress(done, regions)
-
-
 def _find_boxes(
     head: DetectHead, scene: Scene, answers: Iterator[RegionAnswer]
 ) -> tuple[Objects, dict[str, Tensor] | None]:
-    pool = CandidatePool(scene.image.width, scene.image.height)
-    sums: list[Tensor] = []
+    pool, loss = CandidatePool(scene.image.width, scene.image.height), LossOfRegions(head, scene)
     for answer in answers:
         pool.add(candidates(answer, head.lattice.strides, head.config))
-        if scene.target is not None:
-            part = _sums(head, scene.target, answer, scene.grid.core)
-            sums = [a + b for a, b in zip(sums, part, strict=True)] if sums else list(part)
-    return select(pool.all(), head.config), head.scores(sums) if sums else None
-
-
-def _sums(head: DetectHead, target: SceneTarget, answer: RegionAnswer, core: int) -> tuple[Tensor, ...]:
-    """What one region adds to the loss; its answers, cut at the image's border, are whole again."""
-    device = answer.answers[0].device
-    maps = tuple(
-        F.pad(found, (0, core // s - found.shape[2], 0, core // s - found.shape[1]))[None]
-        for found, s in zip(answer.answers, head.lattice.strides, strict=True)
-    )
-    drawn = target.draw(answer.x, answer.y, core, core)
-    valid = np.zeros((core, core), np.bool_)
-    valid[: answer.valid.shape[0], : answer.valid.shape[1]] = answer.valid
-    parts = {name: torch.from_numpy(part)[None].to(device) for name, part in {**drawn, "valid": valid}.items()}
-    return head.loss_sums(maps, parts)
+        loss.add(answer)
+    return select(pool.all(), head.config), loss.scores()
 
 
 def _find_with_masks(

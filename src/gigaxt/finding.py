@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from gigaxt.found import Found, LossOfRegions, told
 from gigaxt.image.base import Image
 from gigaxt.nn.heads.points import PointsConfig, PointsHead
-from gigaxt.nn.xt import GigaXT, RegionAnswer
+from gigaxt.nn.xt import GigaXT
 from gigaxt.objects import Objects
 from gigaxt.peaks import PeakFinder, apart
 from gigaxt.targets import SceneTarget
@@ -21,15 +20,6 @@ CELLS = 1.5
 """Of two objects that are nearer than so many cells, one is left out."""
 THRESHOLD, FLAG_THRESHOLD = 0.3, 0.5
 """Where neither the user nor training set others."""
-
-
-class Found(NamedTuple):
-    """What a model says of a scene."""
-
-    objects: Objects
-    """All that score at least `head.score`, best first, in px of the image; flags as chances."""
-    sums: dict[str, Tensor] | None
-    """Of the loss, as `GigaXT.evaluate` gives them; None without a target."""
 
 
 @torch.no_grad()
@@ -60,17 +50,13 @@ def find(
     scene = batch.scenes[0]
     side = scene.grid.core // config.stride
     peaks = PeakFinder(stride=config.stride, side=side, score=config.score, max_objects=config.max_objects)
-    sums: list[Tensor] = []
-    for done, answer in enumerate(model.predict_regions(batch), start=1):
+    loss = LossOfRegions(head, scene)
+    for answer in told(model.predict_regions(batch), batch.full_size, progress):
         peaks.add(answer.x, answer.y, answer.answers[0], answer.valid)
-        if scene.target is not None:
-            part = _sums(head, scene.target, answer)
-            sums = [a + b for a, b in zip(sums, part, strict=True)] if sums else list(part)
-        if progress is not None:
-            progress(done, batch.full_size)
+        loss.add(answer)
     objects = _objects(head, *peaks.finish(), scene.image.height, scene.image.width)
     objects = objects.on(scene.image.height, scene.image.width, image.height, image.width)
-    return Found(objects, head.scores(sums) if sums else None)
+    return Found(objects, loss.scores())
 
 
 def decided(objects: Objects, config: PointsConfig) -> Objects:
@@ -101,16 +87,3 @@ def _objects(
         scores=read["score"][kept],
         attributes={name: columns[kept, i] for i, name in enumerate(config.attributes)},
     )
-
-
-def _sums(head: PointsHead, target: SceneTarget, answer: RegionAnswer) -> tuple[Tensor, ...]:
-    """What one region adds to the loss, from its answers cut at the image's border."""
-    (maps,), stride = answer.answers, head.config.stride
-    h, w = (side * stride for side in maps.shape[1:])
-    drawn = {
-        name: torch.from_numpy(part)[None].to(maps.device)
-        for name, part in target.draw(answer.x, answer.y, w, h).items()
-    }
-    valid = np.zeros((1, h, w), np.bool_)
-    valid[0, : answer.valid.shape[0], : answer.valid.shape[1]] = answer.valid
-    return head.loss_sums(maps[None], {**drawn, "valid": torch.from_numpy(valid).to(maps.device)})

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from gigaxt import ConfigError, DataError, GigaXT, Streaming, open_image
 from gigaxt.nn.heads import DetectConfig, DetectHead
 from gigaxt.nn.heads.detect import centreness_of
+from streamed import BUDGETS, assert_streamed_exactly
 from tiny_models import tiny_model
 
 BOXES = [[50, 20, 75, 60], [5, 5, 12, 9], [10, 8, 140, 90], [100, 60, 145, 98]]
@@ -70,30 +71,10 @@ def test_loss_equals_a_loop_over_locations() -> None:
     torch.testing.assert_close(model.loss([image()], [TARGET]), plain_loss(model, 3), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("streaming", "forwards"),
-    [
-        (Streaming(chunk_regions=2), 3),
-        (Streaming(chunk_regions=2, host_gib=1.0), 2),
-        (Streaming(chunk_regions=5, budget_gib=1.0), 1),
-    ],
-)
+@pytest.mark.parametrize(("streaming", "forwards"), list(zip(BUDGETS, (3, 2, 1), strict=True)))
 def test_streamed_loss_is_exact_in_few_passes(streaming: Streaming, forwards: int) -> None:
     """Boxes reach across the borders of regions of 64 px."""
-    model = make()
-    found = []
-    for setting in (Streaming(budget_gib=None, chunk_regions=100), streaming):
-        count = [0]
-        handle = model.encode.encoder.register_forward_hook(lambda m, x, y, c=count: c.__setitem__(0, c[0] + len(x[0])))
-        model.streaming = setting
-        model.zero_grad()
-        loss = model([image()], [TARGET], seed=0)
-        loss.backward()
-        handle.remove()
-        found.append([loss.detach(), *(p.grad for p in model.parameters())])
-    assert count[0] == forwards * 6
-    for a, b in zip(*found, strict=True):
-        assert (a - b).abs().max() <= 1e-10 * b.abs().max()
+    assert assert_streamed_exactly(make(), image(), TARGET, streaming) == forwards * 6  # regions
 
 
 def test_two_scenes_are_divided_by_the_objects_of_both() -> None:

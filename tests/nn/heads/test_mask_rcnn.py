@@ -17,6 +17,7 @@ from gigaxt.instances import InstanceTarget
 from gigaxt.live_memory import LiveMemory
 from gigaxt.nn.heads.mask_rcnn import cut_masks
 from gigaxt.targets import WindowTarget
+from streamed import BUDGETS, assert_streamed_exactly
 from tiny_models import tiny_model
 
 BOXES = [[50, 20, 75, 60], [5, 5, 12, 9], [10, 8, 140, 90], [100, 60, 145, 98]]
@@ -43,29 +44,9 @@ def masks() -> np.ndarray:
 TARGET = {"boxes": BOXES, "labels": LABELS, "ignored": IGNORED, "masks": masks()}
 
 
-@pytest.mark.parametrize(
-    ("streaming", "forwards"),
-    [
-        (Streaming(chunk_regions=2), 4),
-        (Streaming(chunk_regions=2, host_gib=1.0), 2),
-        (Streaming(chunk_regions=5, budget_gib=1.0), 1),
-    ],
-)
+@pytest.mark.parametrize(("streaming", "forwards"), list(zip(BUDGETS, (4, 2, 1), strict=True)))
 def test_streamed_loss_is_exact_in_few_passes(streaming: Streaming, forwards: int) -> None:
-    model = make()
-    found = []
-    for setting in (Streaming(budget_gib=None, chunk_regions=100), streaming):
-        count = [0]
-        handle = model.encode.encoder.register_forward_hook(lambda m, x, y, c=count: c.__setitem__(0, c[0] + len(x[0])))
-        model.streaming = setting
-        model.zero_grad()
-        loss = model([image()], [TARGET], seed=0)
-        loss.backward()
-        handle.remove()
-        found.append([loss.detach(), *(p.grad for p in model.parameters())])
-    assert count[0] == forwards * 6
-    for a, b in zip(*found, strict=True):
-        assert (a - b).abs().max() <= 1e-10 * b.abs().max()
+    assert assert_streamed_exactly(make(), image(), TARGET, streaming) == forwards * 6  # regions
 
 
 def test_every_weight_learns_and_far_pixels_count() -> None:

@@ -13,6 +13,7 @@ from gigaxt import ConfigError, DataError, GigaXT, Streaming, open_image
 from gigaxt.image.memory import ArrayImage
 from gigaxt.nn.heads import PointsConfig, PointsHead
 from gigaxt.points import NOTHING, UNKNOWN
+from streamed import BUDGETS, assert_streamed_exactly
 from tiny_models import tiny_model
 
 POINTS = [[50.5, 20], [63.9, 64.2], [64.3, 63.7], [5, 5.5], [98, 140], [70, 100]]
@@ -69,30 +70,10 @@ def test_loss_equals_a_loop_over_cells(stride: int) -> None:
     torch.testing.assert_close(loss, plain_loss(model), rtol=1e-7, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("streaming", "forwards"),
-    [
-        (Streaming(chunk_regions=2), 3),
-        (Streaming(chunk_regions=2, host_gib=1.0), 2),
-        (Streaming(chunk_regions=5, budget_gib=1.0), 1),
-    ],
-)
+@pytest.mark.parametrize(("streaming", "forwards"), list(zip(BUDGETS, (3, 2, 1), strict=True)))
 def test_streamed_loss_is_exact_in_few_passes(streaming: Streaming, forwards: int) -> None:
     """Gaussians reach across the borders of regions of 64 px."""
-    model = make()
-    found = []
-    for setting in (Streaming(budget_gib=None, chunk_regions=100), streaming):
-        count = [0]
-        handle = model.encode.encoder.register_forward_hook(lambda m, x, y, c=count: c.__setitem__(0, c[0] + len(x[0])))
-        model.streaming = setting
-        model.zero_grad()
-        loss = model([image()], [TARGET], seed=0)
-        loss.backward()
-        handle.remove()
-        found.append([loss.detach(), *(p.grad for p in model.parameters())])
-    assert count[0] == forwards * 6
-    for a, b in zip(*found, strict=True):
-        assert (a - b).abs().max() <= 1e-10 * b.abs().max()
+    assert assert_streamed_exactly(make(), image(), TARGET, streaming) == forwards * 6  # regions
 
 
 def test_two_scenes_are_divided_by_the_objects_of_both() -> None:

@@ -135,7 +135,7 @@ class DetectHead(DenseHead):
             DataError: shapes that do not fit.
         """
         classes, distances, valid = targets["classes"], targets["distances_ltrb"], targets["valid"]
-        assert isinstance(answers, tuple)
+        answers = (answers,) if isinstance(answers, Tensor) else answers
         # (n, classes + 5, h, w) each -> (n, cells, classes + 5)
         flat = torch.cat([answer.flatten(2) for answer in answers], dim=2).transpose(1, 2)
         here = torch.cat([at_locations(valid, s).flatten(1) for s in self.lattice.strides], dim=1)
