@@ -49,5 +49,5 @@ def main(args: Sequence[str]) -> int:
     )
     if not counts["val"]:
         print("all scenes to train on are of one place: there is none to validate on")
-    print(f"next: gigaxt train --config examples/xview3.yaml --data.csv {shlex.quote(str(out))} --out runs/xview3")
+    print(f"next: gigaxt train {shlex.quote(str(out))} --config examples/xview3/better.yaml --out runs/better")
     return 0
