@@ -235,7 +235,7 @@ def test_smaller_than_a_block_it_keeps_nothing(source: Path, tmp_path: Path, cac
 
 def test_stale_unfinished_blocks_go(source: Path, tmp_path: Path, cache: FileCache) -> None:
     File(source).read(0, SIZE)
-    old, new = (cache.folder / "0" / f"{name}.part" for name in ("old", "new"))
+    old, new = (cache.folder / ("0" * 32) / f"00000000.{name * 32}.part" for name in "ab")
     old.parent.mkdir()
     for part in (old, new):
         part.write_bytes(b"x" * 100)
@@ -248,6 +248,21 @@ def test_stale_unfinished_blocks_go(source: Path, tmp_path: Path, cache: FileCac
     assert not old.exists()
     assert new.exists()
     assert counted(cache) == held(cache)
+
+
+def test_files_that_are_not_its_own_stay(source: Path, tmp_path: Path, cache: FileCache) -> None:
+    mine = [tmp_path / "mixed" / name for name in ("a.tif", "scans/b.tif", f"{'0' * 32}/notes.txt", "scans/00000001")]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(DATA)
+        os.utime(path, (1, 1))
+    gigaxt.cache_files(tmp_path / "mixed", gib=2.5 * BLOCK / GIB)
+    assert File(source).read(0, SIZE) == DATA
+    assert all(path.read_bytes() == DATA for path in mine)
+    mixed = file_cache()
+    assert mixed is not None
+    own = [path for path in blocks(mixed) if path not in mine]
+    assert 0 < sum(path.stat().st_size for path in own) == counted(mixed) <= mixed.most_bytes
 
 
 def test_a_full_disk_does_not_end_the_reading(

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import threading
 import time
 import uuid
@@ -38,6 +39,9 @@ KEPT_SHARE = 0.9
 """Share of the size that is left when blocks make room, so that room is made once for many new ones."""
 STALE_S = 3600.0
 """Age at which a block that was never finished is removed."""
+
+_DIGEST = re.compile("[0-9a-f]{32}")
+_BLOCK_NAME = re.compile(r"[0-9a-f]{8}(\.[0-9a-f]{32}\.part)?")
 
 Identity = tuple[str, int, int]
 """A file's absolute path, size and time of change in ns."""
@@ -241,14 +245,17 @@ class FileCache:
         return left
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
-        """Time of last use, size and path of each block, finished or not."""
+        """Time of last use, size and path of each block, finished or not; other files in the folder are not ours."""
         with os.scandir(self.folder) as folders:
             for folder in folders:
+                if not _DIGEST.fullmatch(folder.name):
+                    continue
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
                     for entry in entries:
                         with contextlib.suppress(FileNotFoundError):  # another process has just removed it
-                            stat = entry.stat()
-                            yield stat.st_mtime, stat.st_size, Path(entry.path)
+                            if _BLOCK_NAME.fullmatch(entry.name):
+                                stat = entry.stat()
+                                yield stat.st_mtime, stat.st_size, Path(entry.path)
 
 
 @dataclass
