@@ -94,7 +94,10 @@ def _head(report: CheckReport) -> str:
         return _segment_head(report)
     if report.box_classes is not None:
         known, ids = report.box_classes
-        lines = ["kind: detect  # objects with boxes", f"classes: {len(known)}"]
+        lines = [
+            "kind: detect  # objects with boxes; mask_rcnn: with masks, where feature maps of whole images fit",
+            f"classes: {len(known)}",
+        ]
         lines.append(f"class_names: {_list(map(_text, known))}")
         if ids is not None:
             lines.append(f"category_ids: {_list(map(str, ids))}  # of the classes, in COCO JSON")

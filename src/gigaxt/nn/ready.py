@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gigaxt.errors import ConfigError
+from gigaxt.nn.heads.scene import SceneHead
 
 if TYPE_CHECKING:
     from gigaxt.nn.xt import ModelConfig
@@ -57,7 +58,14 @@ def check_ready(ready: Ready, config: ModelConfig) -> None:
                 "make them equal"
             )
     if ready.head is not None:
-        methods = ("loss_sums", "loss", "scores", "as_target", "shapes") if dense else ("loss",)
+        methods: tuple[str, ...] = ("loss_sums", "loss", "scores", "as_target", "shapes") if dense else ("loss",)
+        if config.head.kind == "mask_rcnn":
+            if not isinstance(ready.head, SceneHead):
+                raise ConfigError(
+                    "head: a ready module for kind `mask_rcnn` must be a gigaxt.nn.heads.scene.SceneHead, "
+                    f"{_name(ready.head)} is none"
+                )
+            methods = ()  # an abstract one could not have been made
         missing = [method for method in methods if not callable(getattr(ready.head, method, None))]
         if missing:
             raise ConfigError(

@@ -85,8 +85,8 @@ def build_model(
         context: `forward(tokens (B, N, dim), coords (B, N, 2) as (row, col), validity (B, N)) -> (tokens, state)`, such
             as a ContextEncoder. `dim`, or `config.dim`, if it has one, is `config.context.dim`.
         head: of kind classify: `forward(context (B, N, dim), validity (B, N)) -> logits (B, classes)` and
-            `loss(logits, targets) -> scalar`. Of a dense kind: what `gigaxt.nn.heads.dense.DenseHead` says; of kind
-            segment logits (n, classes, region, region).
+            `loss(logits, targets) -> scalar`. Of a dense kind: what `gigaxt.nn.heads.dense.DenseHead` says (of kind
+            mask_rcnn `gigaxt.nn.heads.scene.SceneHead`); of kind segment logits (n, classes, region, region).
 
     Raises:
         ConfigError: settings that do not go together, or a ready module that lacks something.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
-from gigaxt import ConfigError, DataError, GigaXT, Streaming, open_image
+from gigaxt import ConfigError, DataError, GigaXT, Streaming, build_model, open_image
 from gigaxt.boxes import BoxTarget
 from gigaxt.crops import Crop
 from gigaxt.detection import detect, find
@@ -235,3 +236,11 @@ def test_settings_that_do_not_fit() -> None:
     model = make(strides=[8, 16, 32])
     with pytest.raises(DataError, match="not windows"):
         model([image()], [WindowTarget(model.head.as_target(TARGET), (0, 0, 64, 64), (150, 100))])
+
+
+def test_ready_heads_see_scenes() -> None:
+    model = make()
+    copied = build_model(model.config, head=copy.deepcopy(model.head)).double()
+    assert torch.isfinite(copied([image()], [TARGET], seed=0))
+    with pytest.raises(ConfigError, match=r"must be a gigaxt\.nn\.heads\.scene\.SceneHead, Identity is none"):
+        build_model(model.config, head=torch.nn.Identity())
