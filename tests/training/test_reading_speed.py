@@ -65,6 +65,7 @@ def test_the_source_is_read_cold_and_the_cache_again(
     assert found.cold_bytes == pytest.approx(1.25 * source / 42, rel=0.1)
     assert found.cold_s > 0
     assert found.again_s > 0
+    assert found.decode_s > 0
     assert (file_cache() is not None) == cached
 
 

@@ -26,6 +26,8 @@ WATCH_S = 0.1
 """Time between looks at the child's memory."""
 DECODING = 0.9
 """Share of a step beyond which decoding is what it waits for."""
+WORK = 0.5
+"""CPU time as a share of reading again, from which on it is work that reading threads do."""
 SPARE = 0.9
 """Share of the free memory that is spent: the rest is for the system, and for what differs from step to step."""
 
@@ -80,9 +82,11 @@ class Plan:
 
     @property
     def decodes_too_slowly(self) -> bool:
-        """Whether most of a step is reading even where nothing waits for a disk."""
+        """Whether most of a step is reading even where it was read before, and most of that is work, not waiting."""
         found = self.found
-        return found is not None and found.regions * found.passes * found.read_s > DECODING * found.step_s
+        if found is None or found.decode_s < WORK * found.read_s:
+            return False
+        return found.regions * found.passes * found.read_s > DECODING * found.step_s
 
     @property
     def epoch_s(self) -> float:

@@ -109,6 +109,8 @@ class Found:
     """Of one region, by all reading threads, from the disk as far as the system can be made to go there."""
     read_s: float
     """The same from the system's cache, or that of `data.cache`."""
+    decode_s: float = 0.0
+    """CPU time of `read_s`: what of it is no waiting."""
     cold_bytes: float = 0.0
     """Bytes that were read of files for one region; 0: the system does not tell."""
     storage: str = ""
@@ -174,6 +176,7 @@ def _rehearse(job: Job, folder: Path) -> Found:
             chunk_s=_time_chunks(run, batch) if job.probe else {},
             cold_read_s=reading.cold_s,
             read_s=reading.again_s,
+            decode_s=reading.decode_s,
             cold_bytes=reading.cold_bytes,
             storage=str(getattr(open_image(files[0]), "storage", "")),
             still_cached=list(reading.still_cached),
@@ -331,6 +334,7 @@ class Reading:
     cold_s: float = 0.0
     cold_bytes: float = 0.0
     again_s: float = 0.0
+    decode_s: float = 0.0
     still_cached: tuple[str, ...] = ()
 
 
@@ -340,24 +344,26 @@ def _time_reading(batch: SceneBatch, streaming: Streaming, files: Sequence[Path]
     chunks = batch.chunks(streaming.chunk_regions)
     chunks = chunks[:: max(1, len(chunks) // READS)][:READS]
     with files_uncached():
-        cold_s, cold_bytes = _read(batch, chunks, streaming.readers)
+        cold_s, cold_bytes, _ = _read(batch, chunks, streaming.readers)
     if file_cache() is not None:
         _read(batch, chunks, streaming.readers)  # fills it
-    return Reading(cold_s, cold_bytes, _read(batch, chunks, streaming.readers)[0], held)
+    again_s, _, decode_s = _read(batch, chunks, streaming.readers)
+    return Reading(cold_s, cold_bytes, again_s, decode_s, held)
 
 
-def _read(batch: SceneBatch, chunks: Sequence[Chunk], readers: int) -> tuple[float, float]:
-    """Seconds and bytes a region, as nothing is in this process's memory yet."""
+def _read(batch: SceneBatch, chunks: Sequence[Chunk], readers: int) -> tuple[float, float, float]:
+    """Seconds, bytes and seconds of CPU time a region, as nothing is in this process's memory yet."""
     for store in (SEGMENTS, FETCHED, BLOCKS):
         store.clear()
-    regions, before, started = 0, read_bytes(), time.monotonic()
+    regions, before, started, cpu = 0, read_bytes(), time.monotonic(), time.process_time()
     with contextlib.closing(cast(Any, read_ahead(batch.load, chunks, torch.device("cpu"), readers))) as loaded:
         for chunk, _ in loaded:
             regions += chunk.stop - chunk.start
             if time.monotonic() - started > MOST_READ_S:
                 break
-    seconds, after = time.monotonic() - started, read_bytes()
-    return seconds / regions, 0.0 if before is None or after is None else (after - before) / regions
+    seconds, cpu_s, after = time.monotonic() - started, time.process_time() - cpu, read_bytes()
+    read = 0 if before is None or after is None else after - before
+    return seconds / regions, read / regions, cpu_s / regions
 
 
 def _disk_gib(run: Run) -> float:
