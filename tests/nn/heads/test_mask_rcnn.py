@@ -111,6 +111,7 @@ def test_nothing_is_learnt_where_it_is_ignored() -> None:
     loss = model([image()], [everything])
     loss.backward()
     assert loss == 0
+    assert all(p.grad is not None for p in model.parameters())  # as DistributedDataParallel wants them
     anchors = torch.tensor([[0.0, 0, 10, 10], [100, 60, 140, 90], [50, 20, 75, 60]])
     wanted = {"boxes": torch.tensor([[50.0, 20, 75, 60]]), "areas": torch.tensor([[95.0, 55, 145, 98]])}
     wanted["size"] = torch.tensor([100, 150])

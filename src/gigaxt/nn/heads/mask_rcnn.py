@@ -145,16 +145,16 @@ class MaskRCNNHead(SceneHead):
         heads = self.roi_heads
         boxes, matched, labels, shifts = heads.select_training_samples(proposals, [wanted])
         logits, regressed = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, boxes, sizes)))
-        if not len(logits):  # all of the scene may be an area where nothing is learnt
-            nothing = logits.sum() + regressed.sum()
-            return {"class": nothing, "box": nothing, "mask": nothing}
-        class_loss, box_loss = fastrcnn_loss(logits, regressed, labels, shifts)
+        # Of no samples, where nothing is learnt in all of the scene, a mean is not defined.
+        class_loss, box_loss = (
+            fastrcnn_loss(logits, regressed, labels, shifts) if len(logits) else (logits.sum(), regressed.sum())
+        )
         found = labels[0] > 0
         masked, numbers = boxes[0][found], matched[0][found]
         pooled = heads.mask_roi_pool(features, [masked], sizes)
-        chances = heads.mask_predictor(heads.mask_head(pooled))  # (m, classes + 1, 28, 28)
-        truth = cut_masks([crops[i] for i in numbers.tolist()], masked, chances.shape[-1])
-        chosen = chances[torch.arange(len(chances), device=chances.device), labels[0][found]]
+        masks = heads.mask_predictor(heads.mask_head(pooled))  # logits, (m, classes + 1, 28, 28)
+        truth = cut_masks([crops[i] for i in numbers.tolist()], masked, masks.shape[-1])
+        chosen = masks[torch.arange(len(masks), device=masks.device), labels[0][found]]
         crossed = F.binary_cross_entropy_with_logits(chosen, truth, reduction="sum") / max(truth.numel(), 1)
         return {"class": class_loss, "box": box_loss, "mask": crossed}
 
