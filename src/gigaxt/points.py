@@ -121,7 +121,7 @@ class PointTarget(SceneTarget):
         at = (self.places[near] - corner) / stride  # in cells of the region
         ignored = self.ignored[near]
         own = np.floor(at)
-        own -= self.places[near] == (self.size_px or (-1, -1))  # on the last edge: of the last cell
+        own -= (self.places[near] == (self.size_px or (-1, -1))) & (own == at)  # on the last edge: of the last cell
         own = own.astype(np.int64)
 
         heat = np.zeros((rows, cols), np.float32)
