@@ -166,8 +166,13 @@ def compare(backbone: str, head: str, options: argparse.Namespace, folder: Path)
         model.streaming = gigaxt.Streaming(budget_gib=budget, host_gib=host, chunk_regions=CHUNK)
         return timed(lambda: model.loss([image], target).backward(), model)
 
-    for name in names:
-        streamed(name)  # the first time takes the memory that is used again from then on
+    failed = {}
+    for name in list(names):
+        try:
+            streamed(name)  # the first time takes the memory that is used again from then on
+        except (torch.OutOfMemoryError, gigaxt.GigaxtError) as error:  # all activations of a large image on a GPU
+            failed[name] = {"failed": str(error).splitlines()[0]}
+            names.remove(name)
     ratios: dict[str, list[Times]] = {name: [] for name in names}
     floor_s = []
     for round_ in range(options.rounds):
@@ -187,6 +192,7 @@ def compare(backbone: str, head: str, options: argparse.Namespace, folder: Path)
             "wall_ratio": round(statistics.median(wall for _, wall in ratios[name]), 3),
             "limit": LIMITS[head][name],
         }
+    result.update(failed)
     print(result, flush=True)
     return result
 

@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", type=int, default=[1024, 2048, 4096], help="px, multiples of 256")
     parser.add_argument("--contenders", nargs="+", help="only these")
     parser.add_argument("--limit-gib", type=float, default=6.0, help="memory that a process may have")
+    parser.add_argument("--name", default="peers", help="first part of the result file's name")
     parser.add_argument("--keep", action="store_true", help="write the result file")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -161,7 +162,7 @@ def main() -> None:
             names = [name for name in CONTENDERS[part] if not options.contenders or name in options.contenders]
             rows = measure(part, names, options.sides, options.limit_gib, Path(folder))
             result = {"limit_gib": options.limit_gib, "peers": versions, "rows": rows, "summary": summary(part, rows)}
-            publish(f"peers_{part}", result, keep=options.keep)
+            publish(f"{options.name}_{part}", result, keep=options.keep)
 
 
 if __name__ == "__main__":

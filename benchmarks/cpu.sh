@@ -16,8 +16,8 @@ run benchmarks/bench_memory.py --sizes 1024 2048 4096 "$@"
 run benchmarks/bench_overhead.py --backbones small "$@"
 run benchmarks/bench_peers.py --sides 2048
 run benchmarks/bench_plan.py "$@"
-run benchmarks/bench_small_images.py --side 512 --images 1 --repetitions 3 --context none
-run benchmarks/bench_context.py --lengths 16384 32768
+run benchmarks/bench_small_images.py --side 512 --images 1 --batches 4 --repetitions 2 --context none
+run benchmarks/bench_context.py --kinds mamba2 longformer window --lengths 8192 16384
 run benchmarks/bench_context_memory.py --kinds mamba2 --tokens 65536
 run benchmarks/bench_hyper_error.py --lengths 8192 --repeats 1
 echo "== all: user and system time of this shell, then of the benchmarks"
