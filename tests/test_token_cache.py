@@ -159,6 +159,24 @@ def test_a_full_disk_does_not_end_the_run(tmp_path: Path, scene: Path, monkeypat
     assert "cannot be written (No space left on device); going on without" in note
 
 
+def test_what_is_not_its_own_is_left_alone(tmp_path: Path, scene: Path) -> None:
+    """A model's weights in the same folder do not count, and make no room."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    strangers = [folder / "model.safetensors", folder / "download.part"]
+    for stranger in strangers:
+        stranger.write_bytes(bytes(2**20))
+        os.utime(stranger, (0, 0))
+    model = frozen(folder)
+    assert model.token_cache is not None
+    model.token_cache.most_bytes = 2**20  # which the strangers would fill
+    model([open_image(scene)])
+    assert len(files(folder)) == 3
+    model.token_cache.most_bytes, model.token_cache._used = 1, set()
+    model.token_cache.put(folder / f"{'0' * 40}.safetensors", torch.zeros(1, 1, 1), torch.ones(1, 1))
+    assert all(stranger.exists() for stranger in strangers)
+
+
 def test_changed_weights_are_noticed(tmp_path: Path, scene: Path) -> None:
     model = frozen(tmp_path / "cache")
     model([open_image(scene)])

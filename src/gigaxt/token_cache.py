@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Part of every name; another one where the features of the same encoder come out differently."""
+DIGEST_BYTES = 20
+NAME = "[0-9a-f]" * (2 * DIGEST_BYTES)
+"""Pattern of the names of its own files: whatever else lies in the folder is left alone."""
 STALE_S = 3600.0
 """Age at which a file that was never finished is removed."""
 
@@ -55,7 +58,7 @@ class TokenCache:
         self._notes: dict[str, bool] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for part in self.folder.glob("*.part"):  # of a process that was killed
+            for part in self.folder.glob(f"{NAME}.*.part"):  # of a process that was killed
                 if time.time() - part.stat().st_mtime > STALE_S:
                     part.unlink(missing_ok=True)
             self._bytes = sum(size for _, size, _ in self._files())
@@ -89,7 +92,7 @@ class TokenCache:
             "dtype": [str(first.dtype), autocast, kind],
             "source": source,
         }
-        name = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=20).hexdigest()
+        name = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=DIGEST_BYTES).hexdigest()
         return self.folder / f"{name}.safetensors"
 
     def get(self, path: Path, regions: int) -> tuple[Tensor, Tensor] | None:
@@ -158,7 +161,7 @@ class TokenCache:
     def _files(self) -> list[tuple[float, int, Path]]:
         """Time of last use, size and path of each."""
         found = []
-        for path in self.folder.glob("*.safetensors"):
+        for path in self.folder.glob(f"{NAME}.safetensors"):
             with suppress(FileNotFoundError):  # another run has just removed it
                 stat = path.stat()
                 found.append((stat.st_mtime, stat.st_size, path))
