@@ -302,3 +302,19 @@ def test_masks_of_labels_and_numbers(target: str, tmp_path: Path) -> None:
     write_config(report, csv, tmp_path / "run.yaml")
     head = run_config(read_yaml(tmp_path / "run.yaml")).model.head
     assert (head.classes, head.target) == (2, target)
+
+
+def test_pictures_of_numbers_show_their_spread(tmp_path: Path) -> None:
+    """Low numbers are blue and high ones yellow, whatever their unit; what is not known shows the image."""
+    heights = np.full((40, 60), 1000.0, np.float32)
+    heights[:, 30:], heights[30:] = 1400.0, np.nan
+    tifffile.imwrite(tmp_path / "a.tif", np.full((40, 60, 3), 9, np.uint8), photometric="rgb")
+    tifffile.imwrite(tmp_path / "h.tif", heights)
+    (tmp_path / "x.csv").write_text("image,mask\na.tif,h.tif\n")
+    report = check_manifest(tmp_path / "x.csv", overlay_folder=tmp_path / "pictures")
+    with Pillow.open(report.overlays[0]) as picture:
+        low, high, unknown = (picture.getpixel(at) for at in ((10, 10), (50, 10), (10, 35)))
+    assert unknown == (9, 9, 9)
+    assert low[2] > low[0]  # bluer
+    assert high[1] > low[1]
+    assert low != high

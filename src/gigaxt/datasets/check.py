@@ -216,15 +216,27 @@ class _Looker:
         if keep is not None:
             picture = draw.outline_regions(picture, keep, WINDOW * picture.shape[1] / image.width)
         if mask is not None and self.head is not None:
-            highest = max((value for value in finding.mask.pixels if value < draw.NOT_A_CLASS), default=0)
-            shown = replace(self.head, classes=max(self.head.classes, highest + 1), ignore=-1)
-            picture = with_mask(picture, mask, shown if self.head.target == "single" else self.head)
+            picture = with_mask(picture, mask, _shown(self.head, finding.mask))
         with suppress(GigaxtError):  # told where the objects are counted
             if self.classes is not None:
                 picture = draw_boxes(picture, row, image, self.classes)
             if self.points is not None:
                 picture = draw_points(picture, row, image, self.points)
         finding.overlay = draw.save_png(picture, path)
+
+
+def _shown(head: SegmentConfig, facts: MaskFacts) -> SegmentConfig:
+    """The head as a mask is drawn by: with all classes that it holds, or the spread of its numbers."""
+    if head.target == "single":
+        from gigaxt.draw import NOT_A_CLASS
+
+        highest = max((value for value in facts.pixels if value < NOT_A_CLASS), default=0)
+        return replace(head, classes=max(head.classes, highest + 1), ignore=-1)
+    numbers = facts.numbers
+    if head.target == "multi" or numbers is None or not numbers.count.all():
+        return head
+    std = np.where(numbers.std > 0, numbers.std, 1.0)
+    return replace(head, target_mean=numbers.mean.tolist(), target_std=std.tolist())
 
 
 def _foreground(spec: str | None) -> Foreground | None:
