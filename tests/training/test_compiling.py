@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.swin_transformer_v2 import WindowAttention
 from torch import nn
 
 from gigaxt.errors import ConfigError
@@ -28,3 +29,10 @@ def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", refuse)
     with pytest.raises(ConfigError, match=r"train.compile: .*: No working C\+\+ compiler found; set it to false"):
         compiling.compile_encoder(SimpleNamespace(), torch.device("cpu"))  # type: ignore[arg-type]  # is not reached
+
+
+def test_swin_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    model: Any = SimpleNamespace(encode=SimpleNamespace(encoder=nn.Sequential(WindowAttention(8, (2, 2), 2))))
+    with pytest.raises(ConfigError, match="wrong gradients for Swin V2"):
+        compiling.compile_encoder(model, torch.device("cpu"))
