@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from faster_coco_eval import mask as api
+from shapely.geometry import shape
 
 from gigaxt import ConfigError, DataError, ImageError
+from gigaxt.coco_results import write_coco_results
 from gigaxt.image.memory import ArrayImage
 from gigaxt.objects import Objects, write_csv, write_geojson, write_objects
 
@@ -64,6 +67,32 @@ def test_boxes_have_columns_and_polygons(tmp_path: Path) -> None:
     np.testing.assert_array_equal(ring.max(0), [600_125, 4_219_990])
     x, y = ring[:-1].T
     assert (x * np.roll(y, -1) - np.roll(x, -1) * y).sum() > 0  # counter-clockwise on the map, as RFC 7946 asks
+
+
+def test_masks_are_outlined_on_the_map_and_run_lengths_in_coco(tmp_path: Path) -> None:
+    """Two parts, one with a hole; what covers nothing keeps its box, and has an empty mask."""
+    chances = np.zeros((2, 28, 28), np.float32)
+    chances[0, 2:14, 2:14], chances[0, 6:10, 6:10], chances[0, 20:26, 20:26] = 1, 0, 1
+    boxes = np.array([[2.0, 1, 30, 29], [40, 10, 50, 30]])
+    found = objects(boxes_xyxy=boxes, masks=chances)
+    data = json.loads(write_geojson(tmp_path / "a.geojson", image(placed=True), found, NAMES).read_text())
+    first, second = (shape(feature["geometry"]) for feature in data["features"])
+    assert first.is_valid
+    assert sorted(len(part.interiors) for part in first.geoms) == [0, 1]
+    assert all(part.exterior.is_ccw for part in first.geoms)
+    assert first.area == pytest.approx(100 * (144 - 16 + 36), rel=0.02)  # corners are cut; a px is 10 m
+    assert second.bounds == (600_400, 4_219_700, 600_500, 4_219_900)
+    path = tmp_path / "a.json"
+    assert write_coco_results(path, [(7, image(placed=False), found)], [3, 5]) == 2
+    entries = json.loads(path.read_text())
+    masks = [api.decode(entry["segmentation"]) for entry in entries]
+    expected = np.zeros((40, 60))
+    expected[1:29, 2:30] = chances[0]
+    np.testing.assert_array_equal(masks[0], expected)
+    assert not masks[1].any()
+    assert found.take(np.array([1])).masks.shape == (1, 28, 28)
+    with pytest.raises(DataError, match="expected masks with 2 boxes, got 1 masks"):
+        objects(boxes_xyxy=boxes, masks=chances[:1])
 
 
 @pytest.mark.parametrize("placed", [True, False])
