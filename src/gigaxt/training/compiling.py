@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from timm.models.swin_transformer_v2 import WindowAttention
-from torch import Tensor
+from torch import Tensor, nn
 
 from gigaxt.errors import ConfigError
+from gigaxt.nn.keyed import dropout_key
+from gigaxt.nn.region_encoder import RegionEncoderConfig
 from gigaxt.nn.xt import GigaXT
+
+TRIED = 2
+"""Regions that the compiled encoder is tried on."""
+TOLERANCE = 0.01
+"""Largest error of a gradient, as a share of its norm: rounding makes 1e-5 of it in float32, a wrong kernel 0.5."""
+SMALL = 1e-3
+"""Share of the largest norm, below which that is what errors are compared with."""
 
 
 def compile_encoder(model: GigaXT, device: torch.device) -> None:
-    """Let the region encoder be compiled when it is first called. Names of weights stay as they are.
+    """Let the region encoder be compiled; names of weights stay as they are.
+
+    It is tried first, on noise: PyTorch 2.14.1 compiles gradients of Swin V2's LayerNorms on a CPU that are off by more
+    than half, without a word.
+
+    Args:
+        model: on `device`, in the mode in which it is trained.
+        device: where that is.
 
     Raises:
         ConfigError: PyTorch cannot compile here (found out on a single addition, in seconds), or not correctly.
@@ -23,10 +40,43 @@ def compile_encoder(model: GigaXT, device: torch.device) -> None:
         raise ConfigError(
             f"train.compile: PyTorch cannot compile for {device} here: {first}; set it to false"
         ) from error
-    if device.type == "cpu" and any(isinstance(module, WindowAttention) for module in model.encode.encoder.modules()):
-        # Seen with PyTorch 2.14.1 and timm's own forward: LayerNorm's gradients off by more than half.
-        raise ConfigError("train.compile: on a CPU PyTorch compiles wrong gradients for Swin V2; set it to false")
-    model.encode.encoder.compile()
+    encoder, config = model.encode.encoder, model.config.region_encoder
+    plain = _answers(encoder, config, device)
+    encoder.compile()
+    wrong = _largest_error(_answers(encoder, config, device), plain)
+    if wrong > TOLERANCE:
+        encoder._compiled_call_impl = None  # what `compile` set
+        raise ConfigError(
+            f"train.compile: what PyTorch {torch.__version__} compiles of {config.name} for {device} is wrong, "
+            f"answers or gradients by up to {wrong:.0%}; set it to false"
+        )
+
+
+def _answers(encoder: nn.Module, config: RegionEncoderConfig, device: torch.device) -> list[Tensor]:
+    """Tokens, feature maps, and the gradients of the weights that learn, on noise."""
+    dtype = next(encoder.parameters()).dtype
+    draw = torch.Generator().manual_seed(0)
+    size = TRIED, config.in_channels, config.region, config.region
+    pixels = torch.randn(size, generator=draw).to(device, dtype)
+    with dropout_key(0, torch.arange(TRIED)), torch.enable_grad():
+        tokens, maps = encoder(pixels)
+    found = [tokens, *maps]
+    weights = [p for p in encoder.parameters() if p.requires_grad]
+    if not weights:
+        return [x.detach() for x in found]
+    flows = [torch.randn(x.shape, generator=draw).to(x) for x in found]
+    grads = torch.autograd.grad(found, weights, flows, allow_unused=True)
+    return [*(x.detach() for x in found), *(torch.zeros(1) if g is None else g for g in grads)]
+
+
+def _largest_error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Norm of the difference of each, over its own norm, at its largest."""
+    norms = [float(x.double().norm()) for x in expected]
+    errors = [float((a.double() - b.double()).norm()) for a, b in zip(found, expected, strict=True)]
+    if not all(map(math.isfinite, errors)):
+        return math.inf
+    least = SMALL * max(norms)
+    return max(error / max(norm, least) for error, norm in zip(errors, norms, strict=True))
 
 
 def _add_one(x: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ class TrainConfig:
     """bfloat16 autocast; auto: on CUDA devices that have it."""
     compile: bool = False
     """Compile the region encoder (`torch.compile`): minutes before the first step, then each is faster. Needs a C++
-    compiler on the CPU, Triton on CUDA. Numbers differ by rounding."""
+    compiler on the CPU, Triton on CUDA. Tried first: what is compiled wrong is refused, as Swin V2 on a CPU."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`; auto: CUDA where there is one."""
     streaming: Streaming = field(default_factory=lambda: Streaming(budget_gib=2.0, chunk_regions=8))
