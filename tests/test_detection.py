@@ -167,7 +167,7 @@ def test_loss_and_objects_come_of_one_pass(strides: list[int]) -> None:
     again = ArrayImage(pixels, masks=(masked,))
     alone = find(model, again)
     assert alone.sums is None
-    assert again.windows == seen.windows
+    assert sorted(again.windows) == sorted(seen.windows)  # threads read them
     whole = ArrayImage(pixels)  # no search for regions without data
     find(model, whole, target)
     assert (whole.times_read() == 2).all()
