@@ -93,20 +93,17 @@ def test_the_encoders_own_learning_rate() -> None:
     assert rates == pytest.approx({"encoder": 0.0025, "rest": 0.025})
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_fused_where_pytorch_has_it(name: str) -> None:
-    """The same steps as those of the plain optimiser."""
-    fused, plain = model(), model()
-    plain.load_state_dict(fused.state_dict())
-    config = TrainConfig(optimizer=name, weight_decay=0.1 if name == "adamw" else 0.0)
-    optimizers = make_optimizer(fused, config), make_optimizer(plain, config)
-    assert all(group["fused"] for group in optimizers[0].param_groups)
-    for group in optimizers[1].param_groups:
-        group["fused"] = False
-    for step in range(3):
-        for module, optimizer in zip((fused, plain), optimizers, strict=True):
-            for i, p in enumerate(module.parameters()):
-                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
-            optimizer.step()
-    for a, b in zip(fused.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_fused_on_cuda_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def create(groups: Any, **given: Any) -> torch.optim.Optimizer:
+        asked.update(given)
+        return torch.optim.SGD(groups, lr=0.1)
+
+    monkeypatch.setattr("timm.optim.create_optimizer_v2", create)
+    make_optimizer(model(), TrainConfig(optimizer=name))
+    assert "fused" not in asked
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True)
+    make_optimizer(model(), TrainConfig(optimizer=name))
+    assert asked.get("fused", False) == (name != "sgd")

@@ -15,7 +15,7 @@ ENCODER = "encode.encoder."
 """Prefix of the region encoder's parameters in a model."""
 
 FUSED = ("adam", "adamw")
-"""Of timm's optimisers, those that PyTorch has fused, on the CPU and on CUDA."""
+"""Of timm's optimisers, those that PyTorch has fused."""
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -52,11 +52,12 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimiser `config.optimizer` of timm over `parameter_groups(model)`.
 
-    Of PyTorch's own Adam and AdamW the fused kind: one kernel for all parameters in place of one each.
+    On CUDA, of PyTorch's own Adam and AdamW the fused kind: one kernel for all parameters in place of one each.
     """
     from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]  # timm does not mark what it exports
 
-    fused: dict[str, Any] = {"fused": True} if config.optimizer in FUSED else {}
+    on_cuda = all(parameter.is_cuda for parameter in model.parameters())
+    fused: dict[str, Any] = {"fused": True} if on_cuda and config.optimizer in FUSED else {}
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         parameter_groups(model, config), opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, **fused
     )
