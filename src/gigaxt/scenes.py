@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -13,16 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gigaxt.augment import ColourAugmented, Dihedral
 from gigaxt.cases import Cases, by_case
 from gigaxt.errors import ConfigError, DataError
-from gigaxt.foreground import Foreground
 from gigaxt.image.base import Image, Mask, Window
-from gigaxt.image.files import file_identity
 from gigaxt.image.open import PICTURE_SUFFIXES
 from gigaxt.image.views import resample
 from gigaxt.inputs import InputConfig, to_pixel_size, to_size
-from gigaxt.regions import Place, RegionGrid, keep_valid
+from gigaxt.kept import kept_regions
+from gigaxt.regions import Place, RegionGrid
 from gigaxt.targets import SceneTarget, WindowTarget
 
 
@@ -344,42 +342,6 @@ def read_region(image: Image, x: int, y: int, w: int, h: int) -> tuple[NDArray[n
             present &= pixels != pixels.dtype.type(image.nodata)
         valid = valid & present
     return pixels, None if valid.all() else valid
-
-
-def kept_regions(image: Image, config: InputConfig, region: int) -> Mask:
-    """Which regions hold data and foreground: (rows, cols). Found once a file, since finding it may read all of it.
-
-    Raises:
-        DataError: none does.
-    """
-    below = image.base if isinstance(image, ColourAugmented) else image
-    k = below.k if isinstance(below, Dihedral) else 0
-    place = (image.height, image.width, image.band_names, k, region, config.halo, config.foreground)
-    file = file_identity(image.name)
-    if file is not None and (file, place) in _KEPT:
-        return _KEPT[file, place]
-    keep = keep_valid(image, region, config.halo)
-    if config.foreground is not None:
-        keep = keep & _foreground(config.foreground).keep(image, region, config.halo)
-    if not keep.any():
-        what = "foreground" if config.foreground else "data"
-        raise DataError(f"{image.name}: none of its {keep.size} regions holds {what}: leave the image out")
-    if file is not None:
-        while len(_KEPT) >= MOST_KEPT:
-            _KEPT.pop(next(iter(_KEPT)))
-        _KEPT[file, place] = keep
-    return keep
-
-
-@lru_cache(maxsize=8)
-def _foreground(spec: str) -> Foreground:
-    """Read once for many scenes and windows."""
-    return Foreground.from_spec(spec)
-
-
-_KEPT: dict[tuple[Any, ...], Mask] = {}
-MOST_KEPT = 4096
-"""Scenes whose empty regions are remembered; a byte a region."""
 
 
 def _crop(tensor: Tensor, x: int, y: int, w: int, h: int) -> Tensor:

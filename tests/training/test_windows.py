@@ -259,7 +259,7 @@ def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str
 
 def test_foreground_is_found_in_the_whole_image(tmp_path: Path) -> None:
     """A window has the regions that lie on the polygons of the whole scene; windows beside them are not drawn."""
-    from gigaxt.scenes import kept_regions
+    from gigaxt.kept import kept_regions
 
     polygons = tmp_path / "tissue.geojson"
     polygons.write_text(

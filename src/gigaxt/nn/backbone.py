@@ -163,10 +163,9 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     try:
         with torch.device("meta"):
             return build()
-    except (NotImplementedError, RuntimeError):
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # a probe must not shift the numbers that the real network is drawn from
+    except (NotImplementedError, RuntimeError):  # there is no number on the meta device: built for real, then
+        # A probe must not shift the numbers that the real network is drawn from.
+        with torch.random.fork_rng(devices=[]):
             return build().to("meta")
 
 

@@ -12,8 +12,8 @@ from gigaxt.errors import DataError
 from gigaxt.image.base import Image
 from gigaxt.image.views import Cropped
 from gigaxt.inputs import InputConfig, to_pixel_size
+from gigaxt.kept import kept_regions
 from gigaxt.regions import core_px
-from gigaxt.scenes import kept_regions
 from gigaxt.targets import MaskTarget, SceneTarget, WindowTarget
 from gigaxt.training.config import RunConfig
 
