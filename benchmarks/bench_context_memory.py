@@ -47,7 +47,7 @@ def made(kind: str, tokens: int, device: str) -> tuple[Any, Any, Any]:
 def count(kind: str, tokens: int) -> dict[str, Any]:
     import torch
 
-    from gigaxt.live_memory import LiveMemory
+    from gigaxt.testing.live_memory import LiveMemory
 
     # The meta device knows no autocast; its state is asked for and set all the same.
     torch.is_autocast_enabled = lambda kind: False

@@ -3,7 +3,7 @@
 The network is left out: what it costs is `bench_memory.py`'s. Each region's maps are made from the true boxes with
 noise (every answering cell says another box, up to 6% of its side off), so that an object has about nine different
 candidates, and one on a border has them in two or four regions. What is measured is what follows: candidates, pool,
-suppression; and, for 200,000 candidates, `gigaxt.nms.suppress` beside torchvision's `nms`.
+suppression; and, for 200,000 candidates, `gigaxt.found.nms.suppress` beside torchvision's `nms`.
 
     python benchmarks/bench_detect.py [--width 29000 --height 25000 --objects 20000] [--keep]
 """
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from report import publish
 from torchvision.ops import nms
 
-from gigaxt.boxes import BoxTarget, Lattice
-from gigaxt.detection import CandidatePool, candidates, select
-from gigaxt.nms import suppress
+from gigaxt.found.boxes import CandidatePool, candidates, select
+from gigaxt.found.nms import suppress
 from gigaxt.nn.heads import DetectConfig
 from gigaxt.nn.xt import RegionAnswer
+from gigaxt.targets.boxes import BoxTarget, Lattice
 from gigaxt.tasks.box_matching import FALSE, FOUND, match
 
 REGION, CLASSES, STRIDES = 256, 4, (4, 8, 16, 32)

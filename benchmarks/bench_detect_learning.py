@@ -24,7 +24,7 @@ from report import RESULTS, publish
 
 import gigaxt
 from gigaxt.datasets.legend import LegendConfig, boxes, draw_scene, render
-from gigaxt.detection import detect
+from gigaxt.found.boxes import detect
 from gigaxt.metrics import coco_score
 
 LR, WARMUP, STEPS = 2e-3, 30, 400

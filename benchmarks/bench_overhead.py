@@ -44,7 +44,7 @@ from torch import Tensor
 
 import gigaxt
 from gigaxt.nn.stages import LossSums
-from gigaxt.targets import target_for
+from gigaxt.targets.base import target_for
 
 REGION, CHUNK = 256, 8
 REUSE = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "68719476736"}

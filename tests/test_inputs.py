@@ -14,7 +14,7 @@ from gigaxt.errors import ConfigError, DataError
 from gigaxt.image import open_image
 from gigaxt.image.views import Cropped
 from gigaxt.inputs import InputConfig, resized, to_size
-from gigaxt.targets import MaskTarget, as_mask
+from gigaxt.targets.base import MaskTarget, as_mask
 from tiny_models import classifier, segmenter, tiny_model
 
 RGB = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}

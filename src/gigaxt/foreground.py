@@ -18,9 +18,9 @@ from gigaxt.errors import ConfigError, DataError
 from gigaxt.image import open_image
 from gigaxt.image.base import Image, Mask
 from gigaxt.image.views import Cropped, Resampled, Select
-from gigaxt.polygons import Polygon, epsg_code, polygon_from_array, rasterised_area, read_geojson
-from gigaxt.projection import geojson_to_px
 from gigaxt.regions import READ_BYTES, core_px, lattice_edges
+from gigaxt.shapes.polygons import Polygon, epsg_code, polygon_from_array, rasterised_area, read_geojson
+from gigaxt.shapes.projection import geojson_to_px
 
 Spec = str | os.PathLike[str] | Image | Sequence[ArrayLike]
 """What `Foreground.from_spec` takes."""
@@ -124,8 +124,8 @@ class PolygonForeground(Foreground):
     """What lies inside of polygons: pixels whose centre does.
 
     Coordinates. A list of arrays: always level-0 px of the file, x to the right, y down, also where the image is a
-    resampled view of it. GeoJSON: as of masks (`gigaxt.projection.geojson_to_px`): longitude and latitude, or what its
-    `crs` member names, brought to the CRS of the image; px as above where neither has one.
+    resampled view of it. GeoJSON: as of masks (`gigaxt.shapes.projection.geojson_to_px`): longitude and latitude, or
+    what its `crs` member names, brought to the CRS of the image; px as above where neither has one.
     """
 
     def __init__(

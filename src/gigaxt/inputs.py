@@ -8,7 +8,7 @@ from typing import Literal
 from gigaxt.augment import resample_below, resize_below
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image.base import Image
-from gigaxt.targets import SceneTarget
+from gigaxt.targets.base import SceneTarget
 
 SAME_SIZE = 0.01
 """Pixel sizes that differ by less than this share are the same."""

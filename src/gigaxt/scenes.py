@@ -21,7 +21,7 @@ from gigaxt.image.views import resample
 from gigaxt.inputs import InputConfig, to_pixel_size, to_size
 from gigaxt.kept import kept_regions
 from gigaxt.regions import Place, RegionGrid
-from gigaxt.targets import SceneTarget, WindowTarget
+from gigaxt.targets.base import SceneTarget, WindowTarget
 
 
 class TensorImage:

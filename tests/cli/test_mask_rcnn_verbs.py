@@ -11,9 +11,9 @@ from PIL import Image as Pillow
 from shapely.geometry import shape
 
 from gigaxt.cli import main
-from gigaxt.crops import Crop
 from gigaxt.metrics import coco_score
-from gigaxt.run_lengths import run_lengths
+from gigaxt.shapes.crops import Crop
+from gigaxt.shapes.run_lengths import run_lengths
 
 RUN = """
 data: {csv: data.csv}

@@ -11,10 +11,10 @@ import pytest
 
 from gigaxt import DataError
 from gigaxt.datasets.points import Spec, class_words, known_numbers, read_points
+from gigaxt.found.objects import Objects, write_objects
 from gigaxt.image.memory import ArrayImage
 from gigaxt.nn.heads import PointsConfig
-from gigaxt.objects import Objects, write_objects
-from gigaxt.points import UNKNOWN
+from gigaxt.targets.points import UNKNOWN
 
 
 def image(*, placed: bool = False) -> ArrayImage:

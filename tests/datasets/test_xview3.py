@@ -13,8 +13,8 @@ from gigaxt import DataError, ImageError, open_image
 from gigaxt.cli import main
 from gigaxt.datasets.manifest import Manifest
 from gigaxt.datasets.xview3 import write_manifest, write_submission
+from gigaxt.found.objects import Objects
 from gigaxt.metrics.shorelines import read_shoreline
-from gigaxt.objects import Objects
 from tiny_models import tiny_model
 from xview3_folder import write_raster, write_root, write_scene
 

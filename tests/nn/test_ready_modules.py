@@ -21,7 +21,7 @@ from gigaxt.nn.context import ContextConfig, Full
 from gigaxt.nn.heads.dense import Answers, DenseHead
 from gigaxt.nn.keyed import KeyedDropout
 from gigaxt.streaming import Streaming
-from gigaxt.targets import MaskTarget, as_mask
+from gigaxt.targets.base import MaskTarget, as_mask
 
 DIM, CLASSES = 16, 3
 BUDGETS = [Streaming(chunk_regions=1), Streaming(host_gib=1.0), Streaming(budget_gib=1.0, chunk_regions=3)]

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from gigaxt.datasets.manifest import Manifest
 from gigaxt.errors import ConfigError, DataError
+from gigaxt.found.objects import Objects
 from gigaxt.image import open_image
 from gigaxt.metrics import coco_score
 from gigaxt.nn.heads import DetectConfig
-from gigaxt.objects import Objects
 from gigaxt.tasks import Detection, make_task
 from gigaxt.tasks.box_matching import FALSE, FOUND, IGNORED, match
 

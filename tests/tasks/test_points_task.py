@@ -13,11 +13,11 @@ import torch
 
 from gigaxt import ConfigError, DataError
 from gigaxt.datasets.manifest import Manifest
-from gigaxt.finding import decided, find
+from gigaxt.found.objects import Objects
+from gigaxt.found.points import decided, find
 from gigaxt.image.memory import ArrayImage
 from gigaxt.nn.heads import PointsConfig
-from gigaxt.objects import Objects
-from gigaxt.points import UNKNOWN, PointTarget
+from gigaxt.targets.points import UNKNOWN, PointTarget
 from gigaxt.tasks.point_matching import LEFT_OUT, WRONG, Curve, match_points
 from gigaxt.tasks.points import Points, fitted_points
 from tiny_models import tiny_model

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from gigaxt.datasets.manifest import Manifest
-from gigaxt.finding import decided
+from gigaxt.found.objects import Objects
+from gigaxt.found.points import decided
 from gigaxt.image.memory import ArrayImage
 from gigaxt.nn.heads import PointsConfig
-from gigaxt.objects import Objects
 from gigaxt.tasks.base import Evaluation
 from gigaxt.tasks.vessels import Vessels, VesselsTally
 from xview3_folder import HEADER

@@ -17,8 +17,8 @@ from gigaxt.image.memory import ArrayImage
 from gigaxt.image.views import Cropped
 from gigaxt.inputs import InputConfig
 from gigaxt.nn.keyed import dropout_key
-from gigaxt.points import PointTarget
-from gigaxt.targets import MaskTarget, WindowTarget
+from gigaxt.targets.base import MaskTarget, WindowTarget
+from gigaxt.targets.points import PointTarget
 from gigaxt.training.config import RunConfig, run_config
 from gigaxt.training.loop import Run, train
 from gigaxt.training.windows import Windows

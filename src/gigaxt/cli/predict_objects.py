@@ -14,10 +14,10 @@ from gigaxt.errors import ConfigError, DataError, ImageError
 
 if TYPE_CHECKING:
     from gigaxt.cli.predict import PredictArguments
+    from gigaxt.found.objects import Objects
     from gigaxt.image.base import Image
     from gigaxt.nn.heads.base import ObjectsConfig
     from gigaxt.nn.xt import GigaXT
-    from gigaxt.objects import Objects
 
 FILES = (".json", ".geojson", ".csv")
 
@@ -26,9 +26,9 @@ def predict_objects(
     model: GigaXT, images: Sequence[Path], arguments: PredictArguments, skipped: dict[str, str] | None
 ) -> None:
     """Write the objects of all images to one file, or those of each to a GeoJSON in a folder."""
-    from gigaxt.coco_results import write_coco_results
+    from gigaxt.found.coco_results import write_coco_results
+    from gigaxt.found.objects import write_csv, write_geojson
     from gigaxt.inference import class_names
-    from gigaxt.objects import write_csv, write_geojson
 
     if arguments.probabilities or arguments.overlap is not None or arguments.dihedral != 1:
         raise ConfigError("--probabilities, --overlap, --dihedral: the model gives objects, these are for masks")
@@ -79,7 +79,7 @@ def _found(
 ) -> Iterator[tuple[Path, Image, Objects]]:
     """Path, image and objects that score enough, image by image; pictures are drawn on the way."""
     from gigaxt.cli.progress import Steps
-    from gigaxt.detection import detect
+    from gigaxt.found.boxes import detect
     from gigaxt.image import open_image
 
     head = cast("ObjectsConfig", model.config.head)
@@ -127,7 +127,7 @@ def classes_covered(
     masks: NDArray[np.float32], boxes_xyxy: NDArray[np.float64], classes: NDArray[np.int64], height: int, width: int
 ) -> NDArray[np.int64]:
     """For each pixel of a picture (height, width) the class, from 1 on, of the last object that covers it; else 0."""
-    from gigaxt.crops import painted
+    from gigaxt.shapes.crops import painted
 
     canvas = np.zeros((height, width), dtype=np.int64)
     for mask, box, class_ in zip(masks, boxes_xyxy.tolist(), classes.tolist(), strict=True):

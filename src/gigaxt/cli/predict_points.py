@@ -12,9 +12,9 @@ from gigaxt.errors import ConfigError
 
 if TYPE_CHECKING:
     from gigaxt.cli.predict import PredictArguments
+    from gigaxt.found.objects import Objects
     from gigaxt.image.base import Image
     from gigaxt.nn.xt import GigaXT
-    from gigaxt.objects import Objects
 
 MARK_PX = 4
 """Half the side of the square that marks a point in a picture."""

@@ -28,10 +28,10 @@ from gigaxt.datasets.run_config import write_config
 from gigaxt.datasets.statistics import WINDOW, BandStatistics, spread_windows
 from gigaxt.errors import DataError, GigaxtError
 from gigaxt.image.base import Image
-from gigaxt.masks import open_mask
 from gigaxt.nn.heads.points import PointsConfig
 from gigaxt.nn.heads.segment_config import SegmentConfig
 from gigaxt.pixel_answers import with_mask
+from gigaxt.targets.masks import open_mask
 
 if TYPE_CHECKING:
     from gigaxt.foreground import Foreground

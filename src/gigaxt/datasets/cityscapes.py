@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import find_objects
 
-from gigaxt.crops import Crop
 from gigaxt.errors import DataError
 from gigaxt.image.open import open_image
 from gigaxt.image.part_file import PartFile
-from gigaxt.run_lengths import run_lengths
+from gigaxt.shapes.crops import Crop
+from gigaxt.shapes.run_lengths import run_lengths
 
 CATEGORIES = {
     24: "person",

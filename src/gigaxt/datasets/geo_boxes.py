@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from gigaxt.errors import DataError
 from gigaxt.image.base import Image
-from gigaxt.polygons import Polygon, polygon_of, polygons_in
-from gigaxt.projection import geojson_to_px
+from gigaxt.shapes.polygons import Polygon, polygon_of, polygons_in
+from gigaxt.shapes.projection import geojson_to_px
 
 CLASS_KEYS = ("class", "category", "label", "name")
 """Properties that may name the class, the first that is there; after QuPath's `classification`."""
@@ -32,7 +32,7 @@ def geojson_classes(path: Path) -> list[str | None]:
 def read_geojson_boxes(path: Path, image: Image) -> tuple[NDArray[np.float64], list[str | None]]:
     """Boxes (n, 4) as left, top, right, bottom in px of an image, and their classes.
 
-    Coordinates are as of masks, see `gigaxt.projection.geojson_to_px`.
+    Coordinates are as of masks, see `gigaxt.shapes.projection.geojson_to_px`.
 
     Raises:
         DataError: no GeoJSON, a geometry without finite corners, a CRS where the image has none or that is not known,

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from gigaxt.crops import Crop
 from gigaxt.datasets.boxes import RowBoxes
 from gigaxt.datasets.coco import FILES_KEPT, read_coco
 from gigaxt.datasets.geo_boxes import is_geojson, read_geojson_polygons
@@ -18,9 +17,10 @@ from gigaxt.errors import DataError
 from gigaxt.image.base import Image
 from gigaxt.metrics.coco_json import load_json
 from gigaxt.metrics.masks import to_rle
-from gigaxt.polygons import Polygon
-from gigaxt.run_lengths import run_lengths
-from gigaxt.vector_mask import Painter
+from gigaxt.shapes.crops import Crop
+from gigaxt.shapes.polygons import Polygon
+from gigaxt.shapes.run_lengths import run_lengths
+from gigaxt.targets.vector_mask import Painter
 
 Rle = dict[str, Any]
 """COCO's compressed run lengths of a mask in its image."""

@@ -15,9 +15,9 @@ from gigaxt.datasets.statistics import BandStatistics, class_values, label_pixel
 from gigaxt.errors import DataError, GigaxtError
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image
-from gigaxt.masks import field_values
 from gigaxt.nn.heads.segment_config import SegmentConfig
-from gigaxt.vectors import is_vector
+from gigaxt.targets.masks import field_values
+from gigaxt.targets.vectors import is_vector
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ from gigaxt.draw import Picture, with_boxes
 from gigaxt.errors import DataError
 from gigaxt.image.base import Image
 from gigaxt.nn.heads.points import XVIEW3_FLAGS, XVIEW3_NUMBERS, PointsConfig
-from gigaxt.points import UNKNOWN, PointTarget
+from gigaxt.targets.points import UNKNOWN, PointTarget
 
 IGNORED_NAME, UNKNOWN_NAME = "(ignored: nothing is learnt there)", "(of unknown class)"
 """What points that are of no class are counted as."""

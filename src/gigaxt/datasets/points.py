@@ -17,8 +17,8 @@ from gigaxt.errors import DataError
 from gigaxt.image.base import Image
 from gigaxt.metrics.tables import Table
 from gigaxt.nn.heads.points import PointsConfig
-from gigaxt.points import UNKNOWN, PointTarget
-from gigaxt.projection import geojson_to_px, to_px
+from gigaxt.shapes.projection import geojson_to_px, to_px
+from gigaxt.targets.points import UNKNOWN, PointTarget
 
 Frame = str
 """`index`: whole numbers are pixel centres; `px` from the upper left corner; `map`: the CRS of the image; or a CRS. Of

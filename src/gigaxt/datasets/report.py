@@ -225,7 +225,7 @@ class CheckReport:
         elif self.mismatched and self.manifest.task == "points":
             found.append("correct the points that do not fit; docs/points.md says how they may be given")
         elif self.mismatched:
-            found.append("correct the masks that do not fit: see `gigaxt.masks.open_mask` for what may be one")
+            found.append("correct the masks that do not fit: see `gigaxt.targets.masks.open_mask` for what may be one")
         if self.empty:
             found.append(
                 f"remove the images without valid pixels or foreground ({len(self.empty)}), or change the foreground"

@@ -23,10 +23,10 @@ from scipy.sparse.csgraph import connected_components
 
 from gigaxt.datasets.split import divide
 from gigaxt.errors import DataError
+from gigaxt.found.objects import Objects
 from gigaxt.image.part_file import PartFile
 from gigaxt.image.xview3 import is_scene
 from gigaxt.metrics.tables import Table
-from gigaxt.objects import Objects
 
 PARTS = ("train", "validation", "public")
 SUBMISSION = ("scene_id", "detect_scene_row", "detect_scene_column", "is_vessel", "is_fishing", "vessel_length_m")

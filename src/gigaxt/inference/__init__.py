@@ -50,7 +50,8 @@ def predict(
             transform or pixel size and the classes' colours; pixels without data, and regions that the model's
             `foreground` leaves out, hold 255 as nodata (65535 from 256 classes on). Labels are bands of 0 and 1 (nodata
             255), numbers bands of float32 (nodata NaN). A detection model writes the objects that score `threshold` of
-            its head or more as GeoJSON or CSV (see `gigaxt.objects`), or all as COCO results (.json), by the suffix.
+            its head or more as GeoJSON or CSV (see `gigaxt.found.objects`), or all as COCO results (.json), by the
+            suffix.
             A model that finds points writes what `gigaxt.inference.points.write_points` says, of any number of scenes.
         cases: of a classifier: which case each of the sources belongs to; one answer for all images of a case. Empty:
             the image is its own.

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from gigaxt.coco_results import write_coco_results
-from gigaxt.detection import detect
+from gigaxt.found.boxes import detect
+from gigaxt.found.coco_results import write_coco_results
+from gigaxt.found.objects import write_objects
 from gigaxt.image import Image
 from gigaxt.inference.scores import class_names
 from gigaxt.nn.heads.base import ObjectsConfig
 from gigaxt.nn.xt import GigaXT
-from gigaxt.objects import write_objects
 
 
 def write_found(output: Path, model: GigaXT, image: Image, progress: Callable[[int, int], None] | None) -> Path:

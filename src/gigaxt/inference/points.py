@@ -10,12 +10,12 @@ import numpy as np
 
 from gigaxt.datasets.xview3 import scene_id, write_submission
 from gigaxt.errors import ConfigError, DataError, ImageError
-from gigaxt.finding import decided, find
+from gigaxt.found.objects import GEOJSON_SUFFIXES, Objects, write_csv, write_geojson
+from gigaxt.found.points import decided, find
 from gigaxt.image import Image, open_image
 from gigaxt.inference.scores import class_names
 from gigaxt.nn.heads.points import PointsConfig
 from gigaxt.nn.xt import GigaXT
-from gigaxt.objects import GEOJSON_SUFFIXES, Objects, write_csv, write_geojson
 
 Progress = Callable[[int, int], None]
 

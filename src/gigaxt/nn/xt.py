@@ -36,7 +36,7 @@ from gigaxt.replay import draw_seed
 from gigaxt.rows import Reader
 from gigaxt.scenes import SceneBatch
 from gigaxt.streaming import Streaming, stream
-from gigaxt.targets import SceneTarget, target_for
+from gigaxt.targets.base import SceneTarget, target_for
 from gigaxt.token_cache import TokenCache
 from gigaxt.xt_release.context import KIND, POOLED_KIND
 

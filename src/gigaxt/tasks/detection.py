@@ -12,15 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gigaxt.boxes import BoxTarget
 from gigaxt.datasets.boxes import BoxClasses, RowBoxes, box_classes, learnt_boxes, row_boxes
 from gigaxt.datasets.manifest import Manifest
 from gigaxt.datasets.row import Row
 from gigaxt.errors import ConfigError, DataError
+from gigaxt.found.objects import Objects
 from gigaxt.image.base import Image
 from gigaxt.metrics import coco_score
 from gigaxt.nn.heads.base import ObjectsConfig
-from gigaxt.objects import Objects
+from gigaxt.targets.boxes import BoxTarget
 from gigaxt.tasks.base import BEST_KEPT, Evaluation, Tally, Task, WorstCase, worst_first
 from gigaxt.tasks.bootstrap import about_groups, estimate
 from gigaxt.tasks.box_matching import FALSE, FOUND, match
@@ -84,7 +84,7 @@ class Detection(Task):
 
     def answer(self, model: Any, images: Sequence[Any], targets: Sequence[Any]) -> Mapping[str, Any]:
         """The sums of the loss and the `objects` found, of one image."""
-        from gigaxt.detection import find  # which needs models, and they need no tasks
+        from gigaxt.found.boxes import find  # which needs models, and they need no tasks
 
         ((image,), (target,)) = images, targets
         found = find(model, image, target)

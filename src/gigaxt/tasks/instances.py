@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from gigaxt.boxes import BoxTarget
-from gigaxt.crops import painted
 from gigaxt.datasets.boxes import RowBoxes, have_area, learnt_boxes, row_boxes
 from gigaxt.datasets.instances import Rle, row_masks
 from gigaxt.datasets.row import Row
+from gigaxt.found.objects import Objects
 from gigaxt.image.base import Image
-from gigaxt.instances import InstanceTarget
 from gigaxt.metrics import coco_score
-from gigaxt.objects import Objects
-from gigaxt.run_lengths import crop_of, run_lengths
+from gigaxt.shapes.crops import painted
+from gigaxt.shapes.run_lengths import crop_of, run_lengths
+from gigaxt.targets.boxes import BoxTarget
+from gigaxt.targets.instances import InstanceTarget
 from gigaxt.tasks.base import Evaluation
 from gigaxt.tasks.detection import Detection, DetectionTally, Masks, or_nan
 

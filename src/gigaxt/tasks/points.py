@@ -18,11 +18,11 @@ from gigaxt.datasets.manifest import Manifest
 from gigaxt.datasets.points import Spec, class_words, known_numbers, read_points
 from gigaxt.datasets.row import Row
 from gigaxt.errors import ConfigError, DataError
-from gigaxt.finding import FLAG_THRESHOLD, THRESHOLD, find
+from gigaxt.found.objects import Objects
+from gigaxt.found.points import FLAG_THRESHOLD, THRESHOLD, find
 from gigaxt.image.base import Image
 from gigaxt.nn.heads.points import PointsConfig
-from gigaxt.objects import Objects
-from gigaxt.points import UNKNOWN, PointTarget
+from gigaxt.targets.points import UNKNOWN, PointTarget
 from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase, as_table, worst_first
 from gigaxt.tasks.bootstrap import Scores, about_groups, estimate
 from gigaxt.tasks.point_matching import LEFT_OUT, WRONG, Curve, flag_threshold, match_points

@@ -16,9 +16,9 @@ from gigaxt.datasets.row import Row
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image
-from gigaxt.masks import open_mask
 from gigaxt.nn.heads.segment_config import SegmentConfig
-from gigaxt.targets import BandsTarget, MaskTarget
+from gigaxt.targets.base import BandsTarget, MaskTarget
+from gigaxt.targets.masks import open_mask
 from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase, as_table, worst_first
 from gigaxt.tasks.bootstrap import about_groups, estimate
 from gigaxt.tasks.pixel_scoring import SCORINGS
@@ -45,7 +45,7 @@ class Segmentation(Task):
         self.metric_names = self.scoring.metric_names
 
     def target(self, row: Row, image: Image) -> MaskTarget:
-        """The mask, on the grid of `image`; see `gigaxt.masks.open_mask`."""
+        """The mask, on the grid of `image`; see `gigaxt.targets.masks.open_mask`."""
         mask = open_mask(self._mask(row), image, self.head, aoi=row.aoi)
         if self.head.target == "single":
             if mask.dtype.kind not in "uib":

@@ -16,13 +16,13 @@ from gigaxt.datasets.points import read_points, table_of
 from gigaxt.datasets.row import Row
 from gigaxt.datasets.xview3 import SUBMISSION, scene_id, submission_columns
 from gigaxt.errors import DataError
-from gigaxt.finding import decided
+from gigaxt.found.points import decided
 from gigaxt.image.base import Image
 from gigaxt.metrics.matching import PIXEL_M
 from gigaxt.metrics.shorelines import read_shoreline
 from gigaxt.metrics.xview3 import scene_sums, scores_of
 from gigaxt.nn.heads.points import PointsConfig
-from gigaxt.points import PointTarget
+from gigaxt.targets.points import PointTarget
 from gigaxt.tasks.base import Evaluation
 from gigaxt.tasks.bootstrap import Scores
 from gigaxt.tasks.points import Case, Points, PointsTally, Thresholds

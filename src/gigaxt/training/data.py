@@ -17,7 +17,7 @@ from gigaxt.image.base import Image
 from gigaxt.image.open import open_image
 from gigaxt.image.views import Cropped
 from gigaxt.randaugment import RandAugmented, draw_operations
-from gigaxt.targets import SceneTarget
+from gigaxt.targets.base import SceneTarget
 from gigaxt.tasks import Classification, Task
 from gigaxt.training.config import AugmentConfig
 from gigaxt.training.windows import Windows

@@ -32,7 +32,7 @@ from gigaxt.regions import RegionGrid
 from gigaxt.replay import counted_saves
 from gigaxt.rows import GIB, Reader, Streaming
 from gigaxt.scenes import Chunk, SceneBatch
-from gigaxt.targets import SceneTarget
+from gigaxt.targets.base import SceneTarget
 from gigaxt.training.checkpoint import KEEP
 from gigaxt.training.config import DataConfig, RunConfig, run_config
 from gigaxt.training.data import Sample, Samples, derive_seed

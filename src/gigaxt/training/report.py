@@ -24,9 +24,9 @@ from gigaxt.errors import CheckpointError, GigaxtError
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image
 from gigaxt.inference import predict
-from gigaxt.masks import open_mask
 from gigaxt.pixel_answers import over_picture
 from gigaxt.pretrained import load
+from gigaxt.targets.masks import open_mask
 from gigaxt.tasks import Evaluation, Segmentation, Task, WorstCase
 from gigaxt.tasks.base import COUNT_COLUMNS
 from gigaxt.tasks.bootstrap import DRAWS

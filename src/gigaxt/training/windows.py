@@ -14,7 +14,7 @@ from gigaxt.image.views import Cropped
 from gigaxt.inputs import InputConfig, to_pixel_size
 from gigaxt.kept import kept_regions
 from gigaxt.regions import core_px
-from gigaxt.targets import MaskTarget, SceneTarget, WindowTarget
+from gigaxt.targets.base import MaskTarget, SceneTarget, WindowTarget
 from gigaxt.training.config import RunConfig
 
 WindowXYWH = tuple[int, int, int, int]

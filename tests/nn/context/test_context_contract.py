@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gigaxt.live_memory import LiveMemory
 from gigaxt.nn.context import ContextConfig, ContextEncoder, build_context
 from gigaxt.nn.context.base import KINDS
 from gigaxt.testing import check_context
+from gigaxt.testing.live_memory import LiveMemory
 from gigaxt.testing.subject import lattice
 
 NAMES = ["none", "full", "hyper", "longformer", "mamba", "mamba2", "window", "xl"]

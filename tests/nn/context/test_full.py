@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from gigaxt.live_memory import LiveMemory
 from gigaxt.nn.context import ContextConfig, build_context
 from gigaxt.nn.context.full import FullMixer
 from gigaxt.nn.context.layers import Run
 from gigaxt.nn.context.ordering import find_places
 from gigaxt.nn.context.positions import rotary_angles, rotate
 from gigaxt.rows import Purse
+from gigaxt.testing.live_memory import LiveMemory
 
 
 def dense(mixer: FullMixer, x: Tensor, coords: Tensor) -> Tensor:

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from gigaxt.live_memory import LiveMemory
 from gigaxt.nn.context import ContextConfig, build_context
 from gigaxt.nn.context import global_tokens as module
 from gigaxt.nn.context.global_tokens import GlobalRead, NearAttention
 from gigaxt.nn.context.layers import Run
 from gigaxt.nn.context.longformer import LongformerMixer, LongformerOptions
 from gigaxt.nn.context.ordering import find_places
+from gigaxt.testing.live_memory import LiveMemory
 
 CPU = torch.device("cpu")
 

@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from gigaxt.errors import ConfigError, DataError
-from gigaxt.live_memory import LiveMemory
 from gigaxt.nn.heads import ClassifyConfig, ClassifyHead, build_head
 from gigaxt.nn.heads.pooling import SEGMENT
+from gigaxt.testing.live_memory import LiveMemory
 
 
 def head(classes: int = 3, dim: int = 12, **options: object) -> ClassifyHead:

@@ -15,7 +15,7 @@ from gigaxt.image.memory import ArrayImage
 from gigaxt.nn.heads.dense import Answers, DenseHead
 from gigaxt.scenes import SceneBatch
 from gigaxt.streaming import Streaming
-from gigaxt.targets import MaskTarget, as_mask
+from gigaxt.targets.base import MaskTarget, as_mask
 
 
 class TwoMaps(DenseHead):

@@ -11,13 +11,13 @@ import torch
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
 from gigaxt import ConfigError, DataError, GigaXT, Streaming, build_model, open_image
-from gigaxt.boxes import BoxTarget
-from gigaxt.crops import Crop
-from gigaxt.detection import detect, find
-from gigaxt.instances import InstanceTarget
-from gigaxt.live_memory import LiveMemory
+from gigaxt.found.boxes import detect, find
 from gigaxt.nn.heads.mask_rcnn import cut_masks
-from gigaxt.targets import WindowTarget
+from gigaxt.shapes.crops import Crop
+from gigaxt.targets.base import WindowTarget
+from gigaxt.targets.boxes import BoxTarget
+from gigaxt.targets.instances import InstanceTarget
+from gigaxt.testing.live_memory import LiveMemory
 from streamed import BUDGETS, assert_streamed_exactly
 from tiny_models import tiny_model
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from gigaxt import ConfigError, DataError, GigaXT, Streaming, open_image
 from gigaxt.image.memory import ArrayImage
 from gigaxt.nn.heads import PointsConfig, PointsHead
-from gigaxt.points import NOTHING, UNKNOWN
+from gigaxt.targets.points import NOTHING, UNKNOWN
 from streamed import BUDGETS, assert_streamed_exactly
 from tiny_models import tiny_model
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gigaxt.targets import SceneTarget
+from gigaxt.targets.base import SceneTarget
 
 Answers = Tensor | tuple[Tensor, ...]
 """Maps (n, channels, side, side) of n regions, each at a stride of its own: one, or several in a fixed order."""

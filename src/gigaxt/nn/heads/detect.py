@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
-from gigaxt.boxes import IGNORED, BoxTarget, Lattice, as_boxes
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.nn.heads.base import ObjectsConfig, at_least_float32, weights_tensor
 from gigaxt.nn.heads.dense import Answers, DenseHead
 from gigaxt.nn.heads.levels import ContextClassifier, Level, PixelNorm, chosen_strides, joined_levels
+from gigaxt.targets.boxes import IGNORED, BoxTarget, Lattice, as_boxes
 
 PRIOR = 0.01
 """Chance of an object that a fresh head gives each cell, so that the many empty ones do not drown the loss."""

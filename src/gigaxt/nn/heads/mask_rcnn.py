@@ -22,14 +22,14 @@ from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image, roi_align
 
-from gigaxt.crops import Crop
 from gigaxt.errors import ConfigError
-from gigaxt.instances import InstanceTarget, as_instances
 from gigaxt.nn.heads.base import ObjectsConfig, at_least_float32
 from gigaxt.nn.heads.levels import Level, chosen_strides, joined_levels
 from gigaxt.nn.heads.scene import SceneHead, Size
 from gigaxt.scenes import Scene
-from gigaxt.targets import SceneTarget
+from gigaxt.shapes.crops import Crop
+from gigaxt.targets.base import SceneTarget
+from gigaxt.targets.instances import InstanceTarget, as_instances
 
 RATIOS = (0.5, 1.0, 2.0)
 """Height over width of the anchors."""

@@ -19,7 +19,7 @@ from gigaxt.errors import ConfigError, DataError
 from gigaxt.nn.heads.base import BaseHeadConfig, at_least_float32, weights_tensor
 from gigaxt.nn.heads.dense import Answers, DenseHead
 from gigaxt.nn.heads.levels import ContextClassifier, Level, PixelNorm
-from gigaxt.points import IGNORED, NOTHING, UNKNOWN, PointLattice, PointTarget, as_points
+from gigaxt.targets.points import IGNORED, NOTHING, UNKNOWN, PointLattice, PointTarget, as_points
 
 PRIOR = 0.01
 """Chance of an object that a fresh head gives each cell, so that the many empty ones do not drown the loss."""
@@ -199,7 +199,7 @@ class PointsHead(DenseHead):
         return [(sum(self.widths), side, side)]
 
     def as_target(self, target: Any) -> PointTarget:
-        """See `gigaxt.points.as_points`."""
+        """See `gigaxt.targets.points.as_points`."""
         return as_points(target, self.config.classes, self.config.attributes).on(self.config.lattice)
 
     def loss_sums(self, answers: Answers, targets: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from gigaxt.machine import device_memory_gib
 from gigaxt.nn.heads.dense import MapsHead
 from gigaxt.rows import GIB
 from gigaxt.scenes import Scene
-from gigaxt.targets import SceneTarget
+from gigaxt.targets.base import SceneTarget
 
 Size = tuple[int, int]
 """Height and width in px."""

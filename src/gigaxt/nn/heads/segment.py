@@ -13,7 +13,7 @@ from gigaxt.nn.heads.dense import Answers, DenseHead
 from gigaxt.nn.heads.levels import ContextClassifier, Level, resize
 from gigaxt.nn.heads.pixel_losses import pixel_loss
 from gigaxt.nn.heads.segment_config import SegmentConfig
-from gigaxt.targets import MaskTarget, as_bands, as_mask
+from gigaxt.targets.base import MaskTarget, as_bands, as_mask
 
 
 class SegmentHead(DenseHead):

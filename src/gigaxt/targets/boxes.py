@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gigaxt.errors import DataError
-from gigaxt.targets import Grid, SceneTarget
+from gigaxt.targets.base import Grid, SceneTarget
 
 NOTHING, IGNORED = -1, -2
 """Classes of locations that no object is learnt at, and of those that count as neither."""

@@ -11,12 +11,12 @@ import torch
 
 from gigaxt import GigaXT
 from gigaxt.augment import dihedral
-from gigaxt.finding import decided, find
+from gigaxt.found.objects import Objects
+from gigaxt.found.points import decided, find
 from gigaxt.image.memory import ArrayImage
 from gigaxt.nn.heads import PointsHead
 from gigaxt.nn.xt import RegionAnswer
-from gigaxt.objects import Objects
-from gigaxt.points import PointTarget
+from gigaxt.targets.points import PointTarget
 from tiny_models import tiny_model
 
 HEIGHT, WIDTH = 150, 230

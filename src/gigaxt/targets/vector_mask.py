@@ -10,7 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from gigaxt.image.base import Image, Level, Mask, Pixels
 from gigaxt.image.views import copy_description
-from gigaxt.polygons import Polygon, crossings, sides_of
+from gigaxt.shapes.polygons import Polygon, crossings, sides_of
 
 STRIPE = 256
 """Rows of pixels whose sides are looked up together."""

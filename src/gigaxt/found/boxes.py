@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gigaxt.found import Found, LossOfRegions, told
+from gigaxt.found.nms import suppress
+from gigaxt.found.objects import Objects
+from gigaxt.found.scene import Found, LossOfRegions, told
 from gigaxt.image.base import Image
-from gigaxt.nms import suppress
 from gigaxt.nn.heads.detect import DetectConfig, DetectHead, at_locations
 from gigaxt.nn.heads.mask_rcnn import MaskRCNNHead
 from gigaxt.nn.xt import GigaXT, RegionAnswer
-from gigaxt.objects import Objects
 from gigaxt.scenes import Scene
 
 MOST_OF_REGION = 1000

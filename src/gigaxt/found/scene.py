@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gigaxt.found.objects import Objects
 from gigaxt.nn.heads.dense import DenseHead
 from gigaxt.nn.xt import RegionAnswer
-from gigaxt.objects import Objects
 from gigaxt.scenes import Scene
 
 

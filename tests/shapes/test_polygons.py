@@ -9,8 +9,8 @@ from PIL import Image as PillowImage
 from PIL import ImageDraw
 
 from gigaxt.errors import DataError
-from gigaxt.polygons import Polygon, epsg_code, polygon_from_array, rasterised_area, read_geojson
 from gigaxt.regions import lattice_edges
+from gigaxt.shapes.polygons import Polygon, epsg_code, polygon_from_array, rasterised_area, read_geojson
 
 SQUARE = [[2.0, 1.0], [6.0, 1.0], [6.0, 5.0], [2.0, 5.0], [2.0, 1.0]]
 

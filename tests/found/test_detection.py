@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from array_image import ArrayImage
 from gigaxt import GigaXT, open_image
 from gigaxt.augment import dihedral
-from gigaxt.boxes import BoxTarget
-from gigaxt.detection import CandidatePool, Candidates, detect, find, no_candidates
+from gigaxt.found.boxes import CandidatePool, Candidates, detect, find, no_candidates
+from gigaxt.found.objects import Objects
 from gigaxt.nn.xt import RegionAnswer
-from gigaxt.objects import Objects
+from gigaxt.targets.boxes import BoxTarget
 from tiny_models import tiny_model
 
 

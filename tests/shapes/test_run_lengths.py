@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from faster_coco_eval import mask as api
 
-from gigaxt.crops import Crop
-from gigaxt.run_lengths import crop_of, run_lengths
+from gigaxt.shapes.crops import Crop
+from gigaxt.shapes.run_lengths import crop_of, run_lengths
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from gigaxt.config import nearest
 from gigaxt.errors import DataError
 from gigaxt.image.base import Image
-from gigaxt.polygons import Polygon, polygon_of, polygons_in
-from gigaxt.projection import Change, geojson_to_px, projection, to_px
+from gigaxt.shapes.polygons import Polygon, polygon_of, polygons_in
+from gigaxt.shapes.projection import Change, geojson_to_px, projection, to_px
 
 AREAS = ("Polygon", "MultiPolygon")
 _EDGE_POINTS = 21
@@ -70,8 +70,8 @@ def read_features(path: Path, field: str | None = None, *, near: Image | None = 
 def in_pixels(features: Features, image: Image) -> list[Polygon]:
     """The polygons in level-0 px of an image.
 
-    Of GeoJSON see `gigaxt.projection.geojson_to_px`; the others are in the CRS that they name, or in px where neither
-    they nor the image has one. All are reprojected to the CRS of the image.
+    Of GeoJSON see `gigaxt.shapes.projection.geojson_to_px`; the others are in the CRS that they name, or in px where
+    neither they nor the image has one. All are reprojected to the CRS of the image.
 
     Raises:
         DataError: one of the two has no CRS, coordinates that the CRS does not have, or no overlap with the image.

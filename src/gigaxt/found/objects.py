@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gigaxt.crops import outlines
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image.base import Image
 from gigaxt.image.part_file import PartFile
-from gigaxt.polygons import epsg_code
+from gigaxt.shapes.crops import outlines
+from gigaxt.shapes.polygons import epsg_code
 
 BOX_COLUMNS = ("left", "top", "right", "bottom")
 MAP_COLUMNS = ("map_x", "map_y")

@@ -13,9 +13,9 @@ from gigaxt.image.base import Image, Level, Mask, Pixels
 from gigaxt.image.open import open_image
 from gigaxt.image.views import copy_description
 from gigaxt.nn.heads.segment_config import SegmentConfig
-from gigaxt.polygons import epsg_code
-from gigaxt.vector_mask import VectorMask, Within
-from gigaxt.vectors import in_pixels, is_vector, read_features
+from gigaxt.shapes.polygons import epsg_code
+from gigaxt.targets.vector_mask import VectorMask, Within
+from gigaxt.targets.vectors import in_pixels, is_vector, read_features
 
 SAME_PLACE_PX = 0.01
 """Grids whose corners are nearer than this are one."""
@@ -27,7 +27,7 @@ def open_mask(source: str | Path | Image, image: Image, head: SegmentConfig, *, 
 
     A raster with CRS and transform is brought there by them, its nearest pixel for each pixel of the image; it may have
     other pixels and lie elsewhere, and is not known beyond its border. One without must have the image's size. A vector
-    file (GeoJSON, GeoPackage, Shapefile) is drawn; see `gigaxt.vectors.in_pixels` for its coordinates.
+    file (GeoJSON, GeoPackage, Shapefile) is drawn; see `gigaxt.targets.vectors.in_pixels` for its coordinates.
 
     Args:
         source: the file, or an Image.

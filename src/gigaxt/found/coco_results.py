@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from gigaxt.crops import painted
+from gigaxt.found.objects import Objects
 from gigaxt.image.base import Image
 from gigaxt.image.part_file import PartFile
-from gigaxt.objects import Objects
-from gigaxt.run_lengths import run_lengths
+from gigaxt.shapes.crops import painted
+from gigaxt.shapes.run_lengths import run_lengths
 
 DECIMALS_PX = 3
 

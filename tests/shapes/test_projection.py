@@ -17,8 +17,8 @@ from gigaxt.datasets.points import Spec, read_points
 from gigaxt.foreground import Foreground
 from gigaxt.image.memory import ArrayImage
 from gigaxt.nn.heads import PointsConfig
-from gigaxt.projection import geojson_to_px, to_px
-from gigaxt.vectors import in_pixels, read_features
+from gigaxt.shapes.projection import geojson_to_px, to_px
+from gigaxt.targets.vectors import in_pixels, read_features
 
 UTM, LON_LAT = "EPSG:32633", "EPSG:4326"
 CORNERS_PX = np.array([[32.0, 64.0], [64.0, 64.0], [64.0, 96.0], [32.0, 96.0]])

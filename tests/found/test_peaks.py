@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from gigaxt.peaks import PeakFinder, apart
-from gigaxt.points import PointLattice, PointTarget
+from gigaxt.found.peaks import PeakFinder, apart
+from gigaxt.targets.points import PointLattice, PointTarget
 
 
 def found(heat: Any, side: int, *, stride: int = 2, score: float = 0.1, valid: Any = None, most: int = 1000) -> Any:

@@ -10,7 +10,7 @@ import pytest
 from gigaxt import DataError
 from gigaxt.augment import turn
 from gigaxt.image.memory import ArrayImage
-from gigaxt.points import IGNORED, NOTHING, UNKNOWN, PointLattice, PointTarget, as_points
+from gigaxt.targets.points import IGNORED, NOTHING, UNKNOWN, PointLattice, PointTarget, as_points
 
 LATTICE = PointLattice(2, 3.0)
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gigaxt.errors import DataError
-from gigaxt.targets import Grid, SceneTarget
+from gigaxt.targets.base import Grid, SceneTarget
 
 NOTHING, IGNORED, UNKNOWN = -1, -2, -3
 """Classes of cells without an object, of those that count as neither, and of an object whose class is not known."""

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from gigaxt import DataError, open_image
 from gigaxt.augment import dihedral
-from gigaxt.boxes import BoxTarget
-from gigaxt.crops import Crop, outlines, painted
 from gigaxt.image.views import resample
-from gigaxt.instances import InstanceTarget, as_instances
+from gigaxt.shapes.crops import Crop, outlines, painted
+from gigaxt.targets.boxes import BoxTarget
+from gigaxt.targets.instances import InstanceTarget, as_instances
 
 HEIGHT, WIDTH = 37, 53
 

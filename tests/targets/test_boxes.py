@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from gigaxt.augment import turn
-from gigaxt.boxes import IGNORED, NOTHING, BoxTarget, Lattice, as_boxes
 from gigaxt.errors import DataError
 from gigaxt.image.memory import ArrayImage
+from gigaxt.targets.boxes import IGNORED, NOTHING, BoxTarget, Lattice, as_boxes
 
 LATTICE = Lattice((4, 8), max_cells=4.0, radius=1.5)
 CORE = 32

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gigaxt.boxes import BoxTarget, as_array, as_boxes
-from gigaxt.crops import Crop
 from gigaxt.errors import DataError
-from gigaxt.targets import Grid, SceneTarget
+from gigaxt.shapes.crops import Crop
+from gigaxt.targets.base import Grid, SceneTarget
+from gigaxt.targets.boxes import BoxTarget, as_array, as_boxes
 
 
 class InstanceTarget(SceneTarget):

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gigaxt.found import Found, LossOfRegions, told
+from gigaxt.found.objects import Objects
+from gigaxt.found.peaks import PeakFinder, apart
+from gigaxt.found.scene import Found, LossOfRegions, told
 from gigaxt.image.base import Image
 from gigaxt.nn.heads.points import PointsConfig, PointsHead
 from gigaxt.nn.xt import GigaXT
-from gigaxt.objects import Objects
-from gigaxt.peaks import PeakFinder, apart
-from gigaxt.targets import SceneTarget
+from gigaxt.targets.base import SceneTarget
 
 CELLS = 1.5
 """Of two objects that are nearer than so many cells, one is left out."""

@@ -17,13 +17,13 @@ from gigaxt.datasets.manifest import Manifest
 from gigaxt.image.base import Image
 from gigaxt.image.memory import ArrayImage
 from gigaxt.image.views import Cropped, resample
-from gigaxt.masks import class_number, field_values, open_mask
 from gigaxt.nn.heads import SegmentConfig
-from gigaxt.polygons import Polygon
-from gigaxt.targets import MaskTarget
+from gigaxt.shapes.polygons import Polygon
+from gigaxt.targets.base import MaskTarget
+from gigaxt.targets.masks import class_number, field_values, open_mask
+from gigaxt.targets.vector_mask import VectorMask, Within
+from gigaxt.targets.vectors import is_vector, read_features
 from gigaxt.tasks import Segmentation
-from gigaxt.vector_mask import VectorMask, Within
-from gigaxt.vectors import is_vector, read_features
 
 UTM = "EPSG:32633"
 TWO = SegmentConfig(classes=2)

@@ -13,9 +13,9 @@ from faster_coco_eval import mask as api
 from shapely.geometry import shape
 
 from gigaxt import ConfigError, DataError, ImageError
-from gigaxt.coco_results import write_coco_results
+from gigaxt.found.coco_results import write_coco_results
+from gigaxt.found.objects import Objects, write_csv, write_geojson, write_objects
 from gigaxt.image.memory import ArrayImage
-from gigaxt.objects import Objects, write_csv, write_geojson, write_objects
 
 NAMES = ["ship", "buoy"]
 

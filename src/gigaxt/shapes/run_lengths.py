@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from gigaxt.crops import Crop
 from gigaxt.metrics.masks import area_and_box, decode_runs, to_rle
+from gigaxt.shapes.crops import Crop
 
 
 def crop_of(rle: Mapping[str, Any]) -> Crop:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from gigaxt.errors import DataError
 from gigaxt.image.base import Image
-from gigaxt.polygons import epsg_code
+from gigaxt.shapes.polygons import epsg_code
 
 LON_LAT = "OGC:CRS84"
 """Of GeoJSON that names no other (RFC 7946)."""

@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 from torchvision.ops import batched_nms, nms
 
-from gigaxt.nms import _clusters, suppress
+from gigaxt.found.nms import _clusters, suppress
 
 
 def candidates(

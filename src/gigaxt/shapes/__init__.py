@@ -1,0 +1,1 @@
+"""Shapes of objects, apart from models and images: polygons, masks of single objects, and projections."""
