@@ -57,6 +57,7 @@ def test_training_keeps_the_thresholds_of_the_best_model(vessels: Path) -> None:
     head = json.loads((vessels / "run" / "model" / "config.json").read_text())["model"]["head"]
     assert len(head["threshold"]) == 1
     assert len(head["flag_threshold"]) == 2
+    assert "x.csv --out submission.csv" in (vessels / "run" / "report.html").read_text()
     assert head["number_mean"] == pytest.approx([np.log(60)])
     assert yaml.safe_load((vessels / "run" / "config.yaml").read_text())["model"]["head"]["threshold"] is None
     rows = list(csv.DictReader((vessels / "run" / "metrics.csv").read_text().splitlines()))

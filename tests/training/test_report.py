@@ -60,6 +60,7 @@ def test_the_report_holds_all_and_needs_no_other_file(csv: Path, tmp_path: Path,
     assert "x.tif: &lt;truncated&gt;" in page
     assert "gone.tif" in page
     assert "gigaxt eval" in page
+    assert "data.csv --out scores.csv" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert [path.name for path in (tmp_path / "run").iterdir() if path.suffix == ".part"] == []
 

@@ -27,7 +27,7 @@ from gigaxt.inference import predict
 from gigaxt.pixel_answers import over_picture
 from gigaxt.pretrained import load
 from gigaxt.targets.masks import open_mask
-from gigaxt.tasks import Evaluation, Segmentation, Task, WorstCase
+from gigaxt.tasks import Detection, Evaluation, Points, Segmentation, Task, Vessels, WorstCase
 from gigaxt.tasks.base import COUNT_COLUMNS
 from gigaxt.tasks.bootstrap import DRAWS
 from gigaxt.tasks.metrics import CALIBRATION_BINS
@@ -84,10 +84,7 @@ def write_report(folder: RunFolder, config: RunConfig, task: Task, state: State,
         ("Worst images", _worst(evaluation, config, answer)),
         ("Best images", _cases(evaluation.best_cases if evaluation else [], config, None)),
         ("Images left out", _skipped(state.skipped)),
-        (
-            "Next",
-            _commands(folder, config, "test" if task.manifest.split("test") else "val", isinstance(task, Segmentation)),
-        ),
+        ("Next", _commands(folder, config, task)),
         ("Settings", f"<pre>{_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))}</pre>"),
         ("Environment", table(["", ""], list(environment().items()))),
     ]
@@ -252,12 +249,20 @@ def _skipped(skipped: Mapping[str, str]) -> str:
     return f"<p>{len(lines)} images could not be read.</p><ul>{items}{more}</ul>"
 
 
-def _commands(folder: RunFolder, config: RunConfig, split: str, dense: bool) -> str:
+def _commands(folder: RunFolder, config: RunConfig, task: Task) -> str:
     out, csv = shlex.quote(str(folder.path)), shlex.quote(config.data.csv)
+    split = next((name for name in ("test", "val") if task.manifest.split(name)), "train")
+    answers = f"{csv} --out scores.csv"
+    if isinstance(task, Segmentation):
+        answers = "scene.tif --out mask.tif"
+    elif isinstance(task, Vessels):
+        answers = f"{csv} --out submission.csv"
+    elif isinstance(task, Detection | Points):
+        answers = "scene.tif --out found.geojson"
     lines = [
         f"gigaxt train --config {out}/config.yaml --out {out}    # continue, if it was stopped",
         f"gigaxt eval {out} {csv} --split {split}",
-        f"gigaxt predict {out} {'scene.tif --out mask.tif' if dense else f'{csv} --out scores.csv'}",
+        f"gigaxt predict {out} {answers}",
         f"tensorboard --logdir {out}",
     ]
     return f"<pre>{_text(chr(10).join(lines))}</pre>"
