@@ -101,6 +101,27 @@ def test_from_coco_json_to_predictions(tmp_path: Path, capsys: pytest.CaptureFix
     assert features[0]["properties"]["classification"]["name"] in ("bright", "dark")
 
 
+def test_without_a_val_split_the_threshold_is_chosen_on_the_training_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_images(tmp_path)
+    rows = "".join(f"{i}.png,truth.json,{10 + i},train\n" for i in range(3))
+    (tmp_path / "data.csv").write_text(f"image,boxes,image_id,split\n{rows}")
+    (tmp_path / "run.yaml").write_text(RUN.replace("epochs: 40", "epochs: 10"))
+    run = str(tmp_path / "run")
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "--out", run]) == 0
+    assert capsys.readouterr().err.count("no val split: thresholds are those that are best on the training images") == 1
+    split = ["--split", "train", "--json", str(tmp_path / "scores.json")]
+    assert main(["eval", run, str(tmp_path / "data.csv"), *split]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())["metrics"]
+    head = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model"]["head"]
+    assert head["threshold"] == pytest.approx(scores["best_threshold"])
+    assert scores["f1"] == scores["best_f1"]
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "scene.tif --out found.geojson" in report
+    assert "--split train" in report
+
+
 def test_wrong_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tiny_models import tiny_model
 

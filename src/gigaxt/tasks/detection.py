@@ -52,6 +52,7 @@ class Detection(Task):
 
     best = "AP"
     metric_names: tuple[str, ...] = ("AP", "AP50", "AP75", "f1", "precision", "recall", "best_f1", "best_threshold")
+    leaves_open = True  # the threshold is always the best one
     images_per_call = 1  # the loss of each image is wanted, and its objects are found one scene at a time
 
     def __init__(self, manifest: Manifest, head: ObjectsConfig) -> None:

@@ -54,7 +54,8 @@ class ObjectsConfig(BaseHeadConfig):
     score: float = 0.05
     """objects that score less are left out"""
     threshold: float = 0.3
-    """score from which on an object counts in F1 and in pictures; training sets it to the best on `val`"""
+    """score from which on an object counts in F1 and in pictures; training sets it to the best on `val`, without
+    one to the best on the training images"""
     nms_iou: float = 0.6
     """of two objects that overlap more, the one that scores less is left out"""
     max_objects: int = 100_000
