@@ -236,7 +236,9 @@ def test_advice(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "m.tif", mask)
     report = check_manifest(table(tmp_path / "d.csv", "image,mask,split\ni.tif,m.tif,train\n"))
     assert "mask values 1, 2 do not occur: number classes 0, 1, 2, ... without gaps" in report.proposals()
-    assert "no row is in split val: training needs both" in report.proposals()
+    assert any("no row is in split val: training keeps the last model" in text for text in report.proposals())
+    report = check_manifest(table(tmp_path / "e.csv", "image,mask,split\ni.tif,m.tif,val\n"))
+    assert "no row is in split train: there is nothing to train on" in report.proposals()
     report = check_manifest(table(tmp_path / "d.csv", "image,label,split\ni.tif,a,train\nj.tif,b,val\n"))
     assert "class b does not occur in train: it cannot be learnt" in report.proposals()
 

@@ -328,8 +328,10 @@ def _count(cases: Iterable[Case], column: int, value: float | None) -> int:
 def _class_proposals(manifest: Manifest) -> list[str]:
     found = []
     train, val = manifest.split("train"), manifest.split("val")
-    if not train or not val:
-        found.append(f"no row is in split {'val' if train else 'train'}: training needs both")
+    if not train:
+        found.append("no row is in split train: there is nothing to train on")
+    elif not val:
+        found.append("no row is in split val: training keeps the last model, and cannot say how good it is")
     counts = manifest.class_counts("train")
     absent = [name for name, count in counts.items() if count == 0]
     if absent:
