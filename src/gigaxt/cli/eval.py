@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -185,7 +186,7 @@ def _tally(trained: Trained, arguments: EvalArguments, skipped: dict[str, str] |
     from gigaxt.pretrained import load
     from gigaxt.tasks import Detection, make_task, read_manifest
     from gigaxt.training.data import Samples
-    from gigaxt.training.device import autocast, pick_device
+    from gigaxt.training.device import autocast, pick_device, slow_precision
     from gigaxt.training.evaluate import tallied
 
     device = pick_device(arguments.device)
@@ -202,6 +203,8 @@ def _tally(trained: Trained, arguments: EvalArguments, skipped: dict[str, str] |
     task = make_task(model.config.head, manifest)
     if arguments.png is not None and not isinstance(task, Detection):
         raise ConfigError(f"--png: draws boxes, and the model's head is of kind {model.config.head.kind}")
+    if slow := slow_precision(device, arguments.amp):
+        print(slow, file=sys.stderr)
     with autocast(device, arguments.amp):
         return tallied(
             model, Samples(cases, task, rgb=model.config.input.rgb), task, batch=arguments.batch, skipped=skipped

@@ -153,6 +153,10 @@ def worth_changing(plan: Plan) -> bool:
 
 def advice(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
     """What to change, a line each."""
+    import torch
+
+    from gigaxt.training.device import slow_precision
+
     found, streaming = plan.found, plan.streaming
     lines = []
     if found is None:
@@ -169,6 +173,8 @@ def advice(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
     if found.disk_gib > free_disk:
         lines.append(f"- the disk of the run folder is too small: {found.disk_gib:.2f} GiB, {free_disk:.2f} free")
     fits = not lines
+    if slow := slow_precision(torch.device(found.device), config.train.amp):
+        lines.append(f"- {slow}")
     if plan.reads_too_slowly:
         lines += ["- reading is the limit", *slow_reading(plan, config)]
     lines.append("fits" if fits else "see above")

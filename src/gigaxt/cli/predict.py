@@ -72,13 +72,15 @@ def main(args: Sequence[str]) -> int:
     from gigaxt.cli.eval import find_model
     from gigaxt.cli.progress import told_cache
     from gigaxt.pretrained import load
-    from gigaxt.training.device import autocast, pick_device
+    from gigaxt.training.device import autocast, pick_device, slow_precision
 
     folder = find_model(arguments.model).folder
     device = pick_device(arguments.device)
     model = load(folder).to(device)
     model.streaming = replace(model.streaming, chunk_regions=arguments.chunk_regions, readers=arguments.readers)
     skipped: dict[str, str] | None = {} if arguments.on_bad_image == "skip" else None
+    if slow := slow_precision(device, arguments.amp):
+        print(slow, file=sys.stderr)
     with autocast(device, arguments.amp), told_cache(arguments.cache, arguments.cache_gib):
         if model.config.head.kind in ("detect", "mask_rcnn"):
             from gigaxt.cli.predict_objects import predict_objects

@@ -57,6 +57,13 @@ def autocast(device: torch.device, amp: Literal["auto", "off", "bf16"]) -> Abstr
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16" or (amp == "auto" and fits))
 
 
+def slow_precision(device: torch.device, amp: Literal["auto", "off", "bf16"]) -> str | None:
+    """What to tell who asked for a precision that makes this device slower instead of faster; None: it does not."""
+    if amp != "bf16" or device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    return "this CPU has no fast bfloat16: with amp bf16 a step can take ten times as long as with amp off"
+
+
 def smaller(streaming: Streaming) -> tuple[Streaming, str] | None:
     """What to go on with after CUDA ran out of memory, and what that is called; None: nothing is left to give up."""
     if streaming.chunk_regions > 1:

@@ -28,7 +28,7 @@ from gigaxt.tasks import Evaluation, Task
 from gigaxt.token_cache import TokenCache
 from gigaxt.training.config import RunConfig
 from gigaxt.training.data import Sample, Samples, balanced_weights, derive_seed, epoch_order
-from gigaxt.training.device import autocast, pick_device, smaller
+from gigaxt.training.device import autocast, pick_device, slow_precision, smaller
 from gigaxt.training.evaluate import Stopping, evaluate, named, open_samples, without_guilty
 from gigaxt.training.initial import what_learns
 from gigaxt.training.log import RunLog, decimals, duration
@@ -139,8 +139,9 @@ class Run(Trainee):
                     f"{self.train_samples.size} make {self.steps_per_epoch} steps an epoch: for more of them train on "
                     "windows (train.window, such as 1024, and train.windows_per_scene)"
                 )
-            if advice := what_learns(self.model, self.config)[1]:
-                log.line(advice)
+            for advice in (what_learns(self.model, self.config)[1], slow_precision(self.device, self.settings.amp)):
+                if advice:
+                    log.line(advice)
             saved, saved_at = (state.step, state.evaluated), time.monotonic()
             try:
                 self.evaluate_if_due()  # a run may have been stopped between a step and its evaluation
