@@ -38,7 +38,7 @@ LARGE = 840_000
 
 @dataclass(kw_only=True)
 class DemoArguments:
-    """See it work, offline, on two CPU cores, in about three minutes.
+    """See it work, offline, on two CPU cores, in three to eight minutes.
 
     Made-up scenes on disk, a training with context and one without, a map of a larger scene, pictures and a report.
     The same command goes on where it was stopped, and shows the results again once it is done.
