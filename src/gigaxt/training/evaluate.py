@@ -10,25 +10,12 @@ from torch import nn
 
 from gigaxt.datasets.row import Case
 from gigaxt.errors import DataError, ImageError
-from gigaxt.tasks.base import Evaluation, Tally, Task
+from gigaxt.tasks.base import Tally, Task
 from gigaxt.training.data import Sample, Samples, guilty
 
 
 class Stopping(Exception):  # noqa: N818  # no error: the user asked for it
     """The evaluation was given up half way because the process was asked to end."""
-
-
-def evaluate(
-    model: nn.Module,
-    samples: Samples,
-    task: Task,
-    *,
-    batch: int = 4,
-    skipped: dict[str, str] | None = None,
-    on_image: Callable[[int], None] = lambda _: None,
-) -> Evaluation:
-    """Scores of `model` on all `samples`; see `tallied`."""
-    return tallied(model, samples, task, batch=batch, skipped=skipped, on_image=on_image).compute()
 
 
 def tallied(

@@ -29,7 +29,7 @@ from gigaxt.token_cache import TokenCache
 from gigaxt.training.config import RunConfig
 from gigaxt.training.data import Sample, Samples, balanced_weights, derive_seed, epoch_order
 from gigaxt.training.device import autocast, pick_device, slow_precision, smaller
-from gigaxt.training.evaluate import Stopping, evaluate, named, open_samples, without_guilty
+from gigaxt.training.evaluate import Stopping, named, open_samples, tallied, without_guilty
 from gigaxt.training.initial import what_learns
 from gigaxt.training.log import RunLog, decimals, duration
 from gigaxt.training.optim import set_lr
@@ -317,14 +317,14 @@ class Run(Trainee):
                 raise Stopping
             self.log.evaluating(done, len(samples))
 
-        return evaluate(
+        return tallied(
             self.evaluated_model,
             samples,
             self.task,
             batch=self.settings.batch,
             skipped=self.skipped,
             on_image=before_image,
-        )
+        ).compute()
 
     # Small things
 
