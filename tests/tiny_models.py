@@ -9,7 +9,9 @@ import torch
 from gigaxt import GigaXT, ModelConfig, build_model
 
 
-def tiny_model(head: dict[str, Any], *, bands: int = 3, seed: int = 0, region: int = 64, **given: Any) -> GigaXT:
+def tiny_model(
+    head: dict[str, Any], *, bands: int = 3, seed: int = 0, region: int = 64, context: str = "mamba2", **given: Any
+) -> GigaXT:
     """Random weights, regions of 64 px, in evaluation mode; `given` is the config's section `input`."""
     config = {
         "region_encoder": {
@@ -18,7 +20,7 @@ def tiny_model(head: dict[str, Any], *, bands: int = 3, seed: int = 0, region: i
             "in_channels": bands,
             "options": {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 16]},
         },
-        "context": {"dim": 16, "depth": 1, "summary": 2},
+        "context": {"kind": context, "dim": 16, "depth": 1, "summary": 2},
         "head": head,
         "input": given,
     }

@@ -320,14 +320,7 @@ class SceneBatch:
             self.token_validity[chunk.rows] = True
             return
         halo, core = self.config.halo, self.region - 2 * self.config.halo
-        real = valid.any(dim=3)[:, halo : halo + core, halo : halo + core]
-        edges = [core * i // self.t for i in range(self.t + 1)]
-        cells = [
-            real[:, top:bottom, left:right].any(dim=2).any(dim=1)
-            for top, bottom in pairwise(edges)
-            for left, right in pairwise(edges)
-        ]
-        self.token_validity[chunk.rows] = torch.stack(cells, dim=1)
+        self.token_validity[chunk.rows] = valid_cells(valid[:, halo : halo + core, halo : halo + core], self.t)
 
 
 def read_region(image: Image, x: int, y: int, w: int, h: int) -> tuple[NDArray[np.generic], Mask | None]:
@@ -342,6 +335,18 @@ def read_region(image: Image, x: int, y: int, w: int, h: int) -> tuple[NDArray[n
             present &= pixels != pixels.dtype.type(image.nodata)
         valid = valid & present
     return pixels, None if valid.all() else valid
+
+
+def valid_cells(valid: Tensor, t: int) -> Tensor:
+    """Which of the t x t cells of cores hold a valid pixel: of (n, core, core, bands) bool, (n, t * t)."""
+    real, core = valid.any(dim=3), valid.shape[1]
+    edges = [core * i // t for i in range(t + 1)]
+    cells = [
+        real[:, top:bottom, left:right].any(dim=2).any(dim=1)
+        for top, bottom in pairwise(edges)
+        for left, right in pairwise(edges)
+    ]
+    return torch.stack(cells, dim=1)
 
 
 def _crop(tensor: Tensor, x: int, y: int, w: int, h: int) -> Tensor:

@@ -15,10 +15,11 @@ from gigaxt.augment import inverse
 from gigaxt.errors import ConfigError
 from gigaxt.image.base import Image, Mask
 from gigaxt.inference.windows import WindowGrid, usual_overlap
+from gigaxt.nn.context.base import NoContext
 from gigaxt.nn.ready import check_told
 from gigaxt.nn.stages import Answers
 from gigaxt.rows import Reader, Rows
-from gigaxt.scenes import Chunk, read_region
+from gigaxt.scenes import Chunk, read_region, valid_cells
 
 if TYPE_CHECKING:
     from gigaxt.inference.parts import Parts
@@ -73,6 +74,9 @@ class ScenePass:
     scene had been turned, padded to whole regions. Memory: the first pass holds the scene's tokens; the second one
     those of a row of windows.
 
+    Where nothing passes between regions (context `none`, no halo) there is no first pass: a window is decoded with its
+    own tokens, as a region at its place is in training.
+
     Args:
         model: dense, in evaluation mode.
         image: the scene.
@@ -82,6 +86,7 @@ class ScenePass:
     Attributes:
         image: as the model sees it, in its bands and at its pixel size.
         windows: where the second pass looks.
+        apart: whether there is no first pass.
 
     Raises:
         ConfigError: settings out of range. DataError: an image that does not fit the model.
@@ -100,22 +105,27 @@ class ScenePass:
             scene.grid, self.t, usual_overlap(scene.grid.core, self.t, self.halo) if overlap is None else overlap
         )
         self.device = next(model.parameters()).device
+        # With a halo a region is decoded with its neighbours' tokens, too, whatever the context does.
+        self.apart = type(model.context) is NoContext and not self.halo
 
     @property
     def work(self) -> int:
         """Regions and windows that go through the encoder in all."""
-        return (len(self.batch.places) + int(self.windows.needed.sum())) * len(self.turns)
+        regions = 0 if self.apart else len(self.batch.places)
+        return (regions + int(self.windows.needed.sum())) * len(self.turns)
 
     @property
     def context_bytes(self) -> int:
         """What the context of all turns takes on disk."""
+        if self.apart:
+            return 0
         tokens = self.batch.full_size * self.t**2
         return tokens * self.model.config.context.dim * 4 * len(self.turns)
 
     @torch.no_grad()
     def find_context(self, parts: Parts, tick: Tick) -> None:
         """The first pass: `parts` then holds the context of each turn. What it holds already is not computed again."""
-        for k in self.turns:
+        for k in () if self.apart else self.turns:
             if not parts.has(_context_name(k)):
                 self._encode(parts, k, tick)
                 self._join(parts, k)
@@ -132,22 +142,19 @@ class ScenePass:
             chunks += [WindowChunk(self, row, cols[i : i + n]) for i in range(0, len(cols), n)]
         reader = Reader(self._load_windows, self.device, 0)
         decode = Answers(cast("DenseHead", self.model.head), self.model.encode)
-        row, context = -1, RowContext(self, parts, -1)
+        row, context = -1, None
         for loaded in reader.rows(chunks):
             if loaded.chunk.row != row:
                 row = loaded.chunk.row
-                context = RowContext(self, parts, row)
-            seen = context
+                context = None if self.apart else RowContext(self, parts, row)
 
-            def work(part: Rows, seen: RowContext = seen) -> Tensor:
-                return self._average(part.loaded, lambda k: seen.of(k, part.loaded["col"]), decode, to_maps)
+            def work(part: Rows, context: RowContext | None = context) -> Tensor:
+                return self._average(part.loaded, context, decode, to_maps)
 
             results = reader.run(loaded, work)
             tick(loaded.count * len(self.turns))
             for part, maps in results:
-                core, halo = self.windows.core, self.halo
-                valid = part.loaded["valid"].any(dim=3)[:, halo : halo + core, halo : halo + core].cpu().numpy()
-                cols = part.loaded["col"].tolist()
+                cols, valid = part.loaded["col"].tolist(), self._valid(part.loaded)
                 yield from (
                     WindowMaps(row, col, answer, mask)
                     for col, answer, mask in zip(cols, maps.cpu(), valid, strict=True)
@@ -203,29 +210,49 @@ class ScenePass:
         places = [(int(windows.xs[col]) - halo, top, side, side) for col in chunk.cols]
         self.image.expect(places)
         read = [read_region(self.image, *place) for place in places]
-        masks = [np.ones((side, side, 1), np.bool_) if mask is None else mask for _, mask in read]
-        bands = max(mask.shape[2] for mask in masks)
-        return {
+        found = {
             "pixels": torch.from_numpy(np.stack([pixels for pixels, _ in read])),
-            "valid": torch.from_numpy(np.stack([np.broadcast_to(mask, (side, side, bands)) for mask in masks])),
             "scale": torch.from_numpy(self.scene.scale).expand(n, -1),
             "shift": torch.from_numpy(self.scene.shift).expand(n, -1),
             "level": torch.zeros(n, dtype=torch.int64),
             "col": torch.tensor(chunk.cols),
         }
+        if all(mask is None for _, mask in read):
+            return found
+        masks = [np.ones((side, side, 1), np.bool_) if mask is None else mask for _, mask in read]
+        bands = max(mask.shape[2] for mask in masks)
+        found["valid"] = torch.from_numpy(np.stack([np.broadcast_to(mask, (side, side, bands)) for mask in masks]))
+        return found
 
-    def _average(
-        self, loaded: dict[str, Tensor], context: Callable[[int], Tensor], decode: Answers, to_maps: Maps
-    ) -> Tensor:
+    def _valid(self, loaded: dict[str, Tensor]) -> NDArray[np.bool_]:
+        """(n, core, core): where the image has data in windows."""
+        halo, core = self.halo, self.windows.core
+        if "valid" not in loaded:
+            return np.ones((len(loaded["col"]), core, core), np.bool_)
+        valid: NDArray[np.bool_] = loaded["valid"].any(dim=3)[:, halo : halo + core, halo : halo + core].cpu().numpy()
+        return valid
+
+    def _average(self, loaded: dict[str, Tensor], context: RowContext | None, decode: Answers, to_maps: Maps) -> Tensor:
         """Answers of windows (n, channels, side, side), averaged over the turns."""
         total: Tensor | None = None
         for k in self.turns:
-            maps = self.model.encode(_turned_regions(loaded, k))[1]
-            answers = to_maps(decode(maps, turned(context(k), k).flatten(1, 2)))
+            tokens, maps = self.model.encode(_turned_regions(loaded, k))
+            if context is None:
+                told = self._own(tokens, loaded, k)
+            else:
+                told = turned(context.of(k, loaded["col"]), k).flatten(1, 2)
+            answers = to_maps(decode(maps, told))
             answers = turned(answers, inverse(k), first=2)
             total = answers if total is None else total + answers
         assert total is not None
         return total / len(self.turns) if len(self.turns) > 1 else total
+
+    def _own(self, tokens: Tensor, loaded: dict[str, Tensor], k: int) -> Tensor:
+        """Tokens (n, t * t, dim) of windows turned by `k` as `NoContext` leaves them: zeros where there is no data."""
+        if "valid" not in loaded:
+            return tokens
+        valid = valid_cells(loaded["valid"], self.t).unflatten(1, (self.t, self.t))
+        return tokens.masked_fill(~_flat(turned(valid, k))[..., None], 0)
 
 
 class RowContext:
@@ -234,13 +261,11 @@ class RowContext:
     def __init__(self, scene: ScenePass, parts: Parts, row: int) -> None:
         self._scene, self._parts = scene, parts
         self._kept: dict[int, Tensor] = {}
-        if row >= 0:
-            t = scene.t
-            halo = scene.model.encode.halo_tokens
-            numbers = torch.from_numpy(scene.windows.token_rows(row, halo))  # (cols, side, side)
-            there = numbers[numbers >= 0]
-            self._regions = int(there.min()) // (t * t), int(there.max()) // (t * t) + 1
-            self._numbers = torch.where(numbers < 0, -1, numbers - self._regions[0] * t * t)
+        t = scene.t
+        numbers = torch.from_numpy(scene.windows.token_rows(row, scene.model.encode.halo_tokens))  # (cols, side, side)
+        there = numbers[numbers >= 0]
+        self._regions = int(there.min()) // (t * t), int(there.max()) // (t * t) + 1
+        self._numbers = torch.where(numbers < 0, -1, numbers - self._regions[0] * t * t)
 
     def of(self, k: int, cols: Tensor) -> Tensor:
         """(n, side, side, dim) of the windows `cols` and their halos, in the scene's own direction.

@@ -70,7 +70,7 @@ class Stitcher:
             found = next(answers) if needed else None
             if found is not None:
                 assert (found.row, found.col) == (row, col)
-                self.window += found.maps * (self.row_weights[row][:, None] * self.col_weights[col])
+                self.window.addcmul_(found.maps, self.row_weights[row][:, None] * self.col_weights[col])
             yield self._block(row, col, found)
             left, last = col * step, col + 1 == len(self.windows.xs)
             done = side if last else step

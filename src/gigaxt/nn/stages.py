@@ -82,10 +82,14 @@ class RegionTokens(nn.Module):
 
     def _network_input(self, loaded: Mapping[str, Tensor]) -> Tensor:
         """(n, h, w, C) as stored -> (n, C, h, w) normalised, zeros where not valid. A view: channels stay last."""
-        x = loaded["pixels"].to(next(self.parameters()).dtype)
+        x, dtype = loaded["pixels"], next(self.parameters()).dtype
         if "scale" in loaded:
-            scale, shift = (loaded[key].to(x.dtype)[:, None, None] for key in ("scale", "shift"))
-            x = torch.addcmul(shift, x, scale)
+            width = x.shape[2]
+            # Row by row and in place: on a CPU several times as fast as bands by bands into new memory.
+            x = x.to(dtype, copy=True).flatten(2)  # (n, h, w, C) -> (n, h, w * C)
+            scale, shift = (loaded[key].to(dtype).repeat(1, width)[:, None] for key in ("scale", "shift"))
+            x = torch.addcmul(shift, x, scale, out=x).unflatten(2, (width, -1))
+        x = x.to(dtype)
         if "valid" in loaded:
             x = x.masked_fill(~loaded["valid"], 0)
         return x.permute(0, 3, 1, 2)
