@@ -13,6 +13,7 @@ encoder, F forward and B backward, by what is kept of a chunk:
     nothing, and the loss is one linear sum (`linear`)        3F + 1B
     nothing                                                   4F + 1B
     an encoder that does not learn: 2F, or 3F where the loss is not linear; 1F where its feature maps are kept
+    no gradient is wanted: 2F; 1F where the feature maps are kept (either budget)
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def stream_nested(
         linear: promise that only the first of the outputs, a scalar sum, is differentiated. Its gradient with respect
             to the context is then taken in the forward pass already, which saves a pass over the encoder.
         seed: of keyed dropout; None draws one from PyTorch's default generator.
-        streaming: budgets; `budget_gib` for graphs, `host_gib` for feature maps.
+        streaming: budgets; `budget_gib` for graphs (without gradients for feature maps), `host_gib` for feature maps.
 
     Raises:
         ConfigError: as `stream`.
@@ -223,7 +224,7 @@ class _Job:
                 self.tokens.add(part, [found[0]], len(self.chunks))
             whole = len(results) == 1  # else the device is out of memory: nothing is kept there
             size = sum(t.nbytes for t in maps)
-            on_device = whole and not self.encode_learns and device.take(size)
+            on_device = whole and not (training and self.encode_learns) and device.take(size)
             if whole and graph:
                 self.kept[i] = _Encoded(rows.start, tokens, maps)
             elif on_device or (whole and host.take(size)):

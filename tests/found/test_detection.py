@@ -15,7 +15,7 @@ from gigaxt import GigaXT, open_image
 from gigaxt.augment import dihedral
 from gigaxt.found.boxes import CandidatePool, Candidates, detect, find, no_candidates
 from gigaxt.found.objects import Objects
-from gigaxt.nn.xt import RegionAnswer
+from gigaxt.nn.region_answers import RegionAnswer
 from gigaxt.targets.boxes import BoxTarget
 from tiny_models import tiny_model
 

@@ -15,7 +15,7 @@ from gigaxt.found.objects import Objects
 from gigaxt.found.points import decided, find
 from gigaxt.image.memory import ArrayImage
 from gigaxt.nn.heads import PointsHead
-from gigaxt.nn.xt import RegionAnswer
+from gigaxt.nn.region_answers import RegionAnswer
 from gigaxt.targets.points import PointTarget
 from tiny_models import tiny_model
 

@@ -146,7 +146,7 @@ def test_with_context_the_loss_is_that_of_the_window_and_far_regions_get_no_grad
         near = place.level > 0 or (place.row, place.col) in ((0, 1), (0, 2))
         tokens.append(t if near else t.detach())
         maps.append(m)
-    context = plain._join(batch, torch.cat(tokens[:12]), torch.cat(tokens[12:]) if overview else tokens[0][:0])
+    context = plain.join(batch, torch.cat(tokens[:12]), torch.cat(tokens[12:]) if overview else tokens[0][:0])
     sums = []
     for i in (1, 2):
         drawn = given.draw(64 * i, 0, 64, 64)

@@ -56,6 +56,8 @@ class PredictArguments:
     """bfloat16 autocast; auto: on CUDA devices that have it."""
     chunk_regions: int = 8
     """Regions encoded at once: more is faster and takes more memory."""
+    budget_gib: float = 1.0
+    """Memory for feature maps of regions that are else encoded twice: for objects, and for masks without overlap."""
     readers: int = 2
     """Threads that read ahead: more where the storage answers slowly."""
     cache: Path | None = None
@@ -77,7 +79,12 @@ def main(args: Sequence[str]) -> int:
     folder = find_model(arguments.model).folder
     device = pick_device(arguments.device)
     model = load(folder).to(device)
-    model.streaming = replace(model.streaming, chunk_regions=arguments.chunk_regions, readers=arguments.readers)
+    model.streaming = replace(
+        model.streaming,
+        chunk_regions=arguments.chunk_regions,
+        budget_gib=arguments.budget_gib,
+        readers=arguments.readers,
+    )
     skipped: dict[str, str] | None = {} if arguments.on_bad_image == "skip" else None
     if slow := slow_precision(device, arguments.amp):
         print(slow, file=sys.stderr)

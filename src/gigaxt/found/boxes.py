@@ -16,7 +16,8 @@ from gigaxt.found.scene import Found, LossOfRegions, told
 from gigaxt.image.base import Image
 from gigaxt.nn.heads.detect import DetectConfig, DetectHead, at_locations
 from gigaxt.nn.heads.mask_rcnn import MaskRCNNHead
-from gigaxt.nn.xt import GigaXT, RegionAnswer
+from gigaxt.nn.region_answers import RegionAnswer
+from gigaxt.nn.xt import GigaXT
 from gigaxt.scenes import Scene
 
 MOST_OF_REGION = 1000

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from gigaxt.found.objects import Objects
 from gigaxt.nn.heads.dense import DenseHead
-from gigaxt.nn.xt import RegionAnswer
+from gigaxt.nn.region_answers import RegionAnswer
 from gigaxt.scenes import Scene
 
 

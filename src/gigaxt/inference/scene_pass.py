@@ -15,7 +15,7 @@ from gigaxt.augment import inverse
 from gigaxt.errors import ConfigError
 from gigaxt.image.base import Image, Mask
 from gigaxt.inference.windows import WindowGrid, usual_overlap
-from gigaxt.nn.context.base import NoContext
+from gigaxt.nn.kept_maps import KeptMaps
 from gigaxt.nn.ready import check_told
 from gigaxt.nn.stages import Answers
 from gigaxt.rows import Reader, Rows
@@ -74,8 +74,9 @@ class ScenePass:
     scene had been turned, padded to whole regions. Memory: the first pass holds the scene's tokens; the second one
     those of a row of windows.
 
-    Where nothing passes between regions (context `none`, no halo) there is no first pass: a window is decoded with its
-    own tokens, as a region at its place is in training.
+    Windows that are regions (no overlap) are not encoded again where the budgets of `model.streaming` hold their
+    feature maps. Where nothing passes between regions (context `none`, no halo) there is no first pass: a window is
+    decoded with its own tokens, as a region at its place is in training.
 
     Args:
         model: dense, in evaluation mode.
@@ -105,8 +106,8 @@ class ScenePass:
             scene.grid, self.t, usual_overlap(scene.grid.core, self.t, self.halo) if overlap is None else overlap
         )
         self.device = next(model.parameters()).device
-        # With a halo a region is decoded with its neighbours' tokens, too, whatever the context does.
-        self.apart = type(model.context) is NoContext and not self.halo
+        self.apart = model.regions_apart
+        self._kept = KeptMaps(model.streaming, self.device)
 
     @property
     def work(self) -> int:
@@ -149,7 +150,7 @@ class ScenePass:
                 context = None if self.apart else RowContext(self, parts, row)
 
             def work(part: Rows, context: RowContext | None = context) -> Tensor:
-                return self._average(part.loaded, context, decode, to_maps)
+                return self._average(part, context, decode, to_maps)
 
             results = reader.run(loaded, work)
             tick(loaded.count * len(self.turns))
@@ -171,9 +172,18 @@ class ScenePass:
         ]
         reader = Reader(self.batch.load, self.device, 0)
         found: list[Tensor] = []
+
+        def encode(part: Rows) -> Tensor:
+            tokens: Tensor
+            tokens, maps = self.model.encode(_turned_regions(part.loaded, k))
+            _, _, first = part.chunk.places[0]
+            # Windows without overlap are the regions. Parts of chunks mean that the device is out of memory.
+            if first.level == 0 and not self.windows.overlap and part.count == len(part.chunk.places):
+                self._kept.add((k, first.row, first.col, part.count), maps)
+            return tokens
+
         for rows in reader.rows(chunks):
-            results = reader.run(rows, lambda part: self.model.encode(_turned_regions(part.loaded, k))[0])
-            found += [tokens.cpu() for _, tokens in results]
+            found += [tokens.cpu() for _, tokens in reader.run(rows, encode)]
             tick(rows.count)
             group = next(g for g in missing if g[0] <= rows.chunk.start < g[1])
             if rows.chunk.stop == group[1]:
@@ -232,14 +242,16 @@ class ScenePass:
         valid: NDArray[np.bool_] = loaded["valid"].any(dim=3)[:, halo : halo + core, halo : halo + core].cpu().numpy()
         return valid
 
-    def _average(self, loaded: dict[str, Tensor], context: RowContext | None, decode: Answers, to_maps: Maps) -> Tensor:
+    def _average(self, part: Rows, context: RowContext | None, decode: Answers, to_maps: Maps) -> Tensor:
         """Answers of windows (n, channels, side, side), averaged over the turns."""
-        total: Tensor | None = None
+        loaded, total = part.loaded, None
         for k in self.turns:
-            tokens, maps = self.model.encode(_turned_regions(loaded, k))
             if context is None:
+                tokens, maps = self.model.encode(_turned_regions(loaded, k))
                 told = self._own(tokens, loaded, k)
             else:
+                maps = self._kept.pop((k, part.chunk.row, int(loaded["col"][0]), part.count))
+                maps = maps or self.model.encode(_turned_regions(loaded, k))[1]
                 told = turned(context.of(k, loaded["col"]), k).flatten(1, 2)
             answers = to_maps(decode(maps, told))
             answers = turned(answers, inverse(k), first=2)

@@ -29,6 +29,7 @@ class WindowGrid:
 
     Attributes:
         core: side of a window, px.
+        overlap: as given.
         step: from one window to the next, px.
         xs: left edges of the columns of windows, px; ascending.
         ys: top edges of the rows of windows, px.
@@ -40,7 +41,7 @@ class WindowGrid:
     def __init__(self, grid: RegionGrid, tokens_per_core: int, overlap: int = 0) -> None:
         self.grid, self.core, self.t = grid, grid.core, tokens_per_core
         check_overlap(overlap, grid.core, tokens_per_core)
-        self.step = grid.core - overlap
+        self.overlap, self.step = overlap, grid.core - overlap
         self.xs, self.ys = (window_starts(size, self.core, self.step) for size in (grid.width, grid.height))
 
     @cached_property

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gigaxt.cases import Cases
@@ -23,17 +22,18 @@ from gigaxt.inputs import InputConfig
 from gigaxt.nested import stream_nested
 from gigaxt.nn.all_tokens import all_tokens
 from gigaxt.nn.context import ContextConfig, build_context
+from gigaxt.nn.context.base import NoContext
 from gigaxt.nn.heads import ClassifyHead, HeadConfig, build_head
 from gigaxt.nn.heads.dense import DenseHead, MapsHead
 from gigaxt.nn.heads.scene import SceneHead
 from gigaxt.nn.keyed import key_dropout
-from gigaxt.nn.layout import alike, cut, gather, in_order, stitched, tokens_of, with_halo
+from gigaxt.nn.layout import alike, gather, in_order, stitched, tokens_of, with_halo
 from gigaxt.nn.ready import NONE_READY, Ready, check_logits, check_ready, check_told
+from gigaxt.nn.region_answers import RegionAnswer, region_answers
 from gigaxt.nn.region_encoder import RegionEncoderConfig
 from gigaxt.nn.stages import Answers, FrozenMaps, LossSums, TokensOnly
 from gigaxt.nn.stages import RegionTokens as RegionTokens
 from gigaxt.replay import draw_seed
-from gigaxt.rows import Reader
 from gigaxt.scenes import SceneBatch
 from gigaxt.streaming import Streaming, stream
 from gigaxt.targets.base import SceneTarget, target_for
@@ -110,20 +110,6 @@ def build_parts(config: ModelConfig, ready: Ready) -> tuple[RegionTokens, nn.Mod
     encoder = encode.encoder
     dense = (encoder.map_channels, encoder.map_strides) if encode.maps else ()
     return encode, context, build_head(config.head, config.context.dim, *dense)
-
-
-class RegionAnswer(NamedTuple):
-    """One region of a predicted scene; see `GigaXT.predict_regions`."""
-
-    x: int
-    y: int
-    answers: tuple[Tensor, ...]
-    valid: NDArray[np.bool_]
-
-    @property
-    def logits(self) -> Tensor:
-        """Of a segmentation: (classes, h, w)."""
-        return self.answers[0]
 
 
 class GigaXT(nn.Module):
@@ -209,11 +195,11 @@ class GigaXT(nn.Module):
         logits = self._classify(images, seed=0)
         return {"logits": logits, "loss": self._classify_head.loss(logits, self._labels(targets, logits))}
 
-    @torch.no_grad()
     def predict_regions(self, batch: SceneBatch) -> Iterator[RegionAnswer]:
         """A dense head's answers for one scene, region by region; memory grows with the scene's tokens alone.
 
-        The regions come row by row.
+        The regions come row by row. Each is encoded twice, before and after the context, unless the budgets of
+        `streaming` hold its feature maps or `regions_apart`.
 
         Args:
             batch: of one scene, from `model.batch([image])`; its `scenes[0].image` is the image as the model sees it,
@@ -224,22 +210,15 @@ class GigaXT(nn.Module):
             segmentation logits (classes, h, w); at a stride s (channels, ceil(h / s), ceil(w / s))), and valid (h, w),
             False where the image has no data. Regions without data are left out.
         """
-        tokens = self._tokens(batch, range(len(batch.places)), seed=0)
-        context = self._join(batch, tokens[: batch.full_size], tokens[batch.full_size :])
-        decode = Answers(cast(MapsHead, self.head), self.encode)
-        reader = Reader(batch.load, tokens.device, 0)
-        halo = self.config.input.halo
-        for rows in reader.rows(batch.chunks(self.streaming.chunk_regions)):
-            for part, maps in reader.run(rows, lambda part: decode(self.encode(part.loaded)[1], part.of([context])[0])):
-                for i, answers in enumerate(zip(*maps, strict=True)):
-                    scene, _, place = batch.places[part.start + i]
-                    grid = batch.scenes[scene].grid
-                    x, y, w, h = grid.core_xywh(place)
-                    valid = np.ones((h, w), dtype=np.bool_)
-                    if "valid" in part.loaded:
-                        valid = part.loaded["valid"][i, halo : halo + h, halo : halo + w].any(dim=2).cpu().numpy()
-                    inside = tuple(cut(answer, h, w, grid.core // answer.shape[-1]) for answer in answers)
-                    yield RegionAnswer(x, y, inside, valid)
+        return region_answers(self, batch)
+
+    @property
+    def regions_apart(self) -> bool:
+        """Whether a region's answer depends on its own tokens alone.
+
+        So it is without context, but for a halo, which is decoded with the neighbours' tokens.
+        """
+        return type(self.context) is NoContext and not self.config.input.halo
 
     def save(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `config.json`; see `gigaxt.load`."""
@@ -342,7 +321,7 @@ class GigaXT(nn.Module):
 
         def join(found: Tensor) -> Tensor:
             tokens = self.encode.embed(found, batch.levels_of(range(len(found)))) if frozen else found
-            return self._join(batch, tokens, torch.cat(others) if others else tokens[:0])
+            return self.join(batch, tokens, torch.cat(others) if others else tokens[:0])
 
         return stream_nested(
             FrozenMaps(self.encode) if frozen else self.encode,
@@ -357,7 +336,7 @@ class GigaXT(nn.Module):
             streaming=self.streaming,
         )
 
-    def _join(self, batch: SceneBatch, tokens: Tensor, others: Tensor) -> Tensor:
+    def join(self, batch: SceneBatch, tokens: Tensor, others: Tensor) -> Tensor:
         """Tokens of the regions that are answered for (regions, t * t, dim), and others, to the former's context.
 
         Returns:
