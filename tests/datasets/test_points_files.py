@@ -103,6 +103,9 @@ def test_one_file_of_many_images(tmp_path: Path) -> None:
     assert read_points(path, spec(), image(), "s2").places.tolist() == [[3.5, 4.5]]
     with pytest.raises(DataError, match="none of its 2 points has the scene_id 's3'"):
         read_points(path, spec(), image(), "s3")
+    assert len(read_points(path, spec(), image(), "s3", {"s1", "s2", "s3"})) == 0
+    with pytest.raises(DataError, match="some have 's2', which no row of the manifest has"):
+        read_points(path, spec(), image(), "s3", {"s1", "s3"})
     path = write(tmp_path / "c.csv", "row,col,scene_id\n")
     assert len(read_points(path, spec(), image(), "s3")) == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,22 @@ def test_scenes_that_overlap_stay_together(tmp_path: Path) -> None:
     assert groups["0000000000000006v"] == groups["0000000000000007v"] == groups["0000000000000000v"]
     for row in manifest.rows:
         assert len(read_shoreline(manifest.path.parent / row.cells["shoreline"])) == 32
+
+
+def test_scenes_without_labels_and_labels_without_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, out = write_root(tmp_path, 2), tmp_path / "x.csv"
+    write_scene(root, "feed", seed=5)  # whose labels are not written
+    assert main(["import-xview3", str(root), str(out)]) == 0
+    assert "1 scenes have no label: they count as scenes without an object" in capsys.readouterr().out
+    assert main(["check", str(out)]) == 0
+    capsys.readouterr()
+    shutil.rmtree(root / "validation" / f"{0:016x}v")
+    assert write_manifest(root, out) | {"objects": 8, "empty": 1, "elsewhere": 8} == write_manifest(root, out)
+    assert main(["check", str(out)]) == 2  # those of 0 may be those of feed
+    assert "some have '0000000000000000v', which no row" in capsys.readouterr().out
+    shutil.rmtree(root / "validation" / f"{1:016x}v")
+    with pytest.raises(DataError, match=r"expected labels of the scenes in .*, such as feed, got those of 0000"):
+        write_manifest(root, out)
 
 
 def test_other_layouts_tests_and_tables_of_locations(tmp_path: Path) -> None:

@@ -157,6 +157,22 @@ def test_intervals_over_groups_of_scenes(tmp_path: Path) -> None:
     for name, (low, high) in result.intervals.items():
         assert low <= result.metrics[name] <= high, name
     assert result.intervals["loc_fscore"][1] - result.intervals["loc_fscore"][0] > 0.05
-    assert result.notes == ["intervals are of 7 groups only, and so too narrow"]
+    assert result.notes[0] == "intervals are of 7 groups only, and so too narrow"
+    assert result.notes[1].startswith("1 of 7 scenes have no object to find")
     alone = evaluated(vessels(tmp_path, scenes, groups=False), found)
     assert (alone.intervals, alone.metrics) == ({}, result.metrics)
+
+
+def test_scenes_without_a_label(tmp_path: Path) -> None:
+    """Officially they do not count, whatever is found there; in precision and F1 of objects it is a false alarm."""
+    scenes: dict[str, list[Label]] = {"a": [(50, 50, "True", "True", "HIGH")], "empty": [], "nothing": []}
+    found = {"a": [(50, 50, 0.9, 1, 1)], "empty": [(70, 70, 0.8, 1, 1)]}
+    fixed = {"threshold": [0.5], "flag_threshold": [0.5, 0.5]}
+    result = evaluated(vessels(tmp_path, scenes, **fixed), found)
+    alone = evaluated(vessels(tmp_path, {"a": scenes["a"]}, **fixed), found)
+    assert result.metrics == alone.metrics
+    assert result.metrics["loc_fscore"] == 1
+    assert result.per_class["object"]["precision"] == 0.5
+    assert any(note.startswith("2 of 3 scenes have no object to find") for note in result.notes)
+    none = evaluated(vessels(tmp_path, {"empty": [], "nothing": []}, **fixed), found)
+    assert all(np.isnan(value) for value in none.metrics.values())

@@ -47,6 +47,10 @@ def main(args: Sequence[str]) -> int:
         f"{out}: {counts['train']} scenes to train on, {counts['val']} to validate, {counts['test']} to test, in "
         f"{counts['groups']} places, with {counts['objects']:,} objects and {counts['shorelines']} shorelines"
     )
+    if counts["empty"]:
+        print(f"{counts['empty']} scenes have no label: they count as scenes without an object")
+    if counts["elsewhere"]:
+        print(f"{counts['elsewhere']:,} labels are of scenes that are not there, and are left out")
     if not counts["val"]:
         print("all scenes to train on are of one place: there is none to validate on")
     print(f"next: gigaxt train {shlex.quote(str(out))} --config examples/xview3/better.yaml --out runs/better")

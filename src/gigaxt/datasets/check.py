@@ -154,7 +154,7 @@ class _Looker:
                 if self.classes is not None:
                     finding.objects = count_boxes(row, image, self.classes)
                 if self.points is not None:
-                    finding.objects = count_points(row, image, self.points)
+                    finding.objects = count_points(self.manifest, row, image, self.points)
             except GigaxtError as error:
                 cause = str(error).removeprefix(f"{row.target_path}: ")
                 finding.mismatched.append(Problem(row.line, row.target_path, cause))
@@ -221,7 +221,7 @@ class _Looker:
             if self.classes is not None:
                 picture = draw_boxes(picture, row, image, self.classes)
             if self.points is not None:
-                picture = draw_points(picture, row, image, self.points)
+                picture = draw_points(picture, self.manifest, row, image, self.points)
         finding.overlay = draw.save_png(picture, path)
 
 

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gigaxt.datasets.points import Spec, class_words, columns_of, read_points
+from gigaxt.datasets.manifest import Manifest
+from gigaxt.datasets.points import Spec, class_words, columns_of, row_points
 from gigaxt.datasets.row import Row
 from gigaxt.draw import Picture, with_boxes
 from gigaxt.errors import DataError
 from gigaxt.image.base import Image
 from gigaxt.nn.heads.points import XVIEW3_FLAGS, XVIEW3_NUMBERS, PointsConfig
-from gigaxt.targets.points import UNKNOWN, PointTarget
+from gigaxt.targets.points import UNKNOWN
 
 IGNORED_NAME, UNKNOWN_NAME = "(ignored: nothing is learnt there)", "(of unknown class)"
 """What points that are of no class are counted as."""
@@ -39,9 +40,9 @@ def suggested_head(rows: Sequence[Row]) -> PointsConfig:
     return PointsConfig(classes=len(names), class_names=sorted(names)) if len(names) > 1 else PointsConfig()
 
 
-def count_points(row: Row, image: Image, head: PointsConfig) -> Counter[str]:
-    """Points of a row's image by class; raises as `read_points`."""
-    target = _read(row, image, head)
+def count_points(manifest: Manifest, row: Row, image: Image, head: PointsConfig) -> Counter[str]:
+    """Points of a row's image by class; raises as `row_points`."""
+    target = row_points(manifest, row, image, Spec.of(head))
     names = head.class_names or ["object"]
     counts = Counter({IGNORED_NAME: int(target.ignored.sum())})
     for number in target.classes[~target.ignored].tolist():
@@ -49,18 +50,13 @@ def count_points(row: Row, image: Image, head: PointsConfig) -> Counter[str]:
     return +counts
 
 
-def draw_points(picture: Picture, row: Row, image: Image, head: PointsConfig) -> Picture:
-    """The picture of a row's whole image with its points; raises as `read_points`."""
-    target = _read(row, image, head)
+def draw_points(picture: Picture, manifest: Manifest, row: Row, image: Image, head: PointsConfig) -> Picture:
+    """The picture of a row's whole image with its points; raises as `row_points`."""
+    target = row_points(manifest, row, image, Spec.of(head))
     shown = ~target.ignored & (target.classes != UNKNOWN)
     at = (target.places * (picture.shape[0] / image.height, picture.shape[1] / image.width))[shown, ::-1]
     boxes = np.concatenate([at - MARK_PX, at + MARK_PX], axis=1)
     return with_boxes(picture, boxes, target.classes[shown], head.class_names or ["object"])
-
-
-def _read(row: Row, image: Image, head: PointsConfig) -> PointTarget:
-    assert row.target_path is not None
-    return read_points(row.target_path, Spec.of(head), image, row.cells.get("scene_id") or None)
 
 
 def _columns(paths: Sequence[object]) -> set[str]:

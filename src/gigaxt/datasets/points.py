@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gigaxt.config import nearest
+from gigaxt.datasets.manifest import Manifest
+from gigaxt.datasets.row import Row
 from gigaxt.errors import DataError
 from gigaxt.image.base import Image
 from gigaxt.metrics.tables import Table
@@ -80,7 +82,17 @@ class PointTable:
     """Objects that are left out, as if they were not there."""
 
 
-def read_points(path: Path, spec: Spec, image: Image, scene: str | None = None) -> PointTarget:
+def row_points(manifest: Manifest, row: Row, image: Image, spec: Spec) -> PointTarget:
+    """The points of a row's image, none where its file has points of other rows' images alone; see `read_points`."""
+    assert row.target_path is not None, "a manifest of points has no labels"
+    of_file = [other for other in manifest.rows if other.target_path == row.target_path]
+    listed = {name for other in of_file for name in (other.cells.get("scene_id"), other.image.name) if name}
+    return read_points(row.target_path, spec, image, row.cells.get("scene_id") or None, listed)
+
+
+def read_points(
+    path: Path, spec: Spec, image: Image, scene: str | None = None, listed: Collection[str] = ()
+) -> PointTarget:
     """The points of one image.
 
     Args:
@@ -89,13 +101,14 @@ def read_points(path: Path, spec: Spec, image: Image, scene: str | None = None) 
         image: that they lie on.
         scene: of a CSV with a column `scene_id`, which rows count; None: those of the image's file or folder
             name, as of a CSV with a column `image`.
+        listed: all scenes or images that the file may be about.
 
     Raises:
         DataError: a column is missing, a cell does not fit (with its line), points outside of the image, or a file with
-            rows of which none is of this image.
+            rows of which none is of this image and some are of one that is not listed.
     """
     found = _current(path, spec)
-    rows = rows_of(found.table, image, scene)
+    rows = rows_of(found.table, image, scene, listed)
     rows = rows[~found.background[rows]]
     target = PointTarget(
         _in_px(found.places[rows], found.frame, image, str(path)),
@@ -124,8 +137,8 @@ def table_of(path: Path, spec: Spec) -> Table:
     return _current(path, spec).table
 
 
-def rows_of(table: Table, image: Image, scene: str | None) -> NDArray[np.intp]:
-    """Which rows of a table are of an image."""
+def rows_of(table: Table, image: Image, scene: str | None, listed: Collection[str]) -> NDArray[np.intp]:
+    """Which rows of a table are of an image; see `read_points`."""
     if not len(table):
         return np.empty(0, np.intp)
     if "scene_id" in table:
@@ -136,10 +149,12 @@ def rows_of(table: Table, image: Image, scene: str | None) -> NDArray[np.intp]:
     else:
         return np.arange(len(table))
     rows = np.flatnonzero(np.array(words) == wanted)
-    if not len(rows):
+    stray = [] if len(rows) else sorted(set(words).difference(listed))
+    if stray:  # which may be this image under another name
         raise DataError(
-            f"{table.name}: none of its {len(table)} points has the {column} {wanted!r} of {image.name}; "
-            "of an image without points give a file without lines"
+            f"{table.name}: none of its {len(table)} points has the {column} {wanted!r} of {image.name}, and some have "
+            f"{stray[0]!r}, which no row of the manifest has; correct one of them, or give an image without points a "
+            "file without lines"
         )
     return rows
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from os.path import relpath
 from pathlib import Path
@@ -61,14 +62,15 @@ def write_manifest(
         locations: a CSV with columns `scene_id` and `location`, which then are the groups.
 
     Returns:
-        `train`, `val`, `test`: how many scenes; `groups`; `objects`; `shorelines`, how many have one.
+        `train`, `val`, `test`: how many scenes; `groups`; `objects`; `empty`, how many scenes have none; `elsewhere`,
+        how many label lines are of scenes that are not there; `shorelines`, how many scenes have one.
 
     Raises:
-        DataError: no scenes, no labels, or a label file that cannot be read. ImageError: `out` cannot be written.
+        DataError: no scenes, no labels, labels of other scenes alone, or a label file that cannot be read. ImageError: `out` cannot be written.
     """
     rows: list[dict[str, str]] = []
     boxes: dict[str, NDArray[np.float64]] = {}
-    objects = 0
+    objects: Counter[str] = Counter()
     for part in dict.fromkeys((*learn, test)):
         folder = _first(root / part, root / "images" / part)
         if folder is None:
@@ -80,8 +82,13 @@ def write_manifest(
             raise DataError(f"{root}: expected labels {part}.csv or labels/{part}.csv, got none")
         table = Table(labels, str(labels))
         boxes |= _boxes(table)
-        objects += len(table)
-        for scene in sorted(path for path in folder.iterdir() if path.is_dir() and is_scene(path)):
+        objects.update(words := table.words("scene_id"))
+        scenes = sorted(path for path in folder.iterdir() if path.is_dir() and is_scene(path))
+        if scenes and words and not {scene.name for scene in scenes}.intersection(words):
+            raise DataError(
+                f"{labels}: expected labels of the scenes in {folder}, such as {scenes[0].name}, got those of {words[0]}"
+            )
+        for scene in scenes:
             shore = _first(*(root / "shoreline" / sub / f"{scene.name}_shoreline.npy" for sub in (part, ".")))
             rows.append(
                 {
@@ -100,8 +107,15 @@ def write_manifest(
         row |= {"group": f"test {group}" if split == "test" else group, "split": split}
     _write(out, rows)
     counts = {split: splits.count(split) for split in ("train", "val", "test")}
-    shorelines = sum(bool(row["shoreline"]) for row in rows)
-    return {**counts, "groups": len(set(groups)), "objects": objects, "shorelines": shorelines}
+    here = [objects[row["scene_id"]] for row in rows]
+    return {
+        **counts,
+        "groups": len(set(groups)),
+        "objects": sum(here),
+        "empty": here.count(0),
+        "elsewhere": objects.total() - sum(here),
+        "shorelines": sum(bool(row["shoreline"]) for row in rows),
+    }
 
 
 def submission_columns(objects: Objects, scene: str) -> dict[str, list[Any]]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gigaxt.datasets.manifest import Manifest
-from gigaxt.datasets.points import Spec, class_words, known_numbers, read_points
+from gigaxt.datasets.points import Spec, class_words, known_numbers, row_points
 from gigaxt.datasets.row import Row
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.found.objects import Objects
@@ -59,9 +58,7 @@ class Points(Task):
 
     def target(self, row: Row, image: Image) -> PointTarget:
         """The points of one image."""
-        path = self.manifest.target_of(row)
-        assert isinstance(path, Path), "a manifest of points has no labels"
-        return read_points(path, self.spec, image, row.cells.get("scene_id") or None)
+        return row_points(self.manifest, row, image, self.spec)
 
     def answer(self, model: Any, images: Sequence[Any], targets: Sequence[Any]) -> Mapping[str, Any]:
         """The sums of the loss and the objects found, of one image."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gigaxt.datasets.manifest import Manifest
-from gigaxt.datasets.points import read_points, table_of
+from gigaxt.datasets.points import row_points, table_of
 from gigaxt.datasets.row import Row
 from gigaxt.datasets.xview3 import SUBMISSION, scene_id, submission_columns
 from gigaxt.errors import DataError
@@ -51,10 +52,8 @@ class Vessels(Points):
 
     def target(self, row: Row, image: Image) -> PointTarget:
         """The points of one image, those of LOW confidence as `head.low_confidence` says."""
-        learnt, scene = super().target(row, image), row.cells.get("scene_id") or None
-        assert row.target_path is not None
-        spec = self.spec._replace(low_confidence="ignore")
-        self.scored[row.line] = learnt if spec == self.spec else read_points(row.target_path, spec, image, scene)
+        learnt, spec = super().target(row, image), self.spec._replace(low_confidence="ignore")
+        self.scored[row.line] = learnt if spec == self.spec else row_points(self.manifest, row, image, spec)
         return learnt
 
     def tally(self) -> VesselsTally:
@@ -85,14 +84,22 @@ class VesselsTally(PointsTally):
 
     def compute(self) -> Evaluation:
         """The official scores; precision, recall and F1 of all objects and of the flags in the table of classes."""
-        evaluation = super().compute()
-        if any(row.cells.get("shoreline") for row in self.rows):
-            return evaluation
-        note = "no shorelines: the score close to shore is 0, and the aggregate at most 0.8"
-        return replace(evaluation, notes=[*evaluation.notes, note])
+        evaluation, notes = super().compute(), []
+        empty = sum(not case.true(0) for case in self.cases)
+        if empty:
+            notes.append(
+                f"{empty} of {len(self.cases)} scenes have no object to find: the official scores leave them out, false "
+                "alarms there, too, which count in the table of classes"
+            )
+        if not any(row.cells.get("shoreline") for row in self.rows):
+            notes.append("no shorelines: the score close to shore is 0, and the aggregate at most 0.8")
+        return replace(evaluation, notes=[*evaluation.notes, *notes])
 
     def scoring(self, thresholds: Thresholds) -> Scores:
-        """The official scores of weighted scenes."""
+        """The official scores of weighted scenes; not defined where no scene has an object."""
+        truth = self.task.truth(self.cases)
+        if not truth["scene_id"]:
+            return lambda weights: dict.fromkeys(SCORES, torch.full(weights.shape[1:], math.nan, dtype=weights.dtype))
         head = replace(self.task.head, threshold=thresholds.classes.tolist(), flag_threshold=thresholds.flags.tolist())
         predictions: dict[str, list[Any]] = {name: [] for name in SUBMISSION}
         for case in self.cases:
@@ -100,8 +107,10 @@ class VesselsTally(PointsTally):
                 predictions[name] += column
         scenes = [scene_of(case.row) for case in self.cases]
         shorelines = shorelines_of(self.task.manifest.path, self.rows)
-        sums = scene_sums(predictions, self.task.truth(self.cases), shorelines, scenes=scenes)
-        columns = np.stack(list(sums.columns.values()))[:, [sums.scenes.index(scene) for scene in scenes]]
+        sums = scene_sums(predictions, truth, shorelines, scenes=scenes)
+        place = {scene: i for i, scene in enumerate(sums.scenes)}
+        columns = np.stack(list(sums.columns.values()))  # (sums, scenes in predictions or truth)
+        columns = np.pad(columns, ((0, 0), (0, 1)))[:, [place.get(scene, -1) for scene in scenes]]  # others: 0
 
         def scores(weights: Tensor) -> dict[str, Tensor]:
             found = scores_of(dict(zip(sums.columns, columns @ weights.numpy(), strict=True)))
