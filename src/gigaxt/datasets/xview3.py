@@ -66,7 +66,8 @@ def write_manifest(
         how many label lines are of scenes that are not there; `shorelines`, how many scenes have one.
 
     Raises:
-        DataError: no scenes, no labels, labels of other scenes alone, or a label file that cannot be read. ImageError: `out` cannot be written.
+        DataError: no scenes, no labels, labels of other scenes alone, or a label file that cannot be read.
+        ImageError: `out` cannot be written.
     """
     rows: list[dict[str, str]] = []
     boxes: dict[str, NDArray[np.float64]] = {}
@@ -86,7 +87,8 @@ def write_manifest(
         scenes = sorted(path for path in folder.iterdir() if path.is_dir() and is_scene(path))
         if scenes and words and not {scene.name for scene in scenes}.intersection(words):
             raise DataError(
-                f"{labels}: expected labels of the scenes in {folder}, such as {scenes[0].name}, got those of {words[0]}"
+                f"{labels}: expected labels of the scenes in {folder}, such as {scenes[0].name}, "
+                f"got those of {words[0]}"
             )
         for scene in scenes:
             shore = _first(*(root / "shoreline" / sub / f"{scene.name}_shoreline.npy" for sub in (part, ".")))

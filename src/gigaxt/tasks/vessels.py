@@ -88,8 +88,8 @@ class VesselsTally(PointsTally):
         empty = sum(not case.true(0) for case in self.cases)
         if empty:
             notes.append(
-                f"{empty} of {len(self.cases)} scenes have no object to find: the official scores leave them out, false "
-                "alarms there, too, which count in the table of classes"
+                f"{empty} of {len(self.cases)} scenes have no object to find: the official scores leave them out, "
+                "false alarms there, too, which count in the table of classes"
             )
         if not any(row.cells.get("shoreline") for row in self.rows):
             notes.append("no shorelines: the score close to shore is 0, and the aggregate at most 0.8")
