@@ -84,6 +84,12 @@ def test_fine_tuning(imported: Path) -> None:
     # Without a YAML, and to go on without the folder that it began from.
     config = run_config_from(["--train.init", "model"], "data.csv", None, Path("other"))
     assert config.model.context.kind == "xt_release"
+    assert config.model.head == before.config.head
+    (imported / "moths.csv").write_text("image,label,split\n0.tif,owl,train\n1.tif,silk,train\n2.tif,tiger,train\n")
+    assert main(["train", "moths.csv", "--train.init", "model", "--train.epochs", "1", "--out", "moths"]) == 0
+    head = gigaxt.load(imported / "moths/model").config.head
+    assert (head.classes, head.class_names) == (3, ["owl", "silk", "tiger"])
+    assert "starting from the weights of model but for head." in (imported / "moths/log.txt").read_text()
     (imported / "model").rename(imported / "moved")
     assert main(["train", "--config", "configs/run.yaml", "--train.init", "moved", "--out", "run"]) == 0
 

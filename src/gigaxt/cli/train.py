@@ -105,7 +105,7 @@ def run_config_from(flags: Sequence[str], csv: str | None, config_path: str | No
     """
     from gigaxt.config import to_dict
     from gigaxt.training.config import RunConfig, named_files, read_yaml, run_config
-    from gigaxt.training.defaults import EXAMPLE, config_for
+    from gigaxt.training.defaults import EXAMPLE, config_for, with_classes_of
 
     init = _value_of("--train.init", flags)  # decides what the other flags' defaults are
     if {"-h", "--help"} & set(flags) and csv is None and config_path is None:
@@ -128,6 +128,8 @@ def run_config_from(flags: Sequence[str], csv: str | None, config_path: str | No
         if config_path is None:
             raise
         raise ConfigError(f"{named_files(Path(config_path))}: {error}") from error
+    if init is not None and "head" not in (data.get("model") or {}):  # that of another task, maybe
+        given.model.head = with_classes_of(given.data.csv, given.model.head)
     filled = parse(RunConfig, flags, verb="train", description=DESCRIPTION, default=given)
     return run_config(to_dict(filled))
 

@@ -77,7 +77,8 @@ def read_manifest(head: HeadConfig, csv: str | Path, *, split_seed: int = 0, fol
     if manifest.outputs != head.classes:
         raise ConfigError(
             f"model.head.classes is {head.classes}, but {csv} has {manifest.outputs}"
-            f"{': ' + ', '.join(manifest.classes[:8]) if manifest.classes else ' numbers a row'}; set it to that"
+            f"{': ' + ', '.join(manifest.classes[:8]) if manifest.classes else ' numbers a row'}; set it to that "
+            f"(--model.head.classes {manifest.outputs})"
         )
     return manifest
 

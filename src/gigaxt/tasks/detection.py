@@ -66,7 +66,8 @@ class Detection(Task):
         if len(self.class_names) != head.classes:
             raise ConfigError(
                 f"model.head.classes is {head.classes}, but the boxes of {manifest.path} have {len(self.class_names)}: "
-                f"{', '.join(self.class_names[:8])}; set it to that"
+                f"{', '.join(self.class_names[:8])}; set it to that "
+                f"(--model.head.classes {len(self.class_names)})"
             )
 
     def target(self, row: Row, image: Image) -> TruthTarget:
