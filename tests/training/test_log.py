@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
+import pytest
 from rich.console import Console
 
 from gigaxt.training.log import MetricsFile, RunLog, duration, read_metrics
@@ -46,6 +48,20 @@ def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
     assert "\x1b" not in text
     assert "accuracy 0.7500" in (tmp_path / "log.txt").read_text()
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_forecast_leaves_slow_steps_out(tmp_path: Path, compiled: bool) -> None:
+    text = io.StringIO()
+    options: dict[str, Any] = {"step": 0, "evaluated": 0, "total_steps": 20, "compiled": compiled}
+    console = Console(file=text, soft_wrap=True)
+    with RunLog(tmp_path, [], **options, steps_per_epoch=10, console=console) as log:
+        for step, seconds in enumerate([60, *([40, 0.5, 30] if compiled else []), 0.5, 0.5, 0.5], start=1):
+            log.train(step, 1, 0.5, 0.1, 1.0, 2, seconds)
+    assert "epoch 1 will take about 5 s (0.5 s a step, 10 steps)" in text.getvalue()
+    with RunLog(tmp_path, [], **options, steps_per_epoch=2, console=console) as log:
+        log.train(1, 1, 0.5, 0.1, 1.0, 2, 3.0)
+    assert ("epoch 1 will take about 6 s" in text.getvalue()) != compiled
 
 
 def test_a_bar_on_a_terminal(tmp_path: Path) -> None:

@@ -25,8 +25,10 @@ TIME_COLUMNS = ("s_per_step", "images_per_s", "memory_gib")
 """Columns that differ between two runs of the same numbers."""
 LINE_EVERY_S = 15.0
 """Time between lines where the output is no terminal."""
-FORECAST_AFTER = 3
-"""Steps after which the time of an epoch is forecast, as the first is slower than the rest; 1 where it has no more."""
+SLOW_STEPS, SLOW_STEPS_COMPILED = 1, 4
+"""First steps, which are slower than the rest and not counted; where chunks of other sizes may be compiled anew."""
+TIMED_STEPS = 2
+"""Steps after these from which the time of an epoch is forecast."""
 
 
 class MetricsFile:
@@ -83,6 +85,7 @@ class RunLog:
         evaluated: step of the last evaluation before that.
         total_steps: of the whole run.
         steps_per_epoch: for the forecast.
+        compiled: whether parts of the model are compiled in the first steps.
         console: where lines and the progress bar go; None: standard error.
     """
 
@@ -95,11 +98,13 @@ class RunLog:
         evaluated: int,
         total_steps: int,
         steps_per_epoch: int,
+        compiled: bool = False,
         console: Console | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed before
 
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.slow_steps = SLOW_STEPS_COMPILED if compiled else SLOW_STEPS
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self.file = (out / "log.txt").open("a", encoding="utf-8")
         self.metrics = MetricsFile(out / "metrics.csv", metric_names, step=step, evaluated=evaluated)
@@ -161,7 +166,10 @@ class RunLog:
             self._last_line = time.monotonic()
             left = duration((self.total_steps - step) * self.seconds_per_step())
             self.line(f"step {step}/{self.total_steps}  epoch {epoch}  {short}  {left} left")
-        if len(self.times) == (FORECAST_AFTER if self.steps_per_epoch > FORECAST_AFTER else 1) < self.steps_per_epoch:
+        forecast_after = self.slow_steps + TIMED_STEPS
+        if self.steps_per_epoch <= forecast_after and self.slow_steps == SLOW_STEPS:
+            forecast_after = 1  # the epoch has no more, and the first step is not so slow
+        if len(self.times) == forecast_after < self.steps_per_epoch:
             a_step = self.seconds_per_step()
             self.line(
                 f"epoch {epoch} will take about {duration(self.steps_per_epoch * a_step)} ({short_seconds(a_step)} a "
@@ -195,8 +203,8 @@ class RunLog:
                 self.line(f"val: {note}")
 
     def seconds_per_step(self) -> float:
-        """Median of the last steps, without the first, which is slower."""
-        recent = sorted(self.times[1:][-50:] or self.times)
+        """Median of the last steps, without the first, which are slower."""
+        recent = sorted(self.times[self.slow_steps :][-50:] or self.times[-1:])
         return recent[len(recent) // 2]
 
     def _write(self, row: Mapping[str, object]) -> None:

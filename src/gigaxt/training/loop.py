@@ -129,6 +129,7 @@ class Run(Trainee):
             evaluated=state.evaluated,
             total_steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
+            compiled=self.settings.compile,
             console=console,
         )
         with log:
