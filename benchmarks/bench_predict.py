@@ -3,7 +3,9 @@
 Each case runs in a child process: an RGB JPEG TIFF on disk is read lazily, a small model writes its class raster. The
 peak is the child's resident memory as the kernel counts it (ru_maxrss), less what it was once the model had segmented a
 scene of one region. `plain` decodes each pixel once; `overlap` blends windows that overlap by a quarter, the default;
-`probabilities` writes these, too. Seconds on a busy machine mean little; CPU time a pixel is given beside them.
+`probabilities` writes these, too. `objects` and `points` are models that find these, with fresh weights, which find
+hardly any: what the network, context and maps of the scene cost (`bench_detect.py`: what objects cost). Seconds on a
+busy machine mean little; CPU time a pixel is given beside them.
 
 The size in question is 29000x25000 (width x height): 725 million px, nine minutes of CPU time. Memory has two parts
 that grow: with the width, the rows of windows that are blended and written; with the area, the tokens. Strips of the
@@ -30,11 +32,15 @@ from bench_memory import make_image, size_of
 from report import publish
 
 REGION, DIM, DEPTH, CLASSES = 256, 64, 1, 4
-CASES: dict[str, dict[str, Any]] = {
-    "plain": {"overlap": 0},
-    "overlap": {},
-    "probabilities": {"probabilities": "uint8"},
+SEGMENT = {"kind": "segment", "classes": CLASSES, "dim": 16}
+CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "plain": (SEGMENT, ".mask.tif", {"overlap": 0}),
+    "overlap": (SEGMENT, ".mask.tif", {}),
+    "probabilities": (SEGMENT, ".mask.tif", {"probabilities": "uint8"}),
+    "objects": ({"kind": "detect", "classes": CLASSES, "dim": 16}, ".found.geojson", {}),
+    "points": ({"kind": "points", "classes": CLASSES, "dim": 16}, ".found.csv", {}),
 }
+"""Case -> head, suffix of the answer, arguments of `gigaxt.predict`."""
 LIMIT_GIB = 3.0
 GIB = 2**30
 
@@ -49,6 +55,7 @@ def child(path: Path, case: str) -> dict[str, Any]:
     import gigaxt
 
     torch.manual_seed(0)
+    head, suffix, arguments = CASES[case]
     config = {
         "region_encoder": {
             "name": "convnextv2_atto",
@@ -56,17 +63,17 @@ def child(path: Path, case: str) -> dict[str, Any]:
             "options": {"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]},
         },
         "context": {"kind": "mamba2", "dim": DIM, "depth": DEPTH, "segment": 1024},
-        "head": {"kind": "segment", "classes": CLASSES, "dim": 16},
+        "head": head,
     }
     model = gigaxt.build_model(gigaxt.ModelConfig.from_dict(config)).eval()
-    out = path.with_suffix(".mask.tif")
+    out = path.with_suffix(suffix)
     small = gigaxt.open_image(np.zeros((REGION, REGION, 3), np.uint8))  # loads what the first use of a library loads
-    gigaxt.predict(model, small, out, **CASES[case])
+    gigaxt.predict(model, small, out, **arguments)
     before = peak_bytes()
     image = gigaxt.open_image(path)
     pixels = image.height * image.width
     start, cpu = time.perf_counter(), time.process_time()
-    gigaxt.predict(model, path, out, **CASES[case])
+    gigaxt.predict(model, path, out, **arguments)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     tokens = -(-image.height // REGION) * -(-image.width // REGION) * (REGION // 32) ** 2
     return {
@@ -79,7 +86,7 @@ def child(path: Path, case: str) -> dict[str, Any]:
         "before_gib": round(before / GIB, 3),
         "above_model_gib": round((peak_bytes() - before) / GIB, 3),
         "token_store_gib": round(tokens * DIM * 4 / GIB, 4),
-        "files_mib": round(sum(p.stat().st_size for p in path.parent.glob("*.mask*.tif")) / 2**20, 1),
+        "files_mib": round(sum(p.stat().st_size for p in path.parent.glob(f"{out.stem}*")) / 2**20, 1),
     }
 
 
