@@ -3,9 +3,10 @@
 As `bench_learning.py`, with boxes in place of masks: scenes of 128 px, regions of 64 px, no glyph in the region of the
 mark. `beacon`: the mark names the class of all glyphs, so that without context a box is found and its class is a guess
 of four. `legend`: only glyphs of the mark's kind are objects; without context all are, which gives the share of
-matching glyphs among all. Test scenes were not trained on; every step sees fresh ones.
+matching glyphs among all. Test scenes were not trained on; every step sees fresh ones. With `--head mask_rcnn` objects
+have masks too; what is scored are their boxes.
 
-    python benchmarks/bench_detect_learning.py [--kinds none mamba2] [--rules legend] [--seeds 0] [--steps 400] [--keep]
+    python benchmarks/bench_detect_learning.py [--head detect] [--kinds none mamba2] [--rules legend] [--keep]
 """
 
 from __future__ import annotations
@@ -29,10 +30,14 @@ from gigaxt.metrics import coco_score
 
 LR, WARMUP, STEPS = 2e-3, 30, 400
 TEST_SCENES = 64
+HEADS = {
+    "detect": {"dim": 32, "depth": 1, "strides": [8]},
+    "mask_rcnn": {"dim": 32, "hidden": 128, "strides": [4, 8], "anchor_cells": 4.0, "proposals": 100, "samples": 64},
+}
 MEAN, STD = 115.0, 30.0
 
 
-def make_model(rule: str, kind: str, seed: int) -> gigaxt.GigaXT:
+def make_model(head: str, rule: str, kind: str, seed: int) -> gigaxt.GigaXT:
     """The same but for the context's kind; all activations are kept."""
     config = {
         "region_encoder": {
@@ -41,7 +46,7 @@ def make_model(rule: str, kind: str, seed: int) -> gigaxt.GigaXT:
             "options": {"depths": [1, 1, 2, 1], "dims": [24, 48, 96, DIM]},
         },
         "context": {"kind": kind, "dim": DIM, "depth": 1, "summary": 16, "options": OPTIONS[kind]},
-        "head": {"kind": "detect", "classes": KINDS if rule == "beacon" else 1, "dim": 32, "depth": 1, "strides": [8]},
+        "head": {"kind": head, "classes": KINDS if rule == "beacon" else 1, **HEADS[head]},
         "input": {"mean": [MEAN] * 3, "std": [STD] * 3},
     }
     torch.manual_seed(seed)
@@ -51,11 +56,15 @@ def make_model(rule: str, kind: str, seed: int) -> gigaxt.GigaXT:
 
 
 def scene(config: LegendConfig, index: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Pixels (H, W, 3), and the boxes to find."""
+    """Pixels (H, W, 3), and the boxes to find, with masks."""
     drawn = draw_scene(config, index)
     xywh, _, classes = boxes(config, drawn)
     xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-    return render(config, drawn, 0, 0, SIDE, SIDE)[0], {"boxes": xyxy, "labels": classes - 1}
+    pixels, mask = render(config, drawn, 0, 0, SIDE, SIDE)
+    masks = np.zeros((len(xyxy), SIDE, SIDE), bool)  # glyphs do not touch: what is in its box is an object's
+    for own, (left, top, right, bottom) in zip(masks, xyxy, strict=True):
+        own[top:bottom, left:right] = mask[top:bottom, left:right] > 0
+    return pixels, {"boxes": xyxy, "labels": classes - 1, "masks": masks}
 
 
 def train(model: gigaxt.GigaXT, config: LegendConfig, steps: int) -> None:
@@ -68,6 +77,8 @@ def train(model: gigaxt.GigaXT, config: LegendConfig, steps: int) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     for step in range(steps):
         pixels, targets = zip(*(scene(config, step * BATCH + i) for i in range(BATCH)), strict=True)
+        if model.config.head.kind == "detect":
+            targets = tuple({"boxes": target["boxes"], "labels": target["labels"]} for target in targets)
         images = (torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() - MEAN) / STD
         loss = model(images, list(targets))
         loss.backward()
@@ -109,17 +120,18 @@ def xywh_of(box: list[float]) -> list[float]:
     return [left, top, right - left, bottom - top]
 
 
-def one_run(rule: str, kind: str, seed: int, steps: int) -> dict[str, Any]:
+def one_run(head: str, rule: str, kind: str, seed: int, steps: int) -> dict[str, Any]:
     start = time.process_time()
-    model, config = make_model(rule, kind, seed), scene_config(rule, seed)
+    model, config = make_model(head, rule, kind, seed), scene_config(rule, seed)
     train(model, config, steps)
     scores = score(model, config)
     seconds = round(time.process_time() - start)
-    return {"rule": rule, "kind": kind, "seed": seed, "steps": steps, **scores, "cpu_s": seconds}
+    return {"head": head, "rule": rule, "kind": kind, "seed": seed, "steps": steps, **scores, "cpu_s": seconds}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head", choices=HEADS, default="detect")
     parser.add_argument("--kinds", nargs="+", choices=OPTIONS, default=["none", "mamba2"])
     parser.add_argument("--rules", nargs="+", choices=("beacon", "legend"), default=["beacon", "legend"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -133,7 +145,7 @@ def main() -> None:
     for seed in options.seeds:
         for rule in options.rules:
             for kind in options.kinds:
-                wanted = {"rule": rule, "kind": kind, "seed": seed, "steps": options.steps}
+                wanted = {"head": options.head, "rule": rule, "kind": kind, "seed": seed, "steps": options.steps}
                 row = next((old for old in done if wanted.items() <= old.items()), None)
                 if row is None:
                     row = one_run(**wanted)
