@@ -10,6 +10,7 @@ import torch
 
 from gigaxt.found.peaks import PeakFinder, apart
 from gigaxt.targets.points import PointLattice, PointTarget
+from gigaxt.testing.live_memory import LiveMemory
 
 
 def found(heat: Any, side: int, *, stride: int = 2, score: float = 0.1, valid: Any = None, most: int = 1000) -> Any:
@@ -33,6 +34,14 @@ def plain_peaks(heat: Any, least: float) -> set[tuple[int, int]]:
         for r, c in np.ndindex(heat.shape)
         if heat[r, c] >= least and heat[r, c] == padded[r : r + 3, c : c + 3].max()
     }
+
+
+def test_answers_are_freed_with_their_region() -> None:
+    finder = PeakFinder(stride=2, side=64, score=0.999, max_objects=10)
+    with LiveMemory() as memory:
+        for region in range(20):
+            finder.add(region * 128, 0, torch.zeros(7, 64, 64), np.ones((128, 128), bool))
+    assert memory.peak < 2.5 * 7 * 64 * 64 * 4
 
 
 @pytest.mark.parametrize("side", [4, 7, 16, 100])

@@ -60,7 +60,9 @@ class PeakFinder:
         corner = np.array([y, x]) // self.stride
         known = heat.cpu().numpy()
         row, col = corner // self.side
-        self._borders[int(row), int(col)] = (known[0], known[-1], known[:, 0].copy(), known[:, -1].copy())
+        # Copies: a part of the map would keep all of the region's answers.
+        lines = (known[0].copy(), known[-1].copy(), known[:, 0].copy(), known[:, -1].copy())
+        self._borders[int(row), int(col)] = lines
         self._keep(peaks.cpu().numpy() + corner, values)
 
     def finish(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
