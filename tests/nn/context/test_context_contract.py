@@ -143,3 +143,16 @@ def test_a_step_in_bfloat16_on_cuda(kind: str) -> None:
     y.float().square().mean().backward()
     assert y.isfinite().all()
     assert all(t.grad is not None and t.grad.isfinite().all() for t in (x, *encoder.parameters()))
+
+
+@pytest.mark.parametrize("kind", MIXING)
+@pytest.mark.parametrize("summary", [0, 4])
+def test_gradients_of_tokens_that_are_all_zero(kind: str, summary: int) -> None:
+    """A norm's derivative at zero is 1000; were tokens still zero at the next norm, it would be multiplied again."""
+    encoder = build(kind, summary=summary, depth=4)
+    tokens = torch.zeros(1, 77, 16, dtype=torch.float64, requires_grad=True)
+    found, _ = encoder(tokens, lattice(7, 11).double())
+    (found * draw(77)).sum().backward()
+    assert tokens.grad is not None
+    assert 0 < float(tokens.grad.abs().max()) < 1e9
+    assert all(float(p.grad.abs().max()) < 1e6 for p in encoder.parameters() if p.grad is not None)

@@ -17,6 +17,8 @@ from gigaxt.rows import Purse
 
 Attend = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
 """q, k, v (batch, h, n, head_dim) of the heads in a slice -> what they find, likewise. A pure function."""
+BIAS_STD = 0.02
+"""Of the last projection's bias at the start."""
 PART = 8192
 """Tokens that are projected at once: on a CPU, memory above 32 MiB is mapped anew each time."""
 
@@ -40,6 +42,8 @@ class HeadByHead(nn.Module):
         self.heads = heads
         self.norm, self.qkv = Norm(dim), linear(dim, 3 * dim)
         self.out = linear(dim, dim, gain, bias=True)
+        # Tokens that are all zero would stay zero from layer to layer, and each norm multiply the gradient by 1000.
+        nn.init.normal_(self.out.bias, std=BIAS_STD)
 
     def forward(self, x: Tensor, attend: Attend, run: Run) -> Tensor:
         """`x` (batch, n, dim) plus what `attend` finds."""
