@@ -88,7 +88,8 @@ class RegionTokens(nn.Module):
             # Row by row and in place: on a CPU several times as fast as bands by bands into new memory.
             x = x.to(dtype, copy=True).flatten(2)  # (n, h, w, C) -> (n, h, w * C)
             scale, shift = (loaded[key].to(dtype).repeat(1, width)[:, None] for key in ("scale", "shift"))
-            x = torch.addcmul(shift, x, scale, out=x).unflatten(2, (width, -1))
+            out = None if x.requires_grad else x
+            x = torch.addcmul(shift, x, scale, out=out).unflatten(2, (width, -1))
         x = x.to(dtype)
         if "valid" in loaded:
             x = x.masked_fill(~loaded["valid"], 0)
