@@ -4,7 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tifffile
 
 from gigaxt.cli import main
 from gigaxt.rows import Streaming
@@ -180,3 +182,37 @@ def test_mistakes_are_told_in_one_line(
 def test_no_config_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(tmp_path / "no.yaml")]) == 2
     assert "expected a run's YAML file" in capsys.readouterr().err
+
+
+def test_a_token_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first epoch fills it, later ones read it; the rehearsal uses one of its own."""
+    for name in "abc":
+        tifffile.imwrite(tmp_path / f"{name}.tif", np.zeros((160, 160, 3), np.uint8), photometric="rgb")
+    (tmp_path / "data.csv").write_text("image,label,split\na.tif,x,train\nb.tif,y,train\nc.tif,y,val\n")
+    small = "convnextv2_atto, region: 64, options: {depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}"
+    text = YAML.replace("convnextv2_atto", small).replace("train:", "train:\n  encoder: frozen\n  epochs: 2")
+    (tmp_path / "run.yaml").write_text(text)
+    assert main(["plan", str(tmp_path / "run.yaml")]) == 0
+    assert "1.00 forward + no backward of the region encoder" in capsys.readouterr().out
+    (tmp_path / "run.yaml").write_text(text.replace("frozen", "frozen\n  token_cache: tokens"))
+    assert main(["plan", str(tmp_path / "run.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "1 forward of the region encoder, which is frozen, then none: tokens are in the cache" in out
+    assert "an epoch once all are there; " in out
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_times_with_a_token_cache(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cached = {"step_s": 20.0, "first_step_s": 400.0, "token_cache_gib": 60.0, "passes": 0.0}
+    rehearsed(monkeypatch, replace(FOUND, **cached))  # type: ignore[arg-type]
+    assert main(["plan", str(config)]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "6:40 min, 35.8 ms a region",
+        "33:20 min, 5 steps",
+        "1:40 min an epoch once all are there; 60 GiB for the training images: more than train.token_cache_gib, 50",
+        "behind the computation, 14% of that step",
+    ):
+        assert text in out

@@ -20,7 +20,7 @@ from gigaxt.machine import drop_from_cache, read_bytes
 from gigaxt.prefetch import read_ahead
 from gigaxt.rows import Reader, Streaming
 from gigaxt.scenes import SceneBatch
-from gigaxt.training.rehearsal import _time_reading
+from gigaxt.training.reading_speed import time_reading
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_the_source_is_read_cold_and_the_cache_again(
         return pread(number, count, offset)
 
     monkeypatch.setattr(os, "pread", counting)
-    found = _time_reading(batch, Streaming(chunk_regions=8, readers=1), [scene])
+    found = time_reading(batch, Streaming(chunk_regions=8, readers=1), [scene])
     source = scene.stat().st_size
     passes = 1 if cached else 2
     # Regions that share tiles with the row above, and chunks that span two rows: a quarter more than the file.

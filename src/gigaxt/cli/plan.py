@@ -98,13 +98,17 @@ def table(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
         ),
         ("host memory", f"{found.host_gib:.2f} GiB, {room.host_free:.1f} free of {room.host_total:.1f}"),
         ("disk", f"{found.disk_gib:.2f} GiB, {free_disk:.1f} free"),
-        ("time of that step", f"{clock_text(found.step_s)}, {1e3 * found.step_s / found.regions:.3g} ms a region"),
+        (
+            "time of that step",
+            f"{clock_text(plan.computing_s)}, {1e3 * plan.computing_s / found.regions:.3g} ms a region",
+        ),
         (
             "time of an epoch",
             f"{clock_text(plan.epoch_s)}, {found.steps:,} steps, {found.mean_regions:,.0f} regions a sample",
         ),
+        *token_cache_row(plan, config),
         ("evaluation", f"{clock_text(found.evaluate_s)} for one image of that size"),
-        ("passes", f"{found.passes:.2f} forward + 1 backward of the region encoder"),
+        ("passes", passes_text(found, config)),
         ("settings", spelled_found(found, plan.streaming)),
         *reading_row(plan),
         *choice_row(plan),
@@ -113,12 +117,31 @@ def table(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
     return [head, *(f"  {name:<{wide}}  {value}" for name, value in rows), *advice(plan, config, free_disk)]
 
 
+def token_cache_row(plan: Plan, config: RunConfig) -> list[tuple[str, str]]:
+    """What a cache of tokens takes and brings."""
+    found, most = plan.found, config.train.token_cache_gib
+    if found is None or not found.first_step_s:
+        return []
+    turned = ", as often as they are turned" if config.train.augment.dihedral or config.train.augment.mirror else ""
+    more = "" if found.token_cache_gib <= most else f": more than train.token_cache_gib, {most:g}, so not all are kept"
+    times = f"{clock_text(plan.later_epoch_s)} an epoch once all are there"
+    return [("token cache", f"{times}; {found.token_cache_gib:.2g} GiB for the training images{turned}{more}")]
+
+
+def passes_text(found: Found, config: RunConfig) -> str:
+    """How often the region encoder runs in a step."""
+    if found.first_step_s:
+        return "1 forward of the region encoder, which is frozen, then none: tokens are in the cache"
+    backward = "no" if config.train.encoder == "frozen" else "1"
+    return f"{found.passes:.2f} forward + {backward} backward of the region encoder"
+
+
 def reading_row(plan: Plan) -> list[tuple[str, str]]:
     """How fast pixels come from the disk."""
     found = plan.found
     if found is None or not found.cold_read_s:
         return []
-    share = f"{plan.reading_s / found.step_s:.0%} of that step"
+    share = f"{plan.reading_s / plan.computing_s:.0%} of that step"
     limit = f"the limit: {share}" if plan.reads_too_slowly else f"behind the computation, {share}"
     speed = f" ({found.cold_bytes / found.cold_read_s / 1e6:.3g} MB/s)" if found.cold_bytes else ""
     rows = [f"{1e3 * found.cold_read_s:.3g} ms a region cold{speed}, {1e3 * found.read_s:.3g} ms again; {limit}"]

@@ -78,7 +78,13 @@ class Plan:
     @property
     def reads_too_slowly(self) -> bool:
         """Whether a first step waits for the disk: reading takes longer than all the rest."""
-        return self.found is not None and self.reading_s > self.found.step_s
+        return self.found is not None and self.reading_s > self.computing_s
+
+    @property
+    def computing_s(self) -> float:
+        """Time of the heaviest step where nothing of it was computed before."""
+        found = self.found
+        return 0.0 if found is None else found.first_step_s or found.step_s
 
     @property
     def decodes_too_slowly(self) -> bool:
@@ -90,11 +96,19 @@ class Plan:
 
     @property
     def epoch_s(self) -> float:
-        """Time of an epoch's steps: as the heaviest one, by the number of regions."""
+        """Time of the first epoch's steps: as the heaviest one, by the number of regions."""
+        return self._of_all(max(self.computing_s, self.reading_s))
+
+    @property
+    def later_epoch_s(self) -> float:
+        """The same of an epoch in which all tokens are in `train.token_cache`."""
+        return self._of_all(0.0 if self.found is None else self.found.step_s)
+
+    def _of_all(self, step_s: float) -> float:
         found = self.found
         if found is None or not found.regions:
             return 0.0
-        return max(found.step_s, self.reading_s) * found.mean_regions * found.samples / found.regions
+        return step_s * found.mean_regions * found.samples / found.regions
 
 
 def make_plan(config: RunConfig, images: Sequence[Path] = (), *, probe: bool = True) -> Plan:

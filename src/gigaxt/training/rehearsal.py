@@ -7,7 +7,6 @@ and saves, so that time, memory and space are those of the run.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
@@ -21,17 +20,15 @@ from rich.console import Console
 
 from gigaxt.config import from_dict, to_dict
 from gigaxt.errors import GigaxtError, TrainingError
-from gigaxt.image.cache import FETCHED, SEGMENTS
-from gigaxt.image.file_cache import BLOCKS, file_cache, files_cached, files_uncached
+from gigaxt.image.file_cache import files_cached
 from gigaxt.image.open import open_image
 from gigaxt.inputs import to_pixel_size, to_size
-from gigaxt.machine import drop_from_cache, peak_resident_gib, read_bytes
+from gigaxt.machine import peak_resident_gib
 from gigaxt.nn.xt import GigaXT, ModelConfig
-from gigaxt.prefetch import read_ahead
 from gigaxt.regions import RegionGrid
 from gigaxt.replay import counted_saves
 from gigaxt.rows import GIB, Reader, Streaming
-from gigaxt.scenes import Chunk, SceneBatch
+from gigaxt.scenes import SceneBatch
 from gigaxt.targets.base import SceneTarget
 from gigaxt.training.checkpoint import KEEP
 from gigaxt.training.config import DataConfig, RunConfig, run_config
@@ -39,6 +36,7 @@ from gigaxt.training.data import Sample, Samples, derive_seed
 from gigaxt.training.device import autocast, pick_device
 from gigaxt.training.log import RunLog
 from gigaxt.training.loop import Run
+from gigaxt.training.reading_speed import Reading, time_reading
 from gigaxt.training.report import write_report
 from gigaxt.training.run_folder import prepare_run
 from gigaxt.training.signals import Signals
@@ -49,8 +47,6 @@ MOST_STEPS, ENOUGH_S = 8, 10.0
 """Short steps are repeated, up to so many or so long, because one alone tells little."""
 CANDIDATES = 4
 """Samples of most pixels whose regions are counted exactly, with foreground and nodata, for each sample of a step."""
-READS, MOST_READ_S = 12, 5.0
-"""Chunks that are read to time the disk, and when to stop."""
 BETTER = 0.97
 """A chunk of twice the regions must take less than this share of the time a region."""
 
@@ -96,7 +92,7 @@ class Found:
     maps_gib: float
     """What one region's feature maps take; 0 where no decoder needs them."""
     passes: float
-    """Forward passes over the region encoder in a step."""
+    """Forward passes over the region encoder in a step; with `train.token_cache` in a step whose tokens are there."""
     streaming: dict[str, Any]
     """As the run ended with: smaller chunks where memory ran out."""
     disk_gib: float
@@ -109,6 +105,10 @@ class Found:
     """Of one region, by all reading threads, from the disk as far as the system can be made to go there."""
     read_s: float
     """The same from the system's cache, or that of `data.cache`."""
+    first_step_s: float = 0.0
+    """With `train.token_cache`: of the heaviest step where its tokens are not there yet; 0: without."""
+    token_cache_gib: float = 0.0
+    """Of all training samples as they are."""
     decode_s: float = 0.0
     """CPU time of `read_s`: what of it is no waiting."""
     cold_bytes: float = 0.0
@@ -137,7 +137,10 @@ def rehearse(job: Job, folder: Path) -> Found:
 
 
 def _rehearse(job: Job, folder: Path) -> Found:
-    folder_of_run, config, task = prepare_run(run_config(job.config), folder / "run")
+    config = run_config(job.config)
+    if config.train.token_cache is not None:  # one that is empty, and is not kept
+        config.train.token_cache = str(folder / "tokens")
+    folder_of_run, config, task = prepare_run(config, folder / "run")
     device = pick_device(config.train.device)
     with Signals() as signals:
         torch.manual_seed(derive_seed(config.train.seed, "weights"))
@@ -147,9 +150,10 @@ def _rehearse(job: Job, folder: Path) -> Found:
         batch = _model(run).batch([sample.given for sample in run.heaviest])
         regions = len(batch.places)
         files = [Path(name) for name in job.images] or [row.image for sample in run.heaviest for row in sample.case]
-        reading = _time_reading(batch, config.train.streaming, files) if job.probe else Reading()
+        reading = time_reading(batch, config.train.streaming, files) if job.probe else Reading()
         graph, maps = _kept_bytes(run, batch)
-        step_s, passes = _steps(run, regions)
+        step_s, first_s, passes = _steps(run, regions)
+        cached = sum(path.stat().st_size for path in (folder / "tokens").glob("*"))
         evaluate_s = _evaluate(run)
         run.save()
         run.save_model()
@@ -161,6 +165,8 @@ def _rehearse(job: Job, folder: Path) -> Found:
             regions=regions,
             # Windows of scenes are alike.
             mean_regions=sum(sizes) / len(sizes) if run.train_samples.windows is None else regions / len(run.heaviest),
+            first_step_s=first_s if cached else 0.0,
+            token_cache_gib=cached / regions * sum(sizes) / GIB,
             samples=run.samples_per_epoch,
             steps=run.steps_per_epoch,
             step_s=step_s,
@@ -239,8 +245,8 @@ def _given(samples: Samples, images: Sequence[str], batch: int, *, rgb: bool) ->
     return found
 
 
-def _steps(run: Rehearsal, regions: int) -> tuple[float, float]:
-    """Time of one step, and forward passes over the region encoder in it."""
+def _steps(run: Rehearsal, regions: int) -> tuple[float, float, float]:
+    """Time of one step, of the first one, and forward passes over the region encoder in the last."""
     rows = 0
 
     def count(module: Any, args: Any, output: Any) -> None:
@@ -258,7 +264,7 @@ def _steps(run: Rehearsal, regions: int) -> tuple[float, float]:
     )
     with log:
         run.log = log
-        hook = _model(run).encode.register_forward_hook(count)
+        hook = _model(run).encode.encoder.register_forward_hook(count)
         started = time.monotonic()
         while run.state.step < STEPS or (
             run.state.step < MOST_STEPS and time.monotonic() - started < ENOUGH_S * run.state.step / MOST_STEPS
@@ -267,7 +273,7 @@ def _steps(run: Rehearsal, regions: int) -> tuple[float, float]:
             run.step()
             _wait(run.device)
         hook.remove()
-        return log.seconds_per_step(), rows / regions
+        return log.seconds_per_step(), log.times[0], rows / regions
 
 
 def _evaluate(run: Rehearsal) -> float:
@@ -325,45 +331,6 @@ def _time_chunks(run: Run, batch: SceneBatch) -> dict[str, float]:
             return found
         best, size = min(best, found[str(size)]), 2 * size
     return found
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How fast the reading threads bring regions. Of one region, s and bytes; 0: not measured."""
-
-    cold_s: float = 0.0
-    cold_bytes: float = 0.0
-    again_s: float = 0.0
-    decode_s: float = 0.0
-    still_cached: tuple[str, ...] = ()
-
-
-def _time_reading(batch: SceneBatch, streaming: Streaming, files: Sequence[Path]) -> Reading:
-    """Read some chunks from the source, and again from the system's cache or that of the config."""
-    held = tuple(str(path) for path in dict.fromkeys(files) if not drop_from_cache(path))
-    chunks = batch.chunks(streaming.chunk_regions)
-    chunks = chunks[:: max(1, len(chunks) // READS)][:READS]
-    with files_uncached():
-        cold_s, cold_bytes, _ = _read(batch, chunks, streaming.readers)
-    if file_cache() is not None:
-        _read(batch, chunks, streaming.readers)  # fills it
-    again_s, _, decode_s = _read(batch, chunks, streaming.readers)
-    return Reading(cold_s, cold_bytes, again_s, decode_s, held)
-
-
-def _read(batch: SceneBatch, chunks: Sequence[Chunk], readers: int) -> tuple[float, float, float]:
-    """Seconds, bytes and seconds of CPU time a region, as nothing is in this process's memory yet."""
-    for store in (SEGMENTS, FETCHED, BLOCKS):
-        store.clear()
-    regions, before, started, cpu = 0, read_bytes(), time.monotonic(), time.process_time()
-    with contextlib.closing(cast(Any, read_ahead(batch.load, chunks, torch.device("cpu"), readers))) as loaded:
-        for chunk, _ in loaded:
-            regions += chunk.stop - chunk.start
-            if time.monotonic() - started > MOST_READ_S:
-                break
-    seconds, cpu_s, after = time.monotonic() - started, time.process_time() - cpu, read_bytes()
-    read = 0 if before is None or after is None else after - before
-    return seconds / regions, read / regions, cpu_s / regions
 
 
 def _disk_gib(run: Run) -> float:
