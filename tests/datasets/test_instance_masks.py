@@ -12,6 +12,8 @@ from faster_coco_eval import mask as api
 from PIL import Image as Pillow
 
 from gigaxt import DataError, open_image
+from gigaxt.datasets.check import check_manifest
+from gigaxt.datasets.instances import BROKEN, EMPTY, FITS, NO_MASK, OTHER_SIZE, OUTSIDE
 from gigaxt.datasets.manifest import Manifest
 from gigaxt.nn.heads import MaskRCNNConfig
 from gigaxt.tasks import Instances
@@ -125,3 +127,30 @@ def test_polygons_of_geojson_with_holes(tmp_path: Path) -> None:
     (tmp_path / "a.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
     with pytest.raises(DataError, match=r"feature 0 .*expected a Polygon or MultiPolygon as its mask"):
         masks_of(task(tmp_path))
+
+
+def test_check_counts_masks_that_do_not_fit(tmp_path: Path) -> None:
+    square = [[4, 4, 14, 4, 14, 14, 4, 14]]
+    task_of(
+        tmp_path,
+        [
+            {"bbox": [4, 4, 10, 10], "segmentation": square},
+            {"bbox": [4, 4, 8.5, 10], "segmentation": square},  # 1.5 px beyond
+            {"bbox": [4, 4, 7, 10], "segmentation": square},
+            {"bbox": [4, 4, 7, 10]},
+            {"bbox": [4, 4, 7, 10], "iscrowd": 1},
+            {"bbox": [4, 4, 7, 10], "segmentation": {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}},
+            {"bbox": [4, 4, 7, 10], "segmentation": {"size": [WIDTH, HEIGHT], "counts": [HEIGHT * WIDTH]}},
+            {"bbox": [4, 4, 7, 10], "segmentation": [[1, 2, 3]]},
+        ],
+    )
+    report = check_manifest(tmp_path / "data.csv")
+    assert report.object_masks == {FITS: 2, OUTSIDE: 1, NO_MASK: 1, EMPTY: 1, OTHER_SIZE: 1, BROKEN: 1}
+    text = "\n".join(report.lines())
+    assert "        1  with a mask that reaches more than 2 px beyond its box" in text
+    assert any(line.startswith("5 objects have no mask, or one that does not fit") for line in report.proposals())
+    assert report.ok
+    task_of(tmp_path, [{"bbox": [4, 4, 10, 10]}])  # boxes alone
+    report = check_manifest(tmp_path / "data.csv")
+    assert "masks of objects" not in "\n".join(report.lines())
+    assert not any("mask_rcnn" in line for line in report.proposals())

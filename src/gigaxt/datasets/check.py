@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from gigaxt.datasets.box_facts import count_boxes, draw_boxes
 from gigaxt.datasets.boxes import BoxClasses, box_classes
+from gigaxt.datasets.instances import count_masks
 from gigaxt.datasets.labels import Target
 from gigaxt.datasets.manifest import Manifest
 from gigaxt.datasets.mask_facts import MaskFacts, look_at_mask, mask_head
@@ -115,6 +116,8 @@ class _Finding:
     statistics: BandStatistics | None = None
     mask: MaskFacts = field(default_factory=MaskFacts)
     objects: Counter[str] = field(default_factory=Counter)
+    masks: Counter[str] = field(default_factory=Counter)
+    """Of objects with boxes."""
     unreadable: list[Problem] = field(default_factory=list)
     mismatched: list[Problem] = field(default_factory=list)
     empty: list[Problem] = field(default_factory=list)
@@ -153,6 +156,7 @@ class _Looker:
             try:
                 if self.classes is not None:
                     finding.objects = count_boxes(row, image, self.classes)
+                    finding.masks = count_masks(row, image)
                 if self.points is not None:
                     finding.objects = count_points(self.manifest, row, image, self.points)
             except GigaxtError as error:
@@ -300,6 +304,7 @@ def _report(
         head=head,
         mask=MaskFacts.of_all([finding.mask for finding in findings]),
         objects=dict(sorted(sum((finding.objects for finding in findings), Counter[str]()).items())),
+        object_masks=sum((finding.masks for finding in findings), Counter()),
         box_classes=classes,
         point_head=points,
         foreground=foreground,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,17 @@ from gigaxt.datasets.row import Row
 from gigaxt.errors import DataError
 from gigaxt.image.base import Image
 from gigaxt.metrics.coco_json import load_json
-from gigaxt.metrics.masks import to_rle
+from gigaxt.metrics.masks import area_and_box, to_rle
 from gigaxt.shapes.crops import Crop
 from gigaxt.shapes.polygons import Polygon
 from gigaxt.shapes.run_lengths import run_lengths
 from gigaxt.targets.vector_mask import Painter
 
+OUTSIDE_PX = 2.0
+"""That a mask may reach beyond its box."""
+FITS, NO_MASK, OTHER_SIZE = "with a mask that fits", "without a mask", "with a mask of another size than the image"
+BROKEN, EMPTY = "with a broken mask", "with an empty mask"
+OUTSIDE = f"with a mask that reaches more than {OUTSIDE_PX:g} px beyond its box"
 Rle = dict[str, Any]
 """COCO's compressed run lengths of a mask in its image."""
 
@@ -51,6 +57,40 @@ def row_masks(row: Row, image: Image, boxes: RowBoxes) -> list[Rle]:
             raise DataError(f"{path}: annotation {name}: {error}{hint}") from error
         found.append(rle)
     return found
+
+
+def count_masks(row: Row, image: Image) -> Counter[str]:
+    """Objects of a row's image, without crowds, by what is to be said of their masks; of COCO JSON alone.
+
+    In GeoJSON a polygon is mask and box at once, so that there is nothing to compare.
+
+    Raises:
+        DataError: the file does not fit.
+    """
+    assert row.target_path is not None
+    if is_geojson(row.target_path):
+        return Counter()
+    file = read_coco(row.target_path)
+    entry = file.find(row.image, row.cells.get("image_id"))
+    boxes, segmentations = file.boxes_of(entry.id), _segmentations(row.target_path).get(entry.id, [])
+    objects = zip(segmentations, boxes.boxes_xywh.tolist(), boxes.crowd.tolist(), strict=True)
+    return Counter(_state(shape, box, image.height, image.width) for (_, shape), box, crowd in objects if not crowd)
+
+
+def _state(segmentation: Any, box_xywh: Sequence[float], height: int, width: int) -> str:
+    if not segmentation:
+        return NO_MASK
+    if isinstance(segmentation, Mapping) and list(segmentation.get("size") or ()) != [height, width]:
+        return OTHER_SIZE
+    try:
+        area, (x, y, w, h) = area_and_box(to_rle(segmentation, height, width))
+    except ValueError:
+        return BROKEN
+    if not area:
+        return EMPTY
+    left, top, box_w, box_h = box_xywh
+    beyond = max(left - x, top - y, x + w - left - box_w, y + h - top - box_h)
+    return OUTSIDE if beyond > OUTSIDE_PX else FITS
 
 
 def _segmentations(path: Path) -> dict[Any, list[tuple[str, Any]]]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gigaxt.datasets.boxes import BoxClasses
+from gigaxt.datasets.instances import FITS, NO_MASK
 from gigaxt.datasets.labels import LABEL
 from gigaxt.datasets.manifest import Manifest
 from gigaxt.datasets.mask_facts import MaskFacts, has_vectors, numbers_line, shares
@@ -79,6 +80,8 @@ class CheckReport:
     """What they hold."""
     objects: dict[str, int]
     """Boxes or points of each class, and those that are not learnt, see `gigaxt.datasets.box_facts`, `.point_facts`."""
+    object_masks: Counter[str]
+    """Objects with boxes by what is to be said of their masks, see `gigaxt.datasets.instances.count_masks`."""
     box_classes: BoxClasses | None
     """Of boxes; None: of another task, or where files are missing."""
     point_head: PointsConfig | None
@@ -167,7 +170,13 @@ class CheckReport:
             return []
         what = "boxes" if self.point_head is None else "points"
         found = [f"  {count:>7}  {name}" for name, count in self.objects.items()]
-        return [f"{what}: {sum(self.objects.values()):,}", *found[:LISTED], *_more(len(found))]
+        masks = [f"  {count:>7}  {state}" for state, count in sorted(self.object_masks.items()) if self._have_masks]
+        lines = [f"{what}: {sum(self.objects.values()):,}", *found[:LISTED], *_more(len(found))]
+        return [*lines, "masks of objects:", *masks] if masks else lines
+
+    @property
+    def _have_masks(self) -> bool:
+        return any(state != NO_MASK for state in self.object_masks)
 
     def _mask_lines(self) -> list[str]:
         facts, head = self.mask, self.head
@@ -226,6 +235,12 @@ class CheckReport:
             found.append("correct the points that do not fit; docs/points.md says how they may be given")
         elif self.mismatched:
             found.append("correct the masks that do not fit: see `gigaxt.targets.masks.open_mask` for what may be one")
+        wrong = sum(count for state, count in self.object_masks.items() if state != FITS) if self._have_masks else 0
+        if wrong:
+            found.append(
+                f"{wrong:,} objects have no mask, or one that does not fit: correct these for head.kind mask_rcnn, "
+                "which stops at those that are missing, broken or of another size; detect needs boxes only"
+            )
         if self.empty:
             found.append(
                 f"remove the images without valid pixels or foreground ({len(self.empty)}), or change the foreground"
