@@ -172,6 +172,7 @@ def test_folds_of_other_rows_are_refused(runs: Path, folder: Path, capsys: pytes
     ("arguments", "message"),
     [
         (["eval", "label", "study.csv", "--by", "sight"], "column `sight` is missing; did you mean `site`?"),
+        (["eval", "label", "study.csv", "--budget-gib", "1e9"], "--budget-gib: expected at most the "),
         (["eval", "label", "study.csv", "--by", "image", "--split", "all"], "case 'p1' has two values of `image`"),
         (["eval", "label", "study.csv", "--folds"], "label: expected folds (fold-1, fold-2, ..."),
         (["eval", "folds", "study.csv", "--folds", "5"], "folds: expected 5 folds"),

@@ -125,6 +125,8 @@ def test_bad_images_stop_or_are_skipped(folder: Path, model: str, out: str, caps
         (["seg", "--out", "x"], "at least one image"),
         (["scenes", "scenes/a.tif", "--out", "x.tif"], "expected the folder of a model"),
         (["seg", "scenes/a.tif", "--out", "x.tif", "--chunk-regions", "0"], "expected at least 1, got 0"),
+        (["seg", "scenes/a.tif", "--out", "x.tif", "--budget-gib", "1e9"], "--budget-gib: expected at most the "),
+        (["seg", "scenes/a.tif", "--out", "x.tif", "--budget-gib", "-1"], "expected a number of GiB from 0"),
         (["seg", "scenes/a.tif", "--out", "x.tif", "--device", "tpu?"], "tpu?"),
         (["seg", "scenes/a.tif", "--out", "x.tif", "--pgn"], "--png"),
         (["seg", "scenes/a.tif", "--out", "seg/config.json/x.tif"], "cannot make the folder"),

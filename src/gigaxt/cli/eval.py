@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -64,6 +64,8 @@ class EvalArguments:
     """cpu, cuda, cuda:1; auto: CUDA where there is one."""
     amp: Literal["auto", "off", "bf16"] = "auto"
     """bfloat16 autocast; auto: on CUDA devices that have it."""
+    budget_gib: float = 1.0
+    """Memory for feature maps of regions that are else encoded twice: for masks, objects and points."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What an image that cannot be read does."""
     cache: Path | None = None
@@ -186,11 +188,13 @@ def _tally(trained: Trained, arguments: EvalArguments, skipped: dict[str, str] |
     from gigaxt.pretrained import load
     from gigaxt.tasks import Detection, make_task, read_manifest
     from gigaxt.training.data import Samples
-    from gigaxt.training.device import autocast, pick_device, slow_precision
+    from gigaxt.training.device import autocast, check_budgets, pick_device, slow_precision
     from gigaxt.training.evaluate import tallied
 
     device = pick_device(arguments.device)
     model = load(trained.folder).to(device)
+    model.streaming = replace(model.streaming, budget_gib=arguments.budget_gib)
+    check_budgets(model.streaming, device, flags=True)
     seed = trained.split_seed if arguments.split_seed is None else arguments.split_seed
     manifest = read_manifest(model.config.head, arguments.csv, split_seed=seed, fold=trained.fold)
     if trained.fold is not None and arguments.split != "test":

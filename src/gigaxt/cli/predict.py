@@ -74,7 +74,7 @@ def main(args: Sequence[str]) -> int:
     from gigaxt.cli.eval import find_model
     from gigaxt.cli.progress import told_cache
     from gigaxt.pretrained import load
-    from gigaxt.training.device import autocast, pick_device, slow_precision
+    from gigaxt.training.device import autocast, check_budgets, pick_device, slow_precision
 
     folder = find_model(arguments.model).folder
     device = pick_device(arguments.device)
@@ -85,6 +85,7 @@ def main(args: Sequence[str]) -> int:
         budget_gib=arguments.budget_gib,
         readers=arguments.readers,
     )
+    check_budgets(model.streaming, device, flags=True)
     skipped: dict[str, str] | None = {} if arguments.on_bad_image == "skip" else None
     if slow := slow_precision(device, arguments.amp):
         print(slow, file=sys.stderr)

@@ -30,8 +30,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def check_budgets(streaming: Streaming, device: torch.device) -> None:
+def check_budgets(streaming: Streaming, device: torch.device, *, flags: bool = False) -> None:
     """Refuse budgets that no run on this machine can spend.
+
+    Args:
+        streaming: with the budgets.
+        device: that the run computes on.
+        flags: the budgets were given on the command line, not in a config.
 
     Raises:
         ConfigError: more than the device or the host has.
@@ -45,10 +50,9 @@ def check_budgets(streaming: Streaming, device: torch.device) -> None:
         wanted.append(("budget_gib + host_gib" if host else "budget_gib", budget + host, has_host, "this machine"))
     for name, gib, has, where in wanted:
         if gib > has:
-            raise ConfigError(
-                f"train.streaming.{name}: expected at most the {has:.1f} GiB that {where} has, got {gib:g}; "
-                "`gigaxt plan CONFIG --fit` finds what fits"
-            )
+            name = f"--{name.replace('_', '-')}" if flags else f"train.streaming.{name}"
+            hint = "" if flags else "; `gigaxt plan CONFIG --fit` finds what fits"
+            raise ConfigError(f"{name}: expected at most the {has:.1f} GiB that {where} has, got {gib:g}{hint}")
 
 
 def autocast(device: torch.device, amp: Literal["auto", "off", "bf16"]) -> AbstractContextManager[Any]:
