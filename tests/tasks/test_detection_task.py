@@ -94,7 +94,7 @@ TRUTH = [
 ]
 
 
-def test_scores(tmp_path: Path) -> None:
+def test_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task, targets = make(tmp_path, TRUTH)
     assert task.class_names == ("car", "tree")
     assert task.class_counts("val") == [1, 2]
@@ -127,6 +127,13 @@ def test_scores(tmp_path: Path) -> None:
         "tree": expected["per_category_AP"]["9"],
     }
     assert [row["boxes"] for row in result.per_class.values()] == [1, 2]
+    assert set(result.intervals) == {"AP", "AP50", "f1", "precision", "recall"}
+    low, high = result.intervals["AP"]
+    assert 0 <= low <= result.metrics["AP"] + 1e-9
+    assert result.metrics["AP"] - 1e-9 <= high <= 1
+    monkeypatch.setattr("gigaxt.tasks.detection.MOST_DRAWN", 5)
+    assert "AP" not in tally.compute().intervals
+    assert any("AP has no interval: 6 predictions" in note for note in tally.compute().notes)
     assert [Path(case.image).name for case in result.worst] == ["1.png", "2.png"]  # equally bad
     assert "F1 0.667: 1 of 1 objects found, 1 predictions of nothing" in result.worst[1].caption
     task.settle(task.head, result)

@@ -24,11 +24,14 @@ from gigaxt.targets.boxes import BoxTarget
 from gigaxt.tasks.base import BEST_KEPT, Evaluation, Tally, Task, WorstCase, worst_first
 from gigaxt.tasks.bootstrap import about_groups, estimate
 from gigaxt.tasks.box_matching import FALSE, FOUND, match
+from gigaxt.tasks.box_precision import average_precision, rank
 
 MATCHED_IOU = 0.5
 """Overlap from which on an object counts as found in F1."""
 COCO_MOST = 100
 """Predictions of an image and class that COCO scores; more where an image has more objects of a class."""
+MOST_DRAWN = 50_000
+"""Predictions of which AP gets an interval; 20,000 take 17 s on one slow core, half of it to match them."""
 DRAWN = 500
 """Boxes of a kind that are drawn over an image at most, those that score best."""
 
@@ -189,11 +192,17 @@ class DetectionTally(Tally):
         counts = torch.tensor([image.counts(self.task.head.threshold) for image in self.images], dtype=torch.float64)
         groups = [image.row.group or image.row.case or str(image.row.image) for image in self.images]
         metrics, intervals = estimate(partial(_scores, counts), groups)
+        predictions = sum(len(image.objects) for image in self.images)
+        if len(set(groups)) > 1 and predictions <= MOST_DRAWN:
+            ranked = rank([(image.truth, image.objects) for image in self.images], len(self.task.class_names), most)
+            intervals = estimate(partial(average_precision, ranked), groups)[1] | intervals
         best_f1, best_threshold = self._best_threshold()
         loss_count = sum(image.loss_count for image in self.images)
         notes = [f"F1, precision and recall count objects of a score from {self.task.head.threshold:.3g} on"]
         if most > COCO_MOST:
             notes.append(f"AP is of up to {most} predictions an image and class, since there are so many objects")
+        if predictions > MOST_DRAWN:
+            notes.append(f"AP has no interval: {predictions:,} predictions, of which {MOST_DRAWN:,} would be drawn")
         cases = [self._case(image) for image in self.images]
         return Evaluation(
             images=len(self.images),
