@@ -114,9 +114,9 @@ def _find_with_masks(
         # Zeros where regions are left out, as in training.
         maps = maps or [
             found.new_zeros(found.shape[0], -(-height // s), -(-width // s))
-            for found, s in zip(answer.answers, head.strides, strict=True)
+            for found, s in zip(answer.answers, head.given_strides, strict=True)
         ]
-        for whole, found, s in zip(maps, answer.answers, head.strides, strict=True):
+        for whole, found, s in zip(maps, answer.answers, head.given_strides, strict=True):
             row, col = answer.y // s, answer.x // s
             whole[:, row : row + found.shape[1], col : col + found.shape[2]] = found
     losses = None if scene.target is None else head.scene_losses(maps, size, scene.target, seed=0)

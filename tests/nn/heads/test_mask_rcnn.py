@@ -155,7 +155,7 @@ def test_scenes_without_objects_and_of_any_size() -> None:
         assert (found["scores"].diff() <= 0).all()
         assert set(found["labels"].tolist()) <= {0, 1, 2}
     # torchvision infers them from the first image, which may be no multiple of them.
-    assert model.head.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    assert model.head.roi_heads.box_roi_pool.features.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
 
 def test_regions_with_a_halo() -> None:
@@ -170,7 +170,7 @@ def test_regions_with_a_halo() -> None:
     assert torch.isfinite(loss)
     assert loss != without([image()], [TARGET], seed=0)
     shapes = [[m.shape for m in model._scene_maps(model.batch([image()]), 0)[0]] for model in models]
-    assert shapes[0] == shapes[1] == [(8, -(-100 // s), -(-150 // s)) for s in (4, 8, 16, 32)]
+    assert shapes[0] == shapes[1] == [(8, -(-100 // s), -(-150 // s)) for s in (4, 8, 16, 32, 32)]
 
 
 def test_found_in_one_pass_as_by_the_model() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
@@ -24,7 +24,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image, ro
 
 from gigaxt.errors import ConfigError
 from gigaxt.nn.heads.base import ObjectsConfig, at_least_float32
-from gigaxt.nn.heads.levels import Level, chosen_strides, joined_levels
+from gigaxt.nn.heads.levels import ContextClassifier, Level, chosen_strides, joined_levels, resize
 from gigaxt.nn.heads.scene import SceneHead, Size
 from gigaxt.scenes import Scene
 from gigaxt.shapes.crops import Crop
@@ -36,6 +36,8 @@ RATIOS = (0.5, 1.0, 2.0)
 BOX_SIDE, MASK_SIDE = 7, 14
 """Cells that an object's features are pooled to; masks have twice as many."""
 MASK_CONVOLUTIONS = 4
+CONTEXT = "context"
+"""What the map of the context is called among the feature maps."""
 RPN_SAMPLES = 256
 """Anchors of a scene that the loss of the proposals is taken of."""
 LOOKED_AT = 2
@@ -83,7 +85,9 @@ class MaskRCNNConfig(ObjectsConfig):
 class MaskRCNNHead(SceneHead):
     """Feature maps and context of regions to maps of the scene, and these to objects with boxes and masks.
 
-    Every map joins from coarse to fine, scaled and shifted by the context at its place, as in `DetectHead`.
+    Every map joins from coarse to fine, scaled and shifted by the context at its place, as in `DetectHead`. The context
+    also stands in a map of its own, at the coarsest stride: an object's class is that of a `ContextClassifier` of its
+    features and of what the context says in its box, so that it may depend on what is far away.
 
     Args:
         config: see `MaskRCNNConfig`.
@@ -102,20 +106,27 @@ class MaskRCNNHead(SceneHead):
             raise ConfigError(f"head.strides: expected each to be twice the one before, got {self.strides}")
         if self.strides[0] & (self.strides[0] - 1):
             raise ConfigError(f"head.strides: expected powers of two, got {self.strides}; choose another backbone")
+        self.given_strides = (*self.strides, self.strides[-1])  # of what `forward` gives
         self.answering = [stride in self.strides for stride in map_strides]
         self.context_norm = nn.LayerNorm(dim)
         self.levels = nn.ModuleList(Level(channels, dim, config.dim) for channels in map_channels)
+        self.passed_on = nn.Conv2d(dim, config.dim, 1)
         self.rpn = _proposals(config, self.strides)
         self.roi_heads = _roi_heads(config, self.strides)
 
     def forward(self, maps: Sequence[Tensor], context: Tensor) -> tuple[Tensor, ...]:
-        """The maps of regions that the second stage takes: (n, config.dim, h_i, w_i) for each of `strides`."""
+        """The maps of regions that the second stage takes.
+
+        Returns:
+            (n, config.dim, h_i, w_i) for each of `strides`, and the context's, of the size of the last one.
+        """
         context = self.context_norm(context).permute(0, 3, 1, 2)  # (n, rows, cols, dim) -> (n, dim, rows, cols)
-        return tuple(joined_levels(self.levels, maps, context, self.answering))
+        joined = joined_levels(self.levels, maps, context, self.answering)
+        return (*joined, resize(self.passed_on(context), joined[-1].shape[2:]))
 
     def shapes(self, region_px: int) -> list[tuple[int, int, int]]:
-        """A map for each stride."""
-        return [(self.config.dim, region_px // stride, region_px // stride) for stride in self.strides]
+        """A map for each stride, and the context's."""
+        return [(self.config.dim, region_px // stride, region_px // stride) for stride in self.given_strides]
 
     def as_target(self, target: Any) -> InstanceTarget:
         """An InstanceTarget, or a mapping with `boxes`, `labels` from 0 and `masks` (n, height, width)."""
@@ -176,7 +187,7 @@ class MaskRCNNHead(SceneHead):
         """See `SceneHead.needed_bytes`; counted in runs of the CPU, see tests/nn/heads/test_mask_rcnn.py."""
         config, target = self.config, scene.target
         objects = len(target.crops) if isinstance(target, InstanceTarget) else 0
-        cells = sum(-(-scene.image.height // s) * -(-scene.image.width // s) for s in self.strides)
+        cells = sum(-(-scene.image.height // s) * -(-scene.image.width // s) for s in self.given_strides)
         a_cell = COPIES * config.dim + (KEPT_OF_CELL if training else SEEN_OF_CELL) + COMPARED * objects
         masks, layers = (config.samples // 4, 1 + MASK_CONVOLUTIONS) if training else (config.max_objects, 1)
         outputs = (2 * MASK_SIDE) ** 2
@@ -186,26 +197,28 @@ class MaskRCNNHead(SceneHead):
         return size * (cells * a_cell + masks * a_mask + boxes)
 
     def _features(self, maps: Sequence[Tensor], size: Size) -> tuple[dict[str, Tensor], ImageList]:
-        """Maps as torchvision takes them: by name, a batch of one, zeros up to whole cells of all maps."""
+        """Maps as torchvision takes them: by name, the context's last, a batch of one, zeros up to whole cells."""
         unit = 2 * self.strides[-1]  # the proposals have one more map, of twice the stride
         height, width = (-(-side // unit) * unit for side in size)
         features = {}
-        for i, (found, stride) in enumerate(zip(maps, self.strides, strict=True)):
+        names = [*map(str, range(len(self.strides))), CONTEXT]
+        for name, found, stride in zip(names, maps, self.given_strides, strict=True):
             missing = (0, width // stride - found.shape[2], 0, height // stride - found.shape[1])
-            features[str(i)] = F.pad(at_least_float32(found)[None], missing)
+            features[name] = F.pad(at_least_float32(found)[None], missing)
         # Of the pixels only their number is asked.
         return features, ImageList(features["0"].new_empty(1).expand(1, 1, height, width), [size])
 
 
 class _Proposals(RegionProposalNetwork):  # type: ignore[misc]  # torchvision has no types
-    """With a map more than the objects have, and areas in which no anchor is background."""
+    """With a coarser map in place of the context's, and areas in which no anchor is background."""
 
     def forward(
         self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        coarsest = F.max_pool2d(list(features.values())[-1], 1, 2)
+        maps = {name: found for name, found in features.items() if name != CONTEXT}
+        coarsest = F.max_pool2d(list(maps.values())[-1], 1, 2)
         return cast(
-            tuple[list[Tensor], dict[str, Tensor]], super().forward(images, {**features, "pool": coarsest}, targets)
+            tuple[list[Tensor], dict[str, Tensor]], super().forward(images, {**maps, "pool": coarsest}, targets)
         )
 
     def assign_targets_to_anchors(
@@ -251,12 +264,46 @@ def _overlaps(boxes: Tensor, anchors: Tensor) -> Tensor:
     return found
 
 
+class _BoxPooling(nn.Module):
+    """Features of boxes, (m, dim, 7, 7), and the mean of the context's map in them, (m, dim, 1, 1)."""
+
+    def __init__(self, strides: Sequence[int]) -> None:
+        super().__init__()
+        self.features = _pooling(strides, BOX_SIDE)
+        self.stride = strides[-1]
+
+    def forward(self, features: dict[str, Tensor], boxes: list[Tensor], sizes: list[Size]) -> tuple[Tensor, Tensor]:
+        told = roi_align(features[CONTEXT], boxes, 1, 1 / self.stride, sampling_ratio=2, aligned=True)
+        return self.features(features, boxes, sizes), told
+
+
+class _BoxHead(TwoMLPHead):  # type: ignore[misc]  # torchvision has no types
+    """Leaves the context as it is."""
+
+    def forward(self, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return super().forward(found[0]), found[1]
+
+
+class _BoxPredictor(nn.Module):
+    """Class logits (m, outputs) of features (m, hidden) and context, and shifts of the box (m, 4 * outputs)."""
+
+    def __init__(self, config: MaskRCNNConfig, outputs: int) -> None:
+        super().__init__()
+        self.classifier = ContextClassifier(config.hidden, config.dim, outputs)
+        self.shifts = nn.Linear(config.hidden, 4 * outputs)
+
+    def forward(self, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        features, context = found
+        logits = self.classifier(features[:, :, None, None], context).flatten(1)  # (m, outputs, 1, 1) -> (m, outputs)
+        return logits, self.shifts(features)
+
+
 def _roi_heads(config: MaskRCNNConfig, strides: Sequence[int]) -> RoIHeads:
     outputs = config.classes + 1  # class 0 is none of them
     return RoIHeads(
-        _pooling(strides, BOX_SIDE),
-        TwoMLPHead(config.dim * BOX_SIDE**2, config.hidden),
-        FastRCNNPredictor(config.hidden, outputs),
+        _BoxPooling(strides),
+        _BoxHead(config.dim * BOX_SIDE**2, config.hidden),
+        _BoxPredictor(config, outputs),
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
         batch_size_per_image=config.samples,
