@@ -5,6 +5,7 @@ import os
 import signal
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,7 +156,7 @@ def test_where_the_score_is_never_defined_the_newest_model_is_kept(
     from gigaxt.tasks import Evaluation
 
     nothing = Evaluation(images=1, loss=1.0, metrics={"balanced_accuracy": float("nan")}, notes=["nothing is defined"])
-    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: nothing)
+    monkeypatch.setattr(loop, "tallied", lambda *_, **__: SimpleNamespace(compute=lambda: nothing))
     loop.train(tiny_config(csv, epochs=2), tmp_path / "run")
     log = (tmp_path / "run/log.txt").read_text()
     assert log.count("val: nothing is defined") == 1
