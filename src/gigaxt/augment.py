@@ -9,7 +9,7 @@ transpose.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,7 +30,7 @@ def turn(array: Array, k: int) -> Array:
     """The first two axes (row, col) of an array turned by element `k` of the dihedral group; a view where possible."""
     if k & 4:
         array = np.swapaxes(array, 0, 1)
-    return array[:: -1 if k & 2 else 1, :: -1 if k & 1 else 1]  # type: ignore[return-value]  # indexing keeps the dtype
+    return cast(Array, array[:: -1 if k & 2 else 1, :: -1 if k & 1 else 1])
 
 
 def inverse(k: int) -> int:
@@ -252,7 +252,7 @@ class Dihedral(Image):
         self.base._expect([self._window_below(*window, level) for window in windows], level, bands)
 
     def _turned(self, array: Array) -> Array:
-        return np.ascontiguousarray(turn(array, self.k))  # type: ignore[return-value]  # the dtype stays
+        return cast(Array, np.ascontiguousarray(turn(array, self.k)))
 
     def _window_below(self, x: int, y: int, w: int, h: int, level: int) -> tuple[int, int, int, int]:
         size = self.levels[level]

@@ -7,7 +7,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from gigaxt.errors import ConfigError
 
@@ -28,7 +28,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where or cls.__name__}: expected keys and values, got {data!r}")
     hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]  # T is a dataclass
+    fields = {field.name: field for field in dataclasses.fields(cast(Any, cls)) if field.init}
     for key in data:
         if key not in fields:
             raise ConfigError(f"{join(where, str(key))}: unknown key{nearest(str(key), fields)}")

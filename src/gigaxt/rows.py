@@ -154,7 +154,10 @@ class Purse:
 
 def join(parts: Sequence[Tensor], reduce: Reduce) -> Tensor:
     """Parts joined along their first dimension, or added up in float32 or better."""
-    return torch.cat(list(parts)) if reduce == "cat" else sum(t.to(at_least_float32(t.dtype)) for t in parts)  # type: ignore[return-value]  # never the 0 of an empty sum
+    if reduce == "cat":
+        return torch.cat(list(parts))
+    first, *rest = (t.to(at_least_float32(t.dtype)) for t in parts)
+    return sum(rest, first)
 
 
 class Joined:

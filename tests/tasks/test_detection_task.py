@@ -137,14 +137,19 @@ def test_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [Path(case.image).name for case in result.worst] == ["1.png", "2.png"]  # equally bad
     assert "F1 0.667: 1 of 1 objects found, 1 predictions of nothing" in result.worst[1].caption
     task.settle(task.head, result)
-    assert task.head.threshold == 0.4
+    assert task.head.threshold == 0.5  # as the user set it
+    opened, _ = make(tmp_path, TRUTH, threshold=None)
+    for old in (None, 0.9):  # settled once, it is still open to a better model's
+        opened.head.threshold = old
+        opened.settle(opened.head, result)
+        assert opened.head.threshold == 0.4
     part = tally.select(lambda row: row.image.name == "1.png")
     assert part.merged(tally.select(lambda row: row.image.name == "2.png")).compute().metrics == tally.compute().metrics
 
 
 def test_nothing_found_and_nothing_to_find(tmp_path: Path) -> None:
     for truth, ap in ((TRUTH, 0.0), ([], math.nan)):
-        task, targets = make(tmp_path, truth)
+        task, targets = make(tmp_path, truth, threshold=None)
         tally = task.tally()
         nothing = {"loss_sum": 0.0, "answering": 0.0, "objects": objects([], [], [])}
         tally.update([task.manifest.rows[0]], [targets[0]], nothing)
@@ -152,7 +157,7 @@ def test_nothing_found_and_nothing_to_find(tmp_path: Path) -> None:
         assert metrics["AP"] == ap or (math.isnan(ap) and math.isnan(metrics["AP"]))
         assert math.isnan(metrics["best_threshold"])
         task.settle(task.head, tally.compute())
-        assert task.head.threshold == 0.5
+        assert task.head.threshold is None
     with pytest.raises(DataError, match="no image to evaluate"):
         task.tally().compute()
 

@@ -54,3 +54,18 @@ def test_sections_left_out_are_those_of_the_folder(tmp_path: Path) -> None:
         run_config({**read, "train": {"init": str(tmp_path / "none")}})
     with pytest.raises(ConfigError, match="missing"):
         run_config({**read, "train": {}})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"kind": "detect", "classes": 3, "dim": 8, "threshold": 0.7},
+        {"kind": "points", "classes": 1, "dim": 8, "flags": ["ship"], "threshold": [0.7], "flag_threshold": [0.6]},
+    ],
+)
+def test_thresholds_of_the_folder_are_chosen_anew(tmp_path: Path, given: dict[str, object]) -> None:
+    tiny_model(given).save(tmp_path)
+    head = run_config({"data": {"csv": "x.csv"}, "train": {"init": str(tmp_path)}}).model.head
+    assert (head.threshold, getattr(head, "flag_threshold", None)) == (None, None)
+    kept = run_config({"data": {"csv": "x.csv"}, "model": {"head": given}, "train": {"init": str(tmp_path)}}).model.head
+    assert kept.threshold == given["threshold"]

@@ -240,7 +240,7 @@ def run_settings(csv: Path, config: DemoConfig, context: str) -> dict[str, Any]:
             "augment": {"dihedral": True},
             "seed": config.seed,
             "streaming": {"budget_gib": 2.0, "chunk_regions": 64},
-            "eval_every": 4,
+            "eval_every": config.epochs,
         },
     }
 

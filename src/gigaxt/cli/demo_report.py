@@ -152,7 +152,8 @@ def _answer(model: GigaXT, image: Image) -> NDArray[np.int64]:
     """The classes (h, w) of a scene that fits into memory."""
     with torch.no_grad():
         (logits,) = model([image])
-    return logits.argmax(dim=0).numpy()  # type: ignore[no-any-return]  # torch does not say what numpy() gives
+    answer: NDArray[np.int64] = logits.argmax(dim=0).numpy()
+    return answer
 
 
 def _enlarged(picture: Picture) -> Picture:

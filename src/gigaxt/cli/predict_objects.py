@@ -83,7 +83,7 @@ def _found(
     from gigaxt.image import open_image
 
     head = cast("ObjectsConfig", model.config.head)
-    default = head.score if out is not None and out.suffix.lower() == ".json" else head.threshold
+    default = head.score if out is not None and out.suffix.lower() == ".json" else head.counted_from
     least = default if arguments.score is None else arguments.score
     model.eval()
     for path in images:

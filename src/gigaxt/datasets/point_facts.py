@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -59,10 +60,10 @@ def draw_points(picture: Picture, manifest: Manifest, row: Row, image: Image, he
     return with_boxes(picture, boxes, target.classes[shown], head.class_names or ["object"])
 
 
-def _columns(paths: Sequence[object]) -> set[str]:
+def _columns(paths: Sequence[Path]) -> set[str]:
     for path in paths:
         try:
-            return set(columns_of(path))  # type: ignore[arg-type]  # a Path
+            return set(columns_of(path))
         except DataError:
             continue
     return set()

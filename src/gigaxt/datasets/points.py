@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -68,6 +68,10 @@ class PointTable:
     """All points of a file, as they stand in it."""
 
     table: Table
+    name_column: str | None
+    """That says of which image a row is; None: all are of one."""
+    rows_of: Mapping[str, NDArray[np.intp]]
+    """The rows of each name in it."""
     places: NDArray[np.float64]
     """(n, 2) as (row, col) or (y, x)."""
     frame: Frame
@@ -85,13 +89,13 @@ class PointTable:
 def row_points(manifest: Manifest, row: Row, image: Image, spec: Spec) -> PointTarget:
     """The points of a row's image, none where its file has points of other rows' images alone; see `read_points`."""
     assert row.target_path is not None, "a manifest of points has no labels"
-    of_file = [other for other in manifest.rows if other.target_path == row.target_path]
-    listed = {name for other in of_file for name in (other.cells.get("scene_id"), other.image.name) if name}
+    of_file = (other for other in manifest.rows if other.target_path == row.target_path)
+    listed = (name for other in of_file for name in (other.cells.get("scene_id"), other.image.name) if name)
     return read_points(row.target_path, spec, image, row.cells.get("scene_id") or None, listed)
 
 
 def read_points(
-    path: Path, spec: Spec, image: Image, scene: str | None = None, listed: Collection[str] = ()
+    path: Path, spec: Spec, image: Image, scene: str | None = None, listed: Iterable[str] = ()
 ) -> PointTarget:
     """The points of one image.
 
@@ -101,14 +105,14 @@ def read_points(
         image: that they lie on.
         scene: of a CSV with a column `scene_id`, which rows count; None: those of the image's file or folder
             name, as of a CSV with a column `image`.
-        listed: all scenes or images that the file may be about.
+        listed: all scenes or images that the file may be about; looked at where no row is of this image.
 
     Raises:
         DataError: a column is missing, a cell does not fit (with its line), points outside of the image, or a file with
             rows of which none is of this image and some are of one that is not listed.
     """
     found = _current(path, spec)
-    rows = rows_of(found.table, image, scene, listed)
+    rows = _rows_of(found, image, scene, listed)
     rows = rows[~found.background[rows]]
     target = PointTarget(
         _in_px(found.places[rows], found.frame, image, str(path)),
@@ -137,26 +141,31 @@ def table_of(path: Path, spec: Spec) -> Table:
     return _current(path, spec).table
 
 
-def rows_of(table: Table, image: Image, scene: str | None, listed: Collection[str]) -> NDArray[np.intp]:
-    """Which rows of a table are of an image; see `read_points`."""
-    if not len(table):
-        return np.empty(0, np.intp)
-    if "scene_id" in table:
-        column, wanted, words = "scene_id", scene or Path(image.name).name, table.words("scene_id")
-    elif "image" in table:
-        column, wanted = "image", Path(image.name).name
-        words = [Path(word).name for word in table.words("image")]
-    else:
-        return np.arange(len(table))
-    rows = np.flatnonzero(np.array(words) == wanted)
-    stray = [] if len(rows) else sorted(set(words).difference(listed))
+def _rows_of(found: PointTable, image: Image, scene: str | None, listed: Iterable[str]) -> NDArray[np.intp]:
+    """Which rows are of an image; see `read_points`."""
+    if found.name_column is None:
+        return np.arange(len(found.table))
+    own = Path(image.name).name
+    wanted = scene or own if found.name_column == "scene_id" else own
+    if wanted in found.rows_of:
+        return found.rows_of[wanted]
+    stray = sorted(set(found.rows_of).difference(listed))
     if stray:  # which may be this image under another name
         raise DataError(
-            f"{table.name}: none of its {len(table)} points has the {column} {wanted!r} of {image.name}, and some have "
-            f"{stray[0]!r}, which no row of the manifest has; correct one of them, or give an image without points a "
-            "file without lines"
+            f"{found.table.name}: none of its {len(found.table)} points has the {found.name_column} {wanted!r} of "
+            f"{image.name}, and some have {stray[0]!r}, which no row of the manifest has; correct one of them, or give "
+            "an image without points a file without lines"
         )
-    return rows
+    return np.empty(0, np.intp)
+
+
+def _by_name(table: Table) -> tuple[str | None, dict[str, NDArray[np.intp]]]:
+    """The column that says of which scene or image a row is, and the rows of each."""
+    column = next((name for name in ("scene_id", "image") if name in table), None)
+    rows: dict[str, list[int]] = {}
+    for row, word in enumerate([] if column is None else table.words(column)):
+        rows.setdefault(word if column == "scene_id" else Path(word).name, []).append(row)
+    return column, {name: np.array(own, np.intp) for name, own in rows.items()}
 
 
 def _current(path: Path, spec: Spec) -> PointTable:
@@ -182,6 +191,7 @@ def _read(path: Path, changed: int, spec: Spec) -> PointTable:
     ignored = table.flags("ignored") == 1 if "ignored" in table else np.zeros(len(table), np.bool_)
     return PointTable(
         table,
+        *_by_name(table),
         places,
         frame,
         [] if spec.class_names is None else table.words(spec.class_column),

@@ -12,14 +12,15 @@ from gigaxt.found.objects import Objects
 from gigaxt.found.peaks import PeakFinder, apart
 from gigaxt.found.scene import Found, LossOfRegions, told
 from gigaxt.image.base import Image
+from gigaxt.nn.heads.base import THRESHOLD
 from gigaxt.nn.heads.points import PointsConfig, PointsHead
 from gigaxt.nn.xt import GigaXT
 from gigaxt.targets.base import SceneTarget
 
 CELLS = 1.5
 """Of two objects that are nearer than so many cells, one is left out."""
-THRESHOLD, FLAG_THRESHOLD = 0.3, 0.5
-"""Where neither the user nor training set others."""
+FLAG_THRESHOLD = 0.5
+"""Chance from which on a flag is set where neither the user nor training set another."""
 
 
 @torch.no_grad()

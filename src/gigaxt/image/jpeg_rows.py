@@ -7,6 +7,7 @@ colours), only a truncated file is an error. Progressive files need all their co
 
 from __future__ import annotations
 
+import importlib.util
 import struct
 import warnings
 from collections.abc import Iterator
@@ -69,15 +70,13 @@ def jpeg_rows(path: Path, tile: int, budget_bytes: int) -> Rows:
 
 
 def _check_frugal(path: Path, header: _Header, budget_bytes: int) -> None:
-    try:
-        import rasterio  # noqa: F401  # is it there?
-    except ImportError:
+    if importlib.util.find_spec("rasterio") is None:
         needed = (header.decoded_bytes + header.coefficient_bytes) / GIB
         cause = (
             f"decodes to {needed:.1f} GiB, more than the {budget_bytes / GIB:.1f} GiB allowed: allow that much memory,"
             " or pip install 'gigaxt[geo]', which decodes row by row"
         )
-        raise ImageError(path, cause) from None
+        raise ImageError(path, cause)
     if header.coefficient_bytes > budget_bytes:
         cause = (
             f"a progressive JPEG, whose coefficients need {header.coefficient_bytes / GIB:.1f} GiB of memory, more than"

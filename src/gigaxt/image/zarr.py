@@ -80,13 +80,15 @@ class ZarrImage(Image):
     def _open(self) -> list[zarr.Array[Any]]:
         store = _Store(self.name)
         group = zarr.open_group(store, mode="r", path=self._group, use_consolidated=False)
-        arrays = [group[path] for path in self._paths]
-        for path, array in zip(self._paths, arrays, strict=True):
+        arrays: list[zarr.Array[Any]] = []
+        for path in self._paths:
+            array = group[path]
             if not isinstance(array, zarr.Array):
                 raise ImageError(self.name, f"expected an array at {path!r}, got a group")
             if any(type(codec).__name__.startswith("Blosc") for codec in array.compressors):
                 store.blosc_arrays.add(array.path)
-        return arrays  # type: ignore[return-value]  # checked above
+            arrays.append(array)
+        return arrays
 
     def _read_metadata(self, metadata: Mapping[str, Any]) -> None:
         image = metadata["multiscales"][0]

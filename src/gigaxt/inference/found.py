@@ -26,4 +26,4 @@ def write_found(output: Path, model: GigaXT, image: Image, progress: Callable[[i
     if output.suffix.lower() == ".json":
         write_coco_results(output, [(Path(image.name).name, image, objects)], head.category_ids)
         return output
-    return write_objects(output, image, objects.take(objects.scores >= head.threshold), class_names(model))
+    return write_objects(output, image, objects.take(objects.scores >= head.counted_from), class_names(model))

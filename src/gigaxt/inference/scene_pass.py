@@ -17,9 +17,10 @@ from gigaxt.image.base import Image, Mask
 from gigaxt.inference.windows import WindowGrid, usual_overlap
 from gigaxt.nn.kept_maps import KeptMaps
 from gigaxt.nn.ready import check_told
+from gigaxt.nn.region_answers import own_tokens
 from gigaxt.nn.stages import Answers
 from gigaxt.rows import Reader, Rows
-from gigaxt.scenes import Chunk, read_region, valid_cells
+from gigaxt.scenes import Chunk, read_region
 
 if TYPE_CHECKING:
     from gigaxt.inference.parts import Parts
@@ -87,7 +88,6 @@ class ScenePass:
     Attributes:
         image: as the model sees it, in its bands and at its pixel size.
         windows: where the second pass looks.
-        apart: whether there is no first pass.
 
     Raises:
         ConfigError: settings out of range. DataError: an image that does not fit the model.
@@ -106,19 +106,18 @@ class ScenePass:
             scene.grid, self.t, usual_overlap(scene.grid.core, self.t, self.halo) if overlap is None else overlap
         )
         self.device = next(model.parameters()).device
-        self.apart = model.regions_apart
         self._kept = KeptMaps(model.streaming, self.device)
 
     @property
     def work(self) -> int:
         """Regions and windows that go through the encoder in all."""
-        regions = 0 if self.apart else len(self.batch.places)
+        regions = 0 if self.model.regions_apart else len(self.batch.places)
         return (regions + int(self.windows.needed.sum())) * len(self.turns)
 
     @property
     def context_bytes(self) -> int:
         """What the context of all turns takes on disk."""
-        if self.apart:
+        if self.model.regions_apart:
             return 0
         tokens = self.batch.full_size * self.t**2
         return tokens * self.model.config.context.dim * 4 * len(self.turns)
@@ -126,7 +125,7 @@ class ScenePass:
     @torch.no_grad()
     def find_context(self, parts: Parts, tick: Tick) -> None:
         """The first pass: `parts` then holds the context of each turn. What it holds already is not computed again."""
-        for k in () if self.apart else self.turns:
+        for k in () if self.model.regions_apart else self.turns:
             if not parts.has(_context_name(k)):
                 self._encode(parts, k, tick)
                 self._join(parts, k)
@@ -147,7 +146,7 @@ class ScenePass:
         for loaded in reader.rows(chunks):
             if loaded.chunk.row != row:
                 row = loaded.chunk.row
-                context = None if self.apart else RowContext(self, parts, row)
+                context = None if self.model.regions_apart else RowContext(self, parts, row)
 
             def work(part: Rows, context: RowContext | None = context) -> Tensor:
                 return self._average(part, context, decode, to_maps)
@@ -178,7 +177,7 @@ class ScenePass:
             tokens, maps = self.model.encode(_turned_regions(part.loaded, k))
             _, _, first = part.chunk.places[0]
             # Windows without overlap are the regions. Parts of chunks mean that the device is out of memory.
-            if first.level == 0 and not self.windows.overlap and part.count == len(part.chunk.places):
+            if first.level == 0 and self.windows.step == self.windows.core and part.count == len(part.chunk.places):
                 self._kept.add((k, first.row, first.col, part.count), maps)
             return tokens
 
@@ -246,25 +245,19 @@ class ScenePass:
         """Answers of windows (n, channels, side, side), averaged over the turns."""
         loaded, total = part.loaded, None
         for k in self.turns:
+            regions = _turned_regions(loaded, k)
             if context is None:
-                tokens, maps = self.model.encode(_turned_regions(loaded, k))
-                told = self._own(tokens, loaded, k)
+                tokens, maps = self.model.encode(regions)
+                told = own_tokens(tokens, regions, self.t)
             else:
                 maps = self._kept.pop((k, part.chunk.row, int(loaded["col"][0]), part.count))
-                maps = maps or self.model.encode(_turned_regions(loaded, k))[1]
+                maps = maps or self.model.encode(regions)[1]
                 told = turned(context.of(k, loaded["col"]), k).flatten(1, 2)
             answers = to_maps(decode(maps, told))
             answers = turned(answers, inverse(k), first=2)
             total = answers if total is None else total + answers
         assert total is not None
         return total / len(self.turns) if len(self.turns) > 1 else total
-
-    def _own(self, tokens: Tensor, loaded: dict[str, Tensor], k: int) -> Tensor:
-        """Tokens (n, t * t, dim) of windows turned by `k` as `NoContext` leaves them: zeros where there is no data."""
-        if "valid" not in loaded:
-            return tokens
-        valid = valid_cells(loaded["valid"], self.t).unflatten(1, (self.t, self.t))
-        return tokens.masked_fill(~_flat(turned(valid, k))[..., None], 0)
 
 
 class RowContext:

@@ -29,7 +29,6 @@ class WindowGrid:
 
     Attributes:
         core: side of a window, px.
-        overlap: as given.
         step: from one window to the next, px.
         xs: left edges of the columns of windows, px; ascending.
         ys: top edges of the rows of windows, px.
@@ -41,7 +40,7 @@ class WindowGrid:
     def __init__(self, grid: RegionGrid, tokens_per_core: int, overlap: int = 0) -> None:
         self.grid, self.core, self.t = grid, grid.core, tokens_per_core
         check_overlap(overlap, grid.core, tokens_per_core)
-        self.overlap, self.step = overlap, grid.core - overlap
+        self.step = grid.core - overlap
         self.xs, self.ys = (window_starts(size, self.core, self.step) for size in (grid.width, grid.height))
 
     @cached_property
@@ -96,10 +95,11 @@ class WindowGrid:
         """
         size = self.core // stride
         overlap = (self.core - self.step) // stride
-        return tuple(  # type: ignore[return-value]  # of two
+        rows, cols = (
             blend_weights(starts // stride, size, overlap, -(-length // stride))
             for starts, length in ((self.ys, self.grid.height), (self.xs, self.grid.width))
         )
+        return rows, cols
 
 
 def usual_overlap(core: int, tokens_per_core: int, halo: int) -> int:

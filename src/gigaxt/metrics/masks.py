@@ -40,7 +40,8 @@ def to_rle(segmentation: object, height: int, width: int) -> dict[str, Any]:
             _check_polygon(polygon, height, width)
     else:
         raise ValueError(f"expected polygons or run lengths as segmentation, got {segmentation!r:.60}")
-    return api.segmToRle(segmentation, width, height)  # type: ignore[no-any-return]  # untyped there
+    rle: dict[str, Any] = api.segmToRle(segmentation, width, height)
+    return rle
 
 
 def area_and_box(rle: dict[str, Any]) -> tuple[float, list[float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,7 +90,7 @@ class Table:
         cells = np.asarray(self._columns[column], dtype=object)
         if cells.ndim != 1:
             raise DataError(f"{self.name}: expected one cell a row in column `{column}`, got shape {cells.shape}")
-        return cells  # type: ignore[return-value]  # an array of objects is used as a sequence
+        return cast(Sequence[Any], cells)
 
     def _number(self, index: int, column: str, cell: Any) -> float:
         if _is_blank(cell):

@@ -12,10 +12,11 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
+from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from gigaxt.errors import ConfigError
@@ -163,8 +164,9 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     try:
         with torch.device("meta"):
             return build()
-    except (NotImplementedError, RuntimeError):  # there is no number on the meta device: built for real, then
-        # A probe must not shift the numbers that the real network is drawn from.
+    except (NotImplementedError, RuntimeError):
+        # It asked for a value, and the meta device has none: built for real, then. A probe must not shift the numbers
+        # that the real network is drawn from.
         with torch.random.fork_rng(devices=[]):
             return build().to("meta")
 
@@ -188,7 +190,8 @@ def examine(spec: BackboneSpec, region: int) -> Layout:
             raise InadmissibleError(str(error)) from None
         raise
     shapes = _dry_run(module, spec.in_channels, region)
-    channels, strides = module.feature_info.channels(), module.feature_info.reduction()  # type: ignore[union-attr,operator]  # timm's
+    info = cast(FeatureInfo, module.feature_info)
+    channels, strides = info.channels(), info.reduction()
     sides = []
     for stride in strides:
         if region % stride:
@@ -199,7 +202,7 @@ def examine(spec: BackboneSpec, region: int) -> Layout:
         shapes = _dry_run(create(spec, 2 * region, meta=True), spec.in_channels, 2 * region)
         channels_last = find_layout(shapes, channels, [2 * side for side in sides])
     _check_windows(module)
-    reductions = [info["reduction"] for info in module.feature_info.info]  # type: ignore[union-attr]  # timm's
+    reductions = [one["reduction"] for one in info.info]
     return Layout(
         channels=tuple(channels),
         strides=tuple(strides),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
+from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from gigaxt.errors import ConfigError
@@ -47,9 +48,9 @@ def freeze(encode: RegionTokens, learning: Learning, last_n: int = 1) -> None:
 
 def _before_last(encoder: RegionEncoder, last_n: int) -> set[str]:
     """Names of the trunk's parameters that the input of its last `last_n` stages depends on."""
-    config, info = encoder.config, encoder.trunk.feature_info
-    depth = len(info.info)  # type: ignore[union-attr, arg-type]  # timm gives no types
-    last = max(index % depth for index in info.out_indices)  # type: ignore[union-attr]
+    config, info = encoder.config, cast(FeatureInfo, encoder.trunk.feature_info)
+    depth = len(info.info)
+    last = max(index % depth for index in info.out_indices)
     if not 1 <= last_n <= last:
         raise ConfigError(
             f"train.last_n: expected 1 to {last} of the {last + 1} {'blocks' if encoder.layout.plain else 'stages'} of "

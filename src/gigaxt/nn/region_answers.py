@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
@@ -47,9 +47,12 @@ def region_answers(model: GigaXT, batch: SceneBatch) -> Iterator[RegionAnswer]:
     def work(part: Rows) -> tuple[Tensor, ...]:
         if context is None:
             tokens, maps = model.encode(part.loaded)
-            return decode(maps, _own(tokens, part, batch.t))  # type: ignore[no-any-return]  # nn.Module calls are untyped
-        maps = kept.pop((part.start, part.count)) or model.encode(part.loaded)[1]
-        return decode(maps, part.of([context])[0])  # type: ignore[no-any-return]
+            told = own_tokens(tokens, part.loaded, batch.t)
+        else:
+            maps = kept.pop((part.start, part.count)) or model.encode(part.loaded)[1]
+            (told,) = part.of([context])
+        answers: tuple[Tensor, ...] = decode(maps, told)
+        return answers
 
     for rows in reader.rows(batch.chunks(model.streaming.chunk_regions)):
         for part, maps in reader.run(rows, work):
@@ -76,11 +79,11 @@ def _context(model: GigaXT, batch: SceneBatch, reader: Reader, kept: KeptMaps) -
     return model.join(batch, tokens[: batch.full_size], tokens[batch.full_size :])
 
 
-def _own(tokens: Tensor, part: Rows, t: int) -> Tensor:
+def own_tokens(tokens: Tensor, loaded: Mapping[str, Tensor], t: int) -> Tensor:
     """Tokens (n, t * t, dim) of regions without halo as `NoContext` leaves them: zeros where there is no data."""
-    if "valid" not in part.loaded:
+    if "valid" not in loaded:
         return tokens
-    return tokens.masked_fill(~valid_cells(part.loaded["valid"], t)[..., None], 0)
+    return tokens.masked_fill(~valid_cells(loaded["valid"], t)[..., None], 0)
 
 
 def _of_part(batch: SceneBatch, part: Rows, maps: tuple[Tensor, ...]) -> Iterator[RegionAnswer]:

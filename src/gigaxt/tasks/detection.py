@@ -55,11 +55,11 @@ class Detection(Task):
 
     best = "AP"
     metric_names: tuple[str, ...] = ("AP", "AP50", "AP75", "f1", "precision", "recall", "best_f1", "best_threshold")
-    leaves_open = True  # the threshold is always the best one
     images_per_call = 1  # the loss of each image is wanted, and its objects are found one scene at a time
 
     def __init__(self, manifest: Manifest, head: ObjectsConfig) -> None:
         self.manifest, self.head = manifest, head
+        self.leaves_open = head.threshold is None
         if head.class_names is not None:
             ids = head.category_ids
             self.classes = BoxClasses(tuple(head.class_names), None if ids is None else tuple(ids))
@@ -96,8 +96,8 @@ class Detection(Task):
         return {**(found.sums or {}), "objects": found.objects}
 
     def settle(self, head: Any, evaluation: Evaluation) -> None:
-        """The score from which on an object counts is the best on what was evaluated."""
-        if math.isfinite(evaluation.metrics["best_threshold"]):
+        """Keep the threshold that was best, unless the user set another."""
+        if self.leaves_open and math.isfinite(evaluation.metrics["best_threshold"]):
             head.threshold = evaluation.metrics["best_threshold"]
 
     def tally(self) -> DetectionTally:
@@ -189,7 +189,7 @@ class DetectionTally(Tally):
         most = self.most_of_a_class()
         scores = coco_score(*self.as_coco(), max_dets=(1, 10, most))
         stats = {name: or_nan(scores["stats"][name]) for name in ("AP", "AP50", "AP75")}
-        counts = torch.tensor([image.counts(self.task.head.threshold) for image in self.images], dtype=torch.float64)
+        counts = torch.tensor([image.counts(self.task.head.counted_from) for image in self.images], dtype=torch.float64)
         groups = [image.row.group or image.row.case or str(image.row.image) for image in self.images]
         metrics, intervals = estimate(partial(_scores, counts), groups)
         predictions = sum(len(image.objects) for image in self.images)
@@ -198,7 +198,7 @@ class DetectionTally(Tally):
             intervals = estimate(partial(average_precision, ranked), groups)[1] | intervals
         best_f1, best_threshold = self._best_threshold()
         loss_count = sum(image.loss_count for image in self.images)
-        notes = [f"F1, precision and recall count objects of a score from {self.task.head.threshold:.3g} on"]
+        notes = [f"F1, precision and recall count objects of a score from {self.task.head.counted_from:.3g} on"]
         if most > COCO_MOST:
             notes.append(f"AP is of up to {most} predictions an image and class, since there are so many objects")
         if predictions > MOST_DRAWN:
@@ -264,7 +264,7 @@ class DetectionTally(Tally):
         }
 
     def _case(self, image: Scored) -> WorstCase:
-        threshold = self.task.head.threshold
+        threshold = self.task.head.counted_from
         found, wrong, true = image.counts(threshold)
         f1 = 2 * found / (found + wrong + true) if found + wrong + true else 1.0
         caption = f"F1 {f1:.3f}: {found} of {true} objects found, {wrong} predictions of nothing"

@@ -18,8 +18,9 @@ from gigaxt.datasets.points import Spec, class_words, known_numbers, row_points
 from gigaxt.datasets.row import Row
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.found.objects import Objects
-from gigaxt.found.points import FLAG_THRESHOLD, THRESHOLD, find
+from gigaxt.found.points import FLAG_THRESHOLD, find
 from gigaxt.image.base import Image
+from gigaxt.nn.heads.base import THRESHOLD
 from gigaxt.nn.heads.points import PointsConfig
 from gigaxt.targets.points import UNKNOWN, PointTarget
 from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase, as_table, worst_first

@@ -349,7 +349,10 @@ def _with_initial_model(data: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(init, str) and isinstance(model, Mapping) and not set(sections) <= model.keys():
         from gigaxt.pretrained import read_config
 
-        data["model"] = {**to_dict(read_config(Path(init))), **model}
+        initial = to_dict(read_config(Path(init)))
+        # Thresholds that its training chose are chosen anew by this one.
+        initial["head"] |= {name: None for name in ("threshold", "flag_threshold") if name in initial["head"]}
+        data["model"] = {**initial, **model}
     return data
 
 

@@ -268,14 +268,14 @@ def _commands(folder: RunFolder, config: RunConfig, task: Task) -> str:
     return f"<pre>{_text(chr(10).join(lines))}</pre>"
 
 
-def _figure(width: float, height: float):  # type: ignore[no-untyped-def]  # matplotlib's types are only partly known
+def _figure(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
     figure = Figure(figsize=(width, height), layout="tight")
     return figure, figure.add_subplot()
 
 
-def _svg(figure) -> str:  # type: ignore[no-untyped-def]
+def _svg(figure: Any) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     text = buffer.getvalue()

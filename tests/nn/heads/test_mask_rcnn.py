@@ -45,6 +45,20 @@ def masks() -> np.ndarray:
 TARGET = {"boxes": BOXES, "labels": LABELS, "ignored": IGNORED, "masks": masks()}
 
 
+def test_context_is_told_of_the_cell_that_a_box_lies_in() -> None:
+    """A numbered map of the context, not square; features say nothing."""
+    head = tiny_model({"kind": "mask_rcnn", "classes": 3, "dim": 2, "hidden": 4, "strides": [4, 8]}).head
+    numbers = torch.arange(20.0).reshape(1, 1, 4, 5).expand(1, 2, 4, 5)
+    maps = {"0": torch.zeros(1, 2, 8, 10), "1": torch.zeros(1, 2, 4, 5), "context": numbers}
+    places = [(1, 1), (1, 3), (2, 2)]  # not at the border, beyond which the map goes on level
+    boxes = torch.tensor([[8.0 * col + 3, 8 * row + 3, 8 * col + 5, 8 * row + 5] for row, col in places])
+    features, told = head.roi_heads.box_roi_pool(maps, [boxes], [(32, 40)])
+    assert features.shape == (3, 2, 7, 7)
+    torch.testing.assert_close(told[:, 0, 0, 0], torch.tensor([5.0 * row + col for row, col in places]))
+    logits, _ = head.roi_heads.box_predictor((torch.zeros(3, 4), told))
+    assert logits.std(dim=0).min() > 0  # so that the context alone tells classes apart
+
+
 @pytest.mark.parametrize(("streaming", "forwards"), list(zip(BUDGETS, (4, 2, 1), strict=True)))
 def test_streamed_loss_is_exact_in_few_passes(streaming: Streaming, forwards: int) -> None:
     assert assert_streamed_exactly(make(), image(), TARGET, streaming) == forwards * 6  # regions

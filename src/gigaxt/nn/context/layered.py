@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +131,7 @@ class LayeredContext(ContextEncoder):
 
     def _check_state(self, state: ContextState, x: Tensor, places: Places) -> None:
         """Refuse a state that does not fit, or that comes from another part of the scene than the one ahead."""
-        mixers: list[Mixer] = [layer.mixer for layer in self.layers]  # type: ignore[misc]  # a ModuleList forgets types
+        mixers = [cast(Mixer, layer.mixer) for layer in self.layers]
         if not (
             isinstance(state, tuple)
             and len(state) == len(mixers) + 1

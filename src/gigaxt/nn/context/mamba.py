@@ -109,6 +109,7 @@ class MambaStep(Direction):
         tail = self.conv.start(x)
         return tail.new_zeros(x.shape[0], self.inner, self.state), tail
 
+    # The two parts of the state, by name.
     def forward(self, x: Tensor, valid: Tensor, hidden: Tensor, tail: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """See `Direction`."""
         dtype = hidden.dtype

@@ -112,6 +112,7 @@ class Mamba2Step(Direction):
         tail = self.conv.start(x)
         return tail.new_zeros(x.shape[0], self.heads, self.inner // self.heads, self.state), tail
 
+    # The two parts of the state, by name.
     def forward(self, x: Tensor, valid: Tensor, hidden: Tensor, tail: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """See `Direction`."""
         dtype = hidden.dtype

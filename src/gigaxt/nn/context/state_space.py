@@ -85,6 +85,7 @@ class CausalConvolution(nn.Conv1d):
         dtype = torch.promote_types(x.dtype, torch.float32)
         return x.new_zeros(x.shape[0], self.kernel_size[0] - 1, self.in_channels, dtype=dtype)
 
+    # A Conv1d that carries what came before.
     def forward(self, x: Tensor, valid: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Convolve in the dtype of the tail.
 

@@ -45,6 +45,10 @@ class BaseHeadConfig:
             raise ConfigError(f"head.{key}: expected {self.classes} values, one a class, got {len(values)}")
 
 
+THRESHOLD = 0.3
+"""Score from which on an object counts where neither the user nor training set another."""
+
+
 @dataclass(kw_only=True)
 class ObjectsConfig(BaseHeadConfig):
     """Settings of every head that answers with boxes."""
@@ -53,8 +57,8 @@ class ObjectsConfig(BaseHeadConfig):
     """px per cell of the feature maps that answer, fine to coarse, such as [8, 16, 32]; None: all"""
     score: float = 0.05
     """objects that score less are left out"""
-    threshold: float = 0.3
-    """score from which on an object counts in F1 and in pictures; training sets it to the best on `val`, without
+    threshold: float | None = None
+    """score from which on an object counts in F1 and in pictures; None: training sets it to the best on `val`, without
     one to the best on the training images"""
     nms_iou: float = 0.6
     """of two objects that overlap more, the one that scores less is left out"""
@@ -68,11 +72,16 @@ class ObjectsConfig(BaseHeadConfig):
         self._check_length("category_ids", self.category_ids)
         if self.max_objects < 1:
             raise ConfigError(f"head.max_objects: expected at least 1, got {self.max_objects}")
-        for name in ("score", "threshold", "nms_iou"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"head.{name}: expected 0 <= x <= 1, got {getattr(self, name)}")
+        for name, value in (("score", self.score), ("threshold", self.counted_from), ("nms_iou", self.nms_iou)):
+            if not 0.0 <= value <= 1.0:
+                raise ConfigError(f"head.{name}: expected 0 <= x <= 1, got {value}")
         if self.label_smoothing:
             raise ConfigError("head.label_smoothing: detection has none; remove it")
+
+    @property
+    def counted_from(self) -> float:
+        """Score from which on an object counts."""
+        return THRESHOLD if self.threshold is None else self.threshold
 
 
 def weights_tensor(config: BaseHeadConfig) -> Tensor | None:

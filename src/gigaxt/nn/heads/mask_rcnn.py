@@ -106,13 +106,17 @@ class MaskRCNNHead(SceneHead):
             raise ConfigError(f"head.strides: expected each to be twice the one before, got {self.strides}")
         if self.strides[0] & (self.strides[0] - 1):
             raise ConfigError(f"head.strides: expected powers of two, got {self.strides}; choose another backbone")
-        self.given_strides = (*self.strides, self.strides[-1])  # of what `forward` gives
         self.answering = [stride in self.strides for stride in map_strides]
         self.context_norm = nn.LayerNorm(dim)
         self.levels = nn.ModuleList(Level(channels, dim, config.dim) for channels in map_channels)
         self.passed_on = nn.Conv2d(dim, config.dim, 1)
         self.rpn = _proposals(config, self.strides)
         self.roi_heads = _roi_heads(config, self.strides)
+
+    @property
+    def given_strides(self) -> tuple[int, ...]:
+        """Px per cell of what `forward` gives."""
+        return (*self.strides, self.strides[-1])
 
     def forward(self, maps: Sequence[Tensor], context: Tensor) -> tuple[Tensor, ...]:
         """The maps of regions that the second stage takes.

@@ -280,10 +280,11 @@ class PointsHead(DenseHead):
         wanted = torch.where(self.logarithmic, wanted.clamp(min=1e-6).log(), wanted)
         wanted = (wanted - self.number_mean.to(wanted.dtype)) / self.number_std.to(wanted.dtype)
         errors = F.smooth_l1_loss(numbers, wanted, beta=0.1, reduction="none")
-        return tuple(  # type: ignore[return-value]  # of two
+        of_flags, of_numbers = (
             (losses * part).sum(dtype=torch.float64)
             for losses, part in ((crossed, weights[:, :count]), (errors, weights[:, count:]))
         )
+        return of_flags, of_numbers
 
     def read(self, values: Tensor) -> dict[str, Tensor]:
         """What the answers at some cells say.
