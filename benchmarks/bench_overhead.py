@@ -22,6 +22,7 @@ counts all threads, so reading ahead is not free in it. Everything kept takes me
 convnextv2_atto.
 
     python benchmarks/bench_overhead.py [--side 4096] [--rounds 3] [--backbones convnextv2_atto small] [--keep]
+    python benchmarks/bench_overhead.py --device cuda --side 8192 --chunk 64 --readers 12 --amp bf16 --heads classify
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ import gigaxt
 from gigaxt.nn.stages import LossSums
 from gigaxt.targets.base import target_for
 
-REGION, CHUNK = 256, 8
+REGION = 256
 REUSE = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "68719476736"}
 """Settings of glibc: no block is mapped on its own, and freed memory stays with the process."""
 SMALL = {"depths": [1, 1, 1, 1], "dims": [32, 64, 128, 256]}
@@ -73,19 +74,36 @@ def build(backbone: str, head: str, device: str) -> gigaxt.GigaXT:
     return gigaxt.build_model(gigaxt.ModelConfig.from_dict(config)).to(device).train()
 
 
-def pixels_of(model: gigaxt.GigaXT, image: gigaxt.Image) -> list[Tensor]:
+class Timer:
+    """Times steps of a model that start without gradients, each under an autocast of its own."""
+
+    def __init__(self, model: gigaxt.GigaXT, amp: str) -> None:
+        self.model, self.bf16 = model, amp == "bf16"
+        self.device = next(model.parameters()).device
+
+    def __call__(self, step: Callable[[], None]) -> Times:
+        self.model.zero_grad()
+        cpu, wall = time.process_time(), time.perf_counter()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def pixels_of(model: gigaxt.GigaXT, image: gigaxt.Image, regions: int) -> list[Tensor]:
     """The regions as the encoder sees them, channels last in memory, a chunk each."""
     device = next(model.parameters()).device
     found = []
-    for chunk in model.batch([image]).chunks(CHUNK):
+    for chunk in model.batch([image]).chunks(regions):
         raw = [image.read(place.col * REGION, place.row * REGION, REGION, REGION) for _, _, place in chunk.places]
         found.append((torch.from_numpy(np.stack(raw)).to(device).float() / 255).permute(0, 3, 1, 2))
     return found
 
 
-def bare(model: gigaxt.GigaXT, image: gigaxt.Image) -> Callable[[], dict[str, Times]]:
+def bare(timed: Timer, image: gigaxt.Image, regions: int) -> Callable[[], dict[str, Times]]:
     """The floors of a classifier: forward and backward of the region encoder alone, on pixels in memory."""
-    pixels, encoder = pixels_of(model, image), model.encode.encoder
+    pixels, encoder = pixels_of(timed.model, image, regions), timed.model.encode.encoder
 
     def step() -> None:
         for x in pixels:
@@ -93,18 +111,19 @@ def bare(model: gigaxt.GigaXT, image: gigaxt.Image) -> Callable[[], dict[str, Ti
             tokens.backward(torch.full_like(tokens, 1e-3))
 
     def floors() -> dict[str, Times]:
-        once = timed(step, model)
+        once = timed(step)
         return dict.fromkeys(LIMITS["classify"], once)
 
     return floors
 
 
-def bare_dense(model: gigaxt.GigaXT, image: gigaxt.Image, mask: gigaxt.Image) -> Callable[[], dict[str, Times]]:
+def bare_dense(timed: Timer, image: gigaxt.Image, mask: gigaxt.Image, regions: int) -> Callable[[], dict[str, Times]]:
     """The floors of a segmentation, made of the passes that each way of keeping takes."""
-    pixels, encoder, decode = pixels_of(model, image), model.encode.encoder, LossSums(model.head, model.encode)
+    model, device = timed.model, timed.device
+    pixels, encoder = pixels_of(model, image, regions), model.encode.encoder
+    decode = LossSums(model.head, model.encode)
     batch = model.batch([image], [target_for(model.head, mask)])
-    device = next(model.parameters()).device
-    drawn = [{k: t.to(device) for k, t in batch.load_targets(chunk).items()} for chunk in batch.chunks(CHUNK)]
+    drawn = [{k: t.to(device) for k, t in batch.load_targets(chunk).items()} for chunk in batch.chunks(regions)]
     tokens = (REGION // 32) ** 2
 
     def forward() -> None:
@@ -120,31 +139,20 @@ def bare_dense(model: gigaxt.GigaXT, image: gigaxt.Image, mask: gigaxt.Image) ->
     def decoding() -> Times:
         spent = [0.0, 0.0]
         for x, targets in zip(pixels, drawn, strict=True):
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=timed.bf16):
                 maps = encoder(x)[1]
             leaves = tuple(t.requires_grad_() for t in maps)
             context = torch.zeros(len(x), tokens, 192, device=device, requires_grad=True)
-            some = timed(
-                lambda leaves=leaves, context=context, t=targets: decode(leaves, context, t)[0].backward(), model
-            )
+            some = timed(lambda leaves=leaves, context=context, t=targets: decode(leaves, context, t)[0].backward())
             spent = [a + b for a, b in zip(spent, some, strict=True)]
         return spent[0], spent[1]
 
     def floors() -> dict[str, Times]:
-        f, fb, d = timed(forward, model), timed(both, model), decoding()
+        f, fb, d = timed(forward), timed(both), decoding()
         passes = {"all kept": (0, 1), "maps kept": (1, 1), "nothing kept": (2, 2)}  # encoder's F, decoder's F + B
         return {name: (n * f[0] + fb[0] + k * d[0], n * f[1] + fb[1] + k * d[1]) for name, (n, k) in passes.items()}
 
     return floors
-
-
-def timed(step: Callable[[], None], model: gigaxt.GigaXT) -> Times:
-    model.zero_grad()
-    cpu, wall = time.process_time(), time.perf_counter()
-    step()
-    if next(model.parameters()).is_cuda:
-        torch.cuda.synchronize()
-    return time.process_time() - cpu, time.perf_counter() - wall
 
 
 def compare(backbone: str, head: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -156,15 +164,18 @@ def compare(backbone: str, head: str, options: argparse.Namespace, folder: Path)
     image = gigaxt.open_image(path)
     model = build(backbone, head, device)
     target: Any = [1] if head == "classify" else [gigaxt.open_image(path.with_name("mask.tif"))]
-    floors = bare(model, image) if head == "classify" else bare_dense(model, image, target[0])
+    chunk, timed = options.chunk, Timer(model, options.amp)
+    floors = bare(timed, image, chunk) if head == "classify" else bare_dense(timed, image, target[0], chunk)
     small: Any = [1] if head == "classify" else [np.zeros((REGION, REGION), np.uint8)]
-    model.loss(torch.zeros(1, 3, REGION, REGION, device=device), small).backward()  # what the first use loads
+    timed(lambda: model.loss(torch.zeros(1, 3, REGION, REGION, device=device), small).backward())  # what is loaded once
     names = [name for name in LIMITS[head] if not options.only or name in options.only]
 
     def streamed(name: str) -> Times:
         budget, host = BUDGETS[name]
-        model.streaming = gigaxt.Streaming(budget_gib=budget, host_gib=host, chunk_regions=CHUNK)
-        return timed(lambda: model.loss([image], target).backward(), model)
+        model.streaming = gigaxt.Streaming(
+            budget_gib=budget, host_gib=host, chunk_regions=chunk, readers=options.readers
+        )
+        return timed(lambda: model.loss([image], target).backward())
 
     failed = {}
     for name in list(names):
@@ -206,6 +217,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=BUDGETS, help="these ways of keeping")
     parser.add_argument("--keep", action="store_true", help="write the result file")
     parser.add_argument("--device", default="cpu", help="on cuda the wall ratio is the one that counts")
+    parser.add_argument("--chunk", type=int, default=8, help="regions encoded at once, by the floor too")
+    parser.add_argument("--readers", type=int, default=2, help="threads that read ahead")
+    parser.add_argument("--amp", choices=["off", "bf16"], default="off")
     parser.add_argument("--name", default="overhead", help="of the result file")
     parser.add_argument("--allocator", choices=["reuse", "default"], default="reuse")
     options = parser.parse_args()
@@ -213,7 +227,9 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **REUSE})  # read when a process starts
     with tempfile.TemporaryDirectory() as folder:
         rows = [compare(name, head, options, Path(folder)) for name in options.backbones for head in options.heads]
-    result = {"chunk_regions": CHUNK, "threads": torch.get_num_threads(), "allocator": options.allocator, "rows": rows}
+    settings = {"chunk_regions": options.chunk, "readers": options.readers, "amp": options.amp}
+    machine = {"threads": torch.get_num_threads(), "allocator": options.allocator}
+    result = {**settings, **machine, "rows": rows}
     publish(options.name, result, keep=options.keep)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigaxt.errors import ConfigError
+from gigaxt.host_copies import HostCopies
 from gigaxt.recurrence import scan
 from gigaxt.rows import Purse
 
@@ -104,6 +106,40 @@ def test_equals_the_plain_loop(segment: int, kept: int | None, reverse: bool) ->
     expected_y, expected_h, expected_grads = plain(reverse)
     close([y, h], [expected_y, expected_h])
     close(case.grads(), expected_grads)
+
+
+class Elsewhere(HostCopies):
+    """Copies of everything, as a host has them of what is on a device."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+
+@pytest.mark.parametrize("halo", [(0, 0), (3, 2)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_inputs_that_wait_elsewhere(halo: tuple[int, int], reverse: bool) -> None:
+    class Window(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            before, after = halo
+            return (super().forward(x)[:, before : x.shape[1] - after].tanh(),)
+
+    results = []
+    for host in (None, Elsewhere(1.0)):
+        torch.manual_seed(0)
+        module, leaf = Window(3, 3).double(), draw_tokens().requires_grad_()
+        x = leaf * 2
+        device_tensor = weakref.ref(x)
+        y, _ = scan(module, (x,), segment=4, host=host, reverse=reverse, halo=halo)
+        del x
+        assert (device_tensor() is None) == (host is not None)
+        assert y is not None
+        y.square().sum().backward()
+        results.append([y, leaf.grad, *(p.grad for p in module.parameters())])
+    close(results[1], results[0])
+
+
+def draw_tokens() -> Tensor:
+    return torch.randn(2, 11, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def test_reduction_has_no_output() -> None:

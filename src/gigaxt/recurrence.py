@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gigaxt.errors import ConfigError
+from gigaxt.host_copies import HostCopies
 from gigaxt.replay import Aliases, Autocast, Sums, counted_saves, refuse_foreign_leaves
 from gigaxt.rows import Purse
 
@@ -34,6 +35,7 @@ def scan(
     shared: Sequence[Tensor] = (),
     segment: int,
     purse: Purse | None = NOTHING,
+    host: HostCopies | None = None,
     reverse: bool = False,
     halo: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor | None, State]:
@@ -55,6 +57,8 @@ def scan(
         segment: tokens in a segment; the last one processed may be shorter.
         purse: memory that segments pay from to keep their activations, first come, first served; these are not run
             again. May be shared by several scans. `Purse(0)` keeps nothing; None keeps all, under ordinary autograd.
+        host: where the inputs wait for the backward pass in place of the device, as far as it has room; segments come
+            back one at a time. Not read where `purse` is None.
         reverse: process from the last token to the first. Each segment is handed over flipped, so that `module` need
             not know, and the output is in the order of the inputs.
         halo: tokens before and after (in the order of processing) that every segment is given of the inputs beside its
@@ -75,7 +79,9 @@ def scan(
         reverse=reverse,
         halo=halo,
         purse=purse or NOTHING,
+        host=host,
         counts=(len(inputs), len(shared), len(state)),
+        device=inputs[0].device,
     )
     if purse is None:
         return _plain_loop(plan, tuple(inputs), tuple(shared), tuple(state))
@@ -87,7 +93,7 @@ def scan(
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
 def _scan_recomputed(plan: _Plan, inputs: State, shared: State, state: State) -> tuple[Tensor | None, State]:
     if not torch.is_grad_enabled():
-        plan.purse = NOTHING
+        plan.purse, plan.host = NOTHING, None
     plan.autocast = Autocast.now(inputs[0].device)
     output, *final = _Scan.apply(plan, *inputs, *shared, *state, *plan.module.parameters())
     return output, tuple(final)
@@ -103,8 +109,10 @@ class _Plan:
     reverse: bool
     halo: tuple[int, int]
     purse: Purse
+    host: HostCopies | None
     counts: tuple[int, int, int]
     """Of inputs, shared, state."""
+    device: torch.device
     autocast: Autocast | None = None
 
     def window(self, i: int) -> tuple[int, int]:
@@ -118,9 +126,9 @@ class _Plan:
         return piece.flip(1) if self.reverse else piece
 
     def cut(self, inputs: Iterable[Tensor], i: int) -> list[Tensor]:
-        """Segment `i` of the inputs, halo included."""
+        """Segment `i` of the inputs, halo included, on the device."""
         start, stop = self.window(i)
-        return [self.turned(_padded(t, start, stop)) for t in inputs]
+        return [self.turned(_padded(t, start, stop, self.device)) for t in inputs]
 
     def add(self, whole: Tensor, i: int, grad: Tensor) -> None:
         """The gradient of what `cut` gives, into that of the whole input."""
@@ -180,7 +188,11 @@ class _Scan(torch.autograd.Function):
                 whole[:, start:stop] = plan.turned(outputs[0])
             state = tuple(_owned(t) for t in outputs[1:])
         ctx.plan, ctx.graphs = plan, graphs
-        ctx.save_for_backward(*tensors, *(t for border in borders[1:] for t in border))
+        # A copy on the host takes the place of its input, which is then not held on the device.
+        waiting = [plan.host.of(t) if plan.host else t for t in inputs]
+        ctx.copies = [None if copy is t else copy for copy, t in zip(waiting, inputs, strict=True)]
+        on_device = [t if copy is None else None for t, copy in zip(inputs, ctx.copies, strict=True)]
+        ctx.save_for_backward(*on_device, *tensors[len(inputs) :], *(t for border in borders[1:] for t in border))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in state if not t.is_floating_point()))
         return whole, *state
@@ -192,11 +204,14 @@ class _Scan(torch.autograd.Function):
         needs: tuple[bool, ...] = ctx.needs_input_grad[1:]
         tensors, borders = ctx.saved_tensors[: len(needs)], ctx.saved_tensors[len(needs) :]
         aliases = Aliases(plan.module)
-        inputs, shared, state, parameters = _split(plan, tensors)
+        on_device, shared, state, parameters = _split(plan, tensors)
+        inputs = tuple(t if copy is None else copy for t, copy in zip(on_device, ctx.copies, strict=True))
         count = len(state)
         states = [state, *(borders[i * count : (i + 1) * count] for i in range(len(plan.bounds) - 1))]
 
-        grad_inputs = [torch.zeros_like(t) if need else None for t, need in zip(inputs, needs, strict=False)]
+        grad_inputs = [
+            torch.zeros_like(t, device=plan.device) if need else None for t, need in zip(inputs, needs, strict=False)
+        ]
         sums = Sums([*shared, *parameters])
         for i in reversed(range(len(plan.bounds))):
             graph = ctx.graphs.pop(i, None) or _record(plan, aliases, i, (inputs, shared, states[i]), needs)
@@ -269,15 +284,15 @@ def _plain_loop(plan: _Plan, inputs: State, shared: State, state: State) -> tupl
     return (torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0] if pieces else None), state
 
 
-def _padded(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Tokens start..stop of (batch, tokens, ...), zeros beyond its ends."""
+def _padded(tensor: Tensor, start: int, stop: int, device: torch.device) -> Tensor:
+    """Tokens start..stop of (batch, tokens, ...) on `device`, zeros beyond its ends."""
     tokens = tensor.shape[1]
     if start <= 0 and stop >= tokens and stop - start == tokens:
-        return tensor
-    parts = [tensor[:, max(start, 0) : min(stop, tokens)]]
+        return tensor.to(device, non_blocking=True)
+    parts = [tensor[:, max(start, 0) : min(stop, tokens)].to(device, non_blocking=True)]
     for place, missing in ((0, -start), (1, stop - tokens)):
         if missing > 0:
-            parts.insert(place * len(parts), tensor.new_zeros((tensor.shape[0], missing, *tensor.shape[2:])))
+            parts.insert(place * len(parts), parts[0].new_zeros((tensor.shape[0], missing, *tensor.shape[2:])))
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 

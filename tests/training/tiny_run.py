@@ -38,7 +38,15 @@ def make_scenes(folder: Path) -> Path:
 
 
 def tiny_config(csv: Path, **train_settings: Any) -> RunConfig:
-    settings = {"epochs": 3, "batch": 2, "lr": 0.01, "warmup_epochs": 1.0, "checkpoint_minutes": 60.0, **train_settings}
+    settings = {
+        "device": "cpu",
+        "epochs": 3,
+        "batch": 2,
+        "lr": 0.01,
+        "warmup_epochs": 1.0,
+        "checkpoint_minutes": 60.0,
+        **train_settings,
+    }
     model = {
         "region_encoder": {"name": "convnextv2_atto", "region": 64},
         "head": {"kind": "classify", "classes": 2},

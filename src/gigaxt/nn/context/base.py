@@ -52,6 +52,10 @@ class ContextConfig:
     budget_gib: float = 0.0
     """Device memory for activations that larger batches keep instead of computing them again; measured on the first
     segment of each layer's parts and spent from the first layer on."""
+    host_gib: float = 0.0
+    """Host memory (pinned) in which larger batches on a GPU keep what goes into the layers' parts, so that the device
+    holds about five token stores whatever the depth; not of `full`, `hyper` and `window`'s attention. Nothing on a
+    CPU."""
     options: dict[str, Any] = field(default_factory=dict)
     """The kind's own settings, such as `state` of mamba2."""
 
@@ -66,6 +70,7 @@ class ContextConfig:
             ("segment", 1),
             ("keep_tokens", 0),
             ("budget_gib", 0),
+            ("host_gib", 0),
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"context.{name}: expected at least {least}, got {getattr(self, name)}")

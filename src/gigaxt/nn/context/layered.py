@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gigaxt.errors import ConfigError
+from gigaxt.host_copies import HostCopies
 from gigaxt.nn.context.base import ContextConfig, ContextEncoder, ContextState
 from gigaxt.nn.context.layers import Finish, Norm, Run, largest_divisor
 from gigaxt.nn.context.ordering import Places, find_places, follows, last_places
@@ -110,7 +111,14 @@ class LayeredContext(ContextEncoder):
         config, batch = self.config, tokens.shape[0]
         places = find_places(coords, validity, config.order, tokens.device)
         across = find_places(coords, validity, config.order, tokens.device, turned=True) if config.alternate else places
-        run = Run(batch, tokens.shape[1], config.segment, config.keep_tokens, Purse(config.budget_gib))
+        run = Run(
+            batch,
+            tokens.shape[1],
+            config.segment,
+            config.keep_tokens,
+            Purse(config.budget_gib),
+            HostCopies(config.host_gib),
+        )
         # Ahead of the sorting: so the pass keeps the tokens themselves and not a sorted copy.
         entered, _ = run(self.entry, (tokens, places.given_coords, places.given_valid))
         assert entered is not None

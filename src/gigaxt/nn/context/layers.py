@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gigaxt.host_copies import HostCopies
 from gigaxt.recurrence import State, scan
 from gigaxt.rows import Purse
 
@@ -26,6 +27,8 @@ class Run:
     """Batches of up to this many tokens keep their activations."""
     purse: Purse = field(default_factory=lambda: Purse(0))
     """What segments of larger batches may keep, all layers together."""
+    host: HostCopies = field(default_factory=lambda: HostCopies(0))
+    """Where what goes into the layers' parts of larger batches waits for the backward pass."""
 
     @property
     def recompute(self) -> bool:
@@ -49,7 +52,17 @@ class Run:
         else:
             segment = max(multiple, self.segment // self.batch // multiple * multiple)
         purse = self.purse if self.recompute else None
-        return scan(module, inputs, state, shared=shared, segment=segment, purse=purse, reverse=reverse, halo=halo)
+        return scan(
+            module,
+            inputs,
+            state,
+            shared=shared,
+            segment=segment,
+            purse=purse,
+            host=self.host,
+            reverse=reverse,
+            halo=halo,
+        )
 
 
 class Norm(nn.RMSNorm):

@@ -1,0 +1,41 @@
+"""Tensors of a device that wait for the backward pass in the host's memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from gigaxt.rows import Purse
+
+
+class HostCopies:
+    """One copy of each tensor, in pinned memory, as long as there is room.
+
+    Copying waits for nothing: it follows what the device has been told before, and whoever copies back is told later.
+    A tensor must not be changed in place between.
+
+    Args:
+        gib: memory of the host that the copies may take; 0: none are made.
+    """
+
+    def __init__(self, gib: float) -> None:
+        self.purse = Purse(gib)
+        self._made = WeakTensorKeyDictionary()
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The copy of `tensor`; itself where it is on the host already, or no room is left."""
+        if tensor.device.type == "cpu" or not self.purse.left:
+            return tensor
+        made: Tensor | None = self._made.get(tensor)
+        if made is None:
+            if not self.purse.take(_pinned_size(tensor.nbytes)):
+                return tensor
+            made = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+            self._made[tensor] = made
+        return made
+
+
+def _pinned_size(size: int) -> int:
+    """What PyTorch takes of the system for a pinned block: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
