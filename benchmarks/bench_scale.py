@@ -2,8 +2,8 @@
 
 Swin V2-T (or another backbone), regions of 256 px, and four layers of Mamba-2 of dim 768, in bfloat16. Nothing of the
 encoder is kept (`--budget-gib` keeps some), the context's layers keep what goes into them on the host
-(`--host-gib`). Each scene runs in a process of its own: a step on a small scene, so that kernels are loaded, then one
-on the scene. Told are memory at the peak (what tensors held, and what PyTorch had reserved for them), seconds of the
+(`--host-gib`). Each scene runs in a process of its own: two steps on a small scene, so that kernels are loaded, then
+`--steps` on the scene, of which the last is told (the first also pins the host's memory). Told are memory at the peak (what tensors held, and what PyTorch had reserved for them), seconds of the
 step and of its four parts, regions a second, and with `--profile` the share of the step in which the device was
 at work: the union of its kernels and copies over the clock.
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -29,8 +30,6 @@ from bench_memory import peak_bytes, size_of
 from report import publish
 
 REGION, TILE, GIB = 256, 256, 2**30
-WARM_UP = (2048, 2048)
-"""px of the scene that is trained on first."""
 
 
 def make_scene(path: Path, size: tuple[int, int]) -> None:
@@ -147,9 +146,10 @@ def child(path: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]
         return loss
 
     small = Path(path).with_name("small.tif")
-    make_scene(small, WARM_UP)
-    step(gigaxt.open_image(small))
+    make_scene(small, (2 * REGION, options.chunk * REGION))  # two chunks
     image = gigaxt.open_image(path)
+    for warm in [gigaxt.open_image(small)] * 2 + [image] * (options.steps - 1):
+        step(warm)
     model.zero_grad()
     if on_cuda:
         torch.cuda.empty_cache()
@@ -191,7 +191,8 @@ def run_child(scene: str, options: argparse.Namespace) -> dict[str, Any]:
         path = Path(folder) / "scene.tif"
         make_scene(path, size_of(size))
         command = [sys.executable, __file__, *sys.argv[1:], "--child", str(path), tokens or "8"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        env = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"scene": scene, "failed": (done.stderr.strip().splitlines() or ["killed"])[-1]}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -211,6 +212,7 @@ def main() -> None:
     parser.add_argument("--budget-gib", type=float, default=0.0, help="of the region encoder's activations")
     parser.add_argument("--chunk", type=int, default=64, help="regions encoded at once")
     parser.add_argument("--readers", type=int, default=12, help="threads that read ahead")
+    parser.add_argument("--steps", type=int, default=1, help="on the scene")
     parser.add_argument("--compile", action="store_true", help="the region encoder")
     parser.add_argument("--profile", action="store_true", help="also tell how busy the device was")
     parser.add_argument("--name", default="scale", help="of the result file")

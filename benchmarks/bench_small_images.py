@@ -124,10 +124,12 @@ class Bench:
         given: Any = [gigaxt.open_image(pixels) for pixels in self.pixels] if files else self.images
         return lambda: self._train(model, given, self.autocast)
 
-    def published(self, *, anomalies: bool) -> Step:
-        """The published step: every image's regions in one batch, float32, no compilation."""
+    def published(self, *, anomalies: bool = False, float16: bool = False) -> Step:
+        """The published step: every image's regions in one batch, no compilation."""
         model = published_model().train().to(self.device)
         model.streaming = gigaxt.Streaming(budget_gib=None, chunk_regions=len(self.regions))
+        if float16:
+            return lambda: self._train(model, self.images, lambda: torch.autocast(self.device.type, torch.float16))
         return lambda: self._train(model, self.images, lambda: torch.autograd.set_detect_anomaly(anomalies))
 
     def _train(self, model: gigaxt.GigaXT, given: Any, around: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -178,6 +180,7 @@ def contenders(bench: Bench, batch: int, backbone: Step) -> tuple[dict[str, Step
     """Every contender by name, and the names of what its floor is made of."""
     kept = gigaxt.Streaming(budget_gib=None, chunk_regions=batch)
     default = TrainConfig().streaming
+    nothing = gigaxt.Streaming(chunk_regions=batch, readers=4)
     none = {"kind": "none", "dim": bench.options.dim}
     context = {"kind": bench.options.context, "dim": bench.options.dim, "depth": 2}
     steps = {
@@ -185,12 +188,15 @@ def contenders(bench: Bench, batch: int, backbone: Step) -> tuple[dict[str, Step
         "context": bench.context_alone(context),
         "none, kept": bench.ours(none, kept),
         "none, kept, uint8 images": bench.ours(none, kept, files=True),
+        "none, nothing kept, uint8 images": bench.ours(none, nothing, files=True),
         "none, command line's streaming": bench.ours(none, default),
         f"{bench.options.context}, kept": bench.ours(context, kept),
         f"{bench.options.context}, command line's streaming": bench.ours(context, default),
     }
     if not bench.options.without_published:
-        steps["published"] = bench.published(anomalies=False)
+        steps["published"] = bench.published()
+        if bench.device.type == "cuda":
+            steps["published, float16 autocast"] = bench.published(float16=True)
         steps["published, anomaly detection"] = bench.published(anomalies=True)
     floors = {name: ["backbone"] for name in steps if name not in ("backbone", "context")}
     return steps, {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
@@ -14,6 +16,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from gigaxt.errors import ConfigError
 
 C = TypeVar("C")
+_reader = threading.local()
+"""`pins`: whether this thread's chunks go to CUDA."""
 
 READERS = 2
 """Chunks in the queue besides the one at work; also the number of reading threads. The codecs release the GIL."""
@@ -49,6 +53,11 @@ def read_ahead(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+def host_buffer(shape: Sequence[int], dtype: np.dtype[Any]) -> Tensor:
+    """An empty tensor for what `load` returns, in pinned memory where a reader would else copy it there."""
+    return torch.empty(shape, dtype=_torch_dtype(dtype), pin_memory=getattr(_reader, "pins", False))
+
+
 def to_device(loaded: Any, device: torch.device) -> Any:
     """All tensors of `loaded` on `device`."""
     return tree_map(lambda t: t.to(device, non_blocking=True) if isinstance(t, Tensor) else t, loaded)
@@ -75,6 +84,7 @@ def take_rows(loaded: Any, start: int, stop: int) -> Any:
 
 
 def _load(load: Callable[[C], Any], chunk: C, pin: bool) -> Any:
+    _reader.pins = pin
     loaded = load(chunk)
     return tree_map(_pinned, loaded) if pin else loaded
 
@@ -82,3 +92,7 @@ def _load(load: Callable[[C], Any], chunk: C, pin: bool) -> Any:
 def _pinned(value: Any) -> Any:
     """A tensor on the host in pinned memory; whatever is on a device already, or no tensor, as it is."""
     return value.pin_memory() if isinstance(value, Tensor) and value.is_cpu else value
+
+
+def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype)).dtype

@@ -122,6 +122,8 @@ class Sums:
 
     def add(self, grads: Sequence[Tensor | None]) -> None:
         """Add one chunk's gradients; None is zero."""
+        totals: list[Tensor] = []
+        added: list[Tensor] = []
         for i, (tensor, grad) in enumerate(zip(self.like, grads, strict=True)):
             if grad is None:
                 continue
@@ -129,7 +131,10 @@ class Sums:
             if total is None:
                 self.totals[i] = grad.to(at_least_float32(tensor.dtype), copy=True)
             else:
-                total += grad
+                totals.append(total)
+                added.append(grad)
+        if totals:
+            torch._foreach_add_(totals, added)  # as `total += grad` for each; on CUDA in few launches
 
     def scale(self, factor: Tensor) -> None:
         """Multiply what has been added so far."""

@@ -20,6 +20,7 @@ from gigaxt.image.open import PICTURE_SUFFIXES
 from gigaxt.image.views import resample
 from gigaxt.inputs import InputConfig, to_pixel_size, to_size
 from gigaxt.kept import kept_regions
+from gigaxt.prefetch import host_buffer
 from gigaxt.regions import Place, RegionGrid
 from gigaxt.targets.base import SceneTarget, WindowTarget
 
@@ -325,6 +326,9 @@ class SceneBatch:
 
 def read_region(image: Image, x: int, y: int, w: int, h: int) -> tuple[NDArray[np.generic], Mask | None]:
     """Pixels (h, w, C) of a window and which are valid, (h, w, 1 or C); None: all are."""
+    inside = x >= 0 and y >= 0 and x + w <= image.width and y + h <= image.height
+    if inside and image.all_valid and not np.issubdtype(image.dtype, np.floating):
+        return image.read(x, y, w, h), None
     pixels, mask = image.read_valid(x, y, w, h)
     valid = mask[..., None]
     if np.issubdtype(pixels.dtype, np.floating):
@@ -362,8 +366,9 @@ def _stack(arrays: Sequence[Any]) -> Tensor:
     """Arrays or tensors of one shape, up to a last dimension of 1, as one tensor."""
     if isinstance(arrays[0], Tensor):
         return torch.stack(list(arrays))
-    dtype = np.result_type(*arrays)
+    dtype = np.result_type(*{a.dtype for a in arrays})
     last = max(a.shape[-1] for a in arrays)
-    return torch.from_numpy(
-        np.stack([np.broadcast_to(a, (*a.shape[:-1], last)).astype(dtype, copy=False) for a in arrays])
-    )
+    stacked = host_buffer((len(arrays), *arrays[0].shape[:-1], last), dtype)
+    for whole, part in zip(stacked.numpy(), arrays, strict=True):
+        whole[...] = part
+    return stacked

@@ -13,7 +13,7 @@ import numpy as np
 from gigaxt.image.base import Image, Level, Mask, Pixels, Window
 from gigaxt.image.files import File
 from gigaxt.image.tiff_index import build_index, compression_name
-from gigaxt.image.tiff_pieces import Piece, PlaneReader, fetch_ahead, fill_pieces
+from gigaxt.image.tiff_pieces import Piece, PlaneReader, fetch_ahead, fill_pieces, whole_segment
 
 _numbers = itertools.count()
 
@@ -58,6 +58,7 @@ class TiffImage(Image):
         self.crs, self.crs_unit_m, self.transform = index.geo
         self.band_names = index.band_names or tuple(str(band + 1) for band in range(self.channels))
         self._number = next(_numbers)
+        self._known_readers: dict[tuple[tuple[int, ...], int], list[tuple[PlaneReader, list[tuple[int, int]]]]] = {}
 
     def __reduce__(self) -> tuple[Callable[..., TiffImage], tuple[str]]:
         return functools.partial(TiffImage, **self._options), (self.name,)
@@ -81,13 +82,17 @@ class TiffImage(Image):
         return self._read_bands(tuple(range(self.channels)), x, y, w, h, level)
 
     def _read_bands(self, bands: tuple[int, ...], x: int, y: int, w: int, h: int, level: int) -> Pixels:
-        out = np.empty((h, w, len(bands)), self.dtype)
+        out = np.empty((h, w, len(bands)), self.dtype)  # costs nothing until it is written
         pieces: list[Piece] = []
         for reader, wanted in self._readers(bands, level):
             if reader.plane.stored is None:
                 pieces += reader.pieces(out, wanted, x, y)
             else:
                 reader.read_rows(out, wanted, x, y)
+        if len(pieces) == 1 and pieces[0].target.shape == out.shape:
+            tile = whole_segment(self._file, pieces[0])
+            if tile is not None:
+                return tile
         fill_pieces(self._file, pieces)
         return out
 
@@ -119,6 +124,9 @@ class TiffImage(Image):
 
     def _readers(self, bands: tuple[int, ...], level: int) -> list[tuple[PlaneReader, list[tuple[int, int]]]]:
         """The planes that hold some of `bands`, each with pairs of a band's place in `bands` and in the plane."""
+        known = self._known_readers.get((bands, level))
+        if known is not None:
+            return list(known)
         found, first = [], 0
         for number, plane in enumerate(self._planes[level]):
             wanted = [(at, band - first) for at, band in enumerate(bands) if first <= band < first + plane.samples]
@@ -126,7 +134,8 @@ class TiffImage(Image):
                 key = (self._number, level, number)
                 found.append((PlaneReader(self._file, plane, key, f"level {level}", self.nodata or 0), wanted))
             first += plane.samples
-        return found
+        self._known_readers[bands, level] = found
+        return list(found)
 
     def _mask_reader(self, level: int) -> PlaneReader | None:
         plane = self._masks[level]

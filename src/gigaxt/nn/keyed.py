@@ -41,18 +41,25 @@ class _Key:
         # Made of the seed at once: a number read inside a compiled module would be a constant there, compiled anew
         # for every step.
         self._regions = _mix64(region_ids + _signed64(_mix_int(seed)))
-        self._tables: dict[tuple[int, torch.device], Tensor] = {}
+        self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def of_layer(self, layer: int, device: torch.device) -> Tensor:
-        """One int64 key per region, (n,)."""
+    def bits(self, layer: int, count: int, device: torch.device) -> Tensor:
+        """(n, count) int32, any of them equally likely: `count` numbers for each region."""
+        keys, first = self._of_layer(layer, device)
+        return first[:, None] if count == 1 else _bits(keys, count)
+
+    def _of_layer(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """One int64 key per region, (n,), and the first number that it gives."""
         block, row = divmod(layer, LAYERS_AT_ONCE)
         table = self._tables.get((block, device))
         if table is None:
-            regions = self._regions.to(device)
+            regions = self._regions
+            if device.type == "cuda":  # from pageable memory the copy would wait for all that the device has to do
+                regions = regions.pin_memory().to(device, non_blocking=True)
             layers = torch.arange(block * LAYERS_AT_ONCE, (block + 1) * LAYERS_AT_ONCE, device=device)
-            table = _mix64(regions[None, :] + layers[:, None] * _GOLDEN64)  # (layers, n)
-            self._tables[block, device] = table
-        return table[row]
+            keys = _mix64(regions[None, :] + layers[:, None] * _GOLDEN64)  # (layers, n)
+            table = self._tables[block, device] = keys, _bits(keys.flatten(), 1).view_as(keys)
+        return table[0][row], table[1][row]
 
 
 _active: ContextVar[_Key | None] = ContextVar("gigaxt_dropout_key", default=None)
@@ -169,12 +176,12 @@ def _drop(x: Tensor, key: _Key, layer: int, p: float, shape: tuple[int, ...], *,
             "dropout_key; expected (regions * k, ...) with the rows of a region next to each other"
         )
     per_region = torch.Size(shape).numel() // n
-    dropped = _bernoulli(key.of_layer(layer, x.device), per_region, p).view(shape)  # (n, per_region) -> shape
+    bits = key.bits(layer, per_region, x.device).view(shape)  # (n, per_region) -> shape
     factor = 1.0 / (1.0 - p) if scale and p < 1.0 else 1.0
-    if dropped.numel() < x.numel():  # broadcast over x: one product, whose backward pass saves next to nothing
-        return x * ((~dropped).to(x.dtype) * factor)
+    if bits.numel() < x.numel():  # broadcast over x: one product, whose backward pass saves next to nothing
+        return x * (_kept(bits, p).to(x.dtype) * factor)
     # A product would save a mask of x's type for the backward pass; masked_fill saves a bool one.
-    return x.masked_fill(dropped, 0.0) * factor
+    return x.masked_fill(~_kept(bits, p), 0.0) * factor
 
 
 # ------------------------------------------------------------------------------------------------ the hash
@@ -229,15 +236,17 @@ def _mix32_(x: Tensor) -> Tensor:
     return x
 
 
-def _bernoulli(keys: Tensor, count: int, p: float) -> Tensor:
-    """True with probability p: (n, count) bool for n int64 keys, resolution 2^-32."""
-    if p >= 1.0:
-        return torch.ones(len(keys), count, dtype=torch.bool, device=keys.device)
+def _bits(keys: Tensor, count: int) -> Tensor:
+    """(n, count) int32 for n int64 keys."""
     low = (keys << 32 >> 32).to(torch.int32)[:, None]
     high = (keys >> 32).to(torch.int32)[:, None]
     bits = torch.arange(count, dtype=torch.int32, device=keys.device) ^ low  # (n, count)
-    bits = _mix32_(_mix32_(bits) ^ high)
-    return bits < min(round(p * 2**32) - 2**31, 2**31 - 1)
+    return _mix32_(_mix32_(bits) ^ high)
+
+
+def _kept(bits: Tensor, p: float) -> Tensor:
+    """False with probability p, resolution 2^-32."""
+    return torch.zeros_like(bits, dtype=torch.bool) if p >= 1.0 else bits >= min(round(p * 2**32) - 2**31, 2**31 - 1)
 
 
 # ------------------------------------------------------------------------------------------------ which modules

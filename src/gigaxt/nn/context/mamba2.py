@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +16,9 @@ from gigaxt.nn.context.layers import Norm, largest_divisor, linear
 from gigaxt.nn.context.state_space import CausalConvolution, Direction, Directions, initial_rates, inverse_softplus
 from gigaxt.recurrence import State
 
-BLOCK = 64
-"""Chunks that hand their states to each other by one matrix product, which is quadratic in their number."""
+CPU_BLOCK, DEVICE_BLOCK = 64, 128
+"""Chunks that hand their states to each other by one matrix product, which is quadratic in their number; on a device
+fewer launches are worth more."""
 
 
 @dataclass(kw_only=True)
@@ -148,9 +148,9 @@ def state_space_dual(
     Returns:
         y like `x`, and the state after the last token. In the dtype of the inputs, which should be float32 or better.
     """
-    outputs = []
-    for start in range(0, x.shape[1], BLOCK * chunk):
-        part = slice(start, start + BLOCK * chunk)
+    outputs, block = [], chunk * (CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK)
+    for start in range(0, x.shape[1], block):
+        part = slice(start, start + block)
         y, hidden = _dual_block(x[:, part], decay[:, part], keys[:, part], queries[:, part], hidden, chunk)
         outputs.append(y)
     return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], hidden
@@ -171,15 +171,16 @@ def _dual_block(
     total = decay.cumsum(2)  # (b, c, chunk, heads)
 
     # Within a chunk: attention with weights that decay from source to target. (b, c, heads, chunk, chunk)
-    weights = (queries @ keys.transpose(2, 3)).unsqueeze(2) * segment_sums(decay.transpose(2, 3)).exp()
+    remains = decay_between(decay.transpose(2, 3))
+    weights = (queries @ keys.transpose(2, 3)).unsqueeze(2) * remains
     y = (weights @ x.transpose(2, 3)).transpose(2, 3)  # (b, c, chunk, heads, head_dim)
     # What each chunk adds to the state at its end, for all heads in one product: (b, c, state, heads * head_dim)
-    later = F.pad(decay[:, :, 1:], (0, 0, 0, 1)).flip(2).cumsum(2).flip(2)  # not a difference: see `segment_sums`
-    added = keys.transpose(2, 3) @ (x * later.exp().unsqueeze(-1)).flatten(3)
+    at_end = remains[..., -1, :].transpose(2, 3)  # (b, c, chunk, heads)
+    added = keys.transpose(2, 3) @ (x * at_end.unsqueeze(-1)).flatten(3)
     # States at the chunks' borders: each is a sum over the earlier ones. (b, heads, c + 1, state, head_dim)
     added = added.unflatten(3, x.shape[3:]).permute(0, 3, 1, 2, 4)
     states = torch.cat((hidden.transpose(2, 3).unsqueeze(2), added), dim=2)
-    passing = segment_sums(F.pad(total[:, :, -1], (0, 0, 1, 0)).transpose(1, 2)).exp()  # (b, heads, c + 1, c + 1)
+    passing = decay_between(F.pad(total[:, :, -1], (0, 0, 1, 0)).transpose(1, 2))  # (b, heads, c + 1, c + 1)
     borders = (passing @ states.flatten(3)).unflatten(3, states.shape[3:])
     # What the state before the chunk gives: (b, c, chunk, heads, head_dim)
     before = borders[:, :, :-1].permute(0, 2, 3, 1, 4).flatten(3)
@@ -187,16 +188,13 @@ def _dual_block(
     return y.flatten(1, 2)[:, :tokens], borders[:, :, -1].transpose(2, 3).clone()
 
 
-def segment_sums(a: Tensor) -> Tensor:
-    """S[..., i, j] = a[j + 1] + ... + a[i] for i >= j, -inf above the diagonal.
+def decay_between(a: Tensor) -> Tensor:
+    """D[..., i, j] = exp(a[j + 1] + ... + a[i]) for i >= j, else 0: what is left at i of what came in at j.
 
     Summed up row by row rather than as a difference of cumulated sums, which loses the small decays of long sequences.
     """
-    n = a.shape[-1]
-    below = torch.ones(n, n, dtype=torch.bool, device=a.device).tril(-1)
-    # [..., i, j] = a[i] below the diagonal
-    rows = a.unsqueeze(-1).expand(*a.shape, n).masked_fill(~below, 0)
-    return rows.cumsum(-2).masked_fill(~(below | torch.eye(n, dtype=torch.bool, device=a.device)), -math.inf)
+    rows = a.unsqueeze(-1).expand(*a.shape, a.shape[-1]).tril(-1)  # [..., i, j] = a[i] below the diagonal
+    return rows.cumsum(-2).exp().tril()
 
 
 def _options(config: ContextConfig) -> Mamba2Options:
