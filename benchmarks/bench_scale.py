@@ -3,9 +3,9 @@
 Swin V2-T (or another backbone), regions of 256 px, and four layers of Mamba-2 of dim 768, in bfloat16. Nothing of the
 encoder is kept (`--budget-gib` keeps some), the context's layers keep what goes into them on the host
 (`--host-gib`). Each scene runs in a process of its own: two steps on a small scene, so that kernels are loaded, then
-`--steps` on the scene, of which the last is told (the first also pins the host's memory). Told are memory at the peak (what tensors held, and what PyTorch had reserved for them), seconds of the
-step and of its four parts, regions a second, and with `--profile` the share of the step in which the device was
-at work: the union of its kernels and copies over the clock.
+`--steps` on the scene, of which the last is told (the first also pins the host's memory). Told are memory at the peak
+(what tensors held, and what PyTorch had reserved for them), seconds of the step and of its parts, regions a second,
+and with `--profile` the share of the step in which the device was at work: its kernels and copies over the clock.
 
 The file is large on the outside: the offsets of its tiles point to a few that differ.
 

@@ -198,6 +198,8 @@ def contenders(bench: Bench, batch: int, backbone: Step) -> tuple[dict[str, Step
         if bench.device.type == "cuda":
             steps["published, float16 autocast"] = bench.published(float16=True)
         steps["published, anomaly detection"] = bench.published(anomalies=True)
+    if bench.options.only:
+        steps = {name: step for name, step in steps.items() if name in ("backbone", "context", *bench.options.only)}
     floors = {name: ["backbone"] for name in steps if name not in ("backbone", "context")}
     return steps, {
         name: [*parts, "context"] if name.startswith(bench.options.context) else parts for name, parts in floors.items()
@@ -233,6 +235,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile of the floor's backbone and of ours")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--without-published", action="store_true")
+    parser.add_argument("--only", nargs="+", help="these contenders, beside the floor")
     parser.add_argument("--keep", action="store_true", help="write the result file")
     options = parser.parse_args()
     bench = Bench(options)
@@ -242,7 +245,7 @@ def main() -> None:
     print(f"the backbone is fastest with {batch} regions of {options.batches}, {layout}", flush=True)
     steps, floors = contenders(bench, batch, choices[best])
     found = race(steps, options.repetitions, bench.device)
-    settings = {k: v for k, v in vars(options).items() if k not in ("keep", "batches")}
+    settings = {k: v for k, v in vars(options).items() if k not in ("keep", "batches", "only")}
     card = (
         {"gpu": torch.cuda.get_device_name()} if bench.device.type == "cuda" else {"threads": torch.get_num_threads()}
     )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import gigaxt
 from gigaxt.errors import ConfigError
 from gigaxt.nn.keyed import key_dropout
 from gigaxt.streaming import Streaming, stream
@@ -256,6 +257,38 @@ def test_errors_name_the_chunk_and_close_the_readers() -> None:
         stream(Fails(3, 2), lambda c: torch.full((1, 3), float(c.i)), [Named(i) for i in range(6)])
     assert "scene.tif, region 2" in " ".join(caught.value.__notes__)
     assert not [t for t in threading.enumerate() if t.name.startswith("gigaxt-read")]
+
+
+@pytest.mark.parametrize("streaming", BUDGETS)
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_chunks_without_a_graph_may_run_as_one(
+    chunks: str, streaming: Streaming, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(CHUNKS[chunks], streaming)
+    monkeypatch.setattr(gigaxt.streaming, "WITHOUT_GRAPH", {"cpu": 2})
+    assert_same(run(CHUNKS[chunks], streaming), expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_how_many_rows_run_as_one_without_a_graph(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of unlike form they stay apart: the fourth chunk has something that the others have not."""
+
+    class Sum(nn.Linear):
+        def forward(self, loaded: dict[str, Tensor]) -> Tensor:
+            rows.append(len(loaded["x"]))
+            return super().forward(loaded["x"]) + loaded.get("more", torch.zeros(()))
+
+    def load(chunk: slice) -> dict[str, Tensor]:
+        x = torch.arange(10.0)[chunk, None].expand(-1, 3)
+        return {"x": x, "more": torch.ones(len(x), 2)} if chunk.start == 6 else {"x": x}
+
+    rows: list[int] = []
+    monkeypatch.setattr(gigaxt.streaming, "WITHOUT_GRAPH", {"cpu": 3})
+    module = Sum(3, 2).requires_grad_(training)
+    chunks = [slice(i, i + 2) for i in range(0, 10, 2)]
+    out = stream(module, load, chunks)
+    assert rows == ([2, 4, 2, 2] if training else [6, 2, 2])
+    torch.testing.assert_close(out, torch.cat([module(load(chunk)) for chunk in chunks]))
 
 
 def test_out_of_memory_is_retried_in_smaller_parts() -> None:

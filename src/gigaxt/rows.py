@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
 
 from gigaxt.errors import ConfigError
 from gigaxt.nn.keyed import dropout_key
@@ -82,6 +84,28 @@ class Rows:
         return [t[self.start * per_row : self.stop * per_row] for t in tensors]
 
 
+def merged(rows: Sequence[Rows]) -> list[Rows]:
+    """Rows that follow each other, as few as they can be: where loaded tensors are alike, they are one."""
+    groups: list[list[Rows]] = []
+    for one in rows:
+        if groups and _form(groups[-1][-1].loaded) == _form(one.loaded):
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    return [group[0] if len(group) == 1 else _joined_rows(group) for group in groups]
+
+
+def _form(loaded: Any) -> Any:
+    leaves, tree = tree_flatten(loaded)
+    return tree, [(t.shape[1:], t.dtype) if isinstance(t, Tensor) else t for t in leaves]
+
+
+def _joined_rows(group: Sequence[Rows]) -> Rows:
+    loaded = tree_map(lambda *t: torch.cat(t) if isinstance(t[0], Tensor) else t[0], *(one.loaded for one in group))
+    ids = torch.cat([one.ids for one in group])
+    return Rows(f"{group[0].chunk} to {group[-1].chunk}", loaded, ids, group[0].start)
+
+
 class Reader:
     """Loads chunks ahead and runs work on their rows, in smaller parts once the device has run out of memory.
 
@@ -134,8 +158,14 @@ class Reader:
                 start = stop
                 continue
             # Not inside `except`: there the exception keeps the failed attempt's tensors alive.
-            torch.cuda.empty_cache()
+            free_device_memory()
         return results
+
+
+def free_device_memory() -> None:
+    """After a failed attempt: let go of what only unreachable objects hold, and of what PyTorch keeps for later."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 class Purse:

@@ -31,11 +31,15 @@ from gigaxt.replay import (
     offloaded,
     refuse_unstreamable,
 )
-from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, join
+from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, join, merged
 
 __all__ = ["Streaming", "stream"]
 
 C = TypeVar("C")
+
+WITHOUT_GRAPH = {"cuda": 4}
+"""Chunks that run as one where no graph is made, by type of device: they need a fraction of a graph's memory, and on a
+GPU the time to launch their kernels is that of one."""
 
 
 def stream(
@@ -180,6 +184,7 @@ class _Job:
         device = Purse((self.streaming.budget_gib or 0) + (self.streaming.host_gib if on_cpu else 0))
         host = Purse(0 if on_cpu else self.streaming.host_gib)
         per_row: int | None = None  # bytes that a region's graph saves; from the first rows, so the same in every run
+        waiting: list[Rows] = []
         total = 0
         for i, rows in enumerate(self.reader.rows(self.chunks)):
             self.starts.append(rows.start)
@@ -187,9 +192,14 @@ class _Job:
             size = (per_row or 0) * rows.count
             on_device = training and not look and device.take(size)
             on_host = training and not look and not on_device and host.take(size)
-            work = partial(
-                self._run_rows, inputs=inputs, graph=look or on_device or on_host, look=look, on_host=on_host
-            )
+            total = rows.stop
+            if not (look or on_device or on_host):
+                waiting.append(rows)
+                if len(waiting) == WITHOUT_GRAPH.get(self.reader.device.type, 1):
+                    self._run_waiting(waiting, inputs)
+                continue
+            self._run_waiting(waiting, inputs)
+            work = partial(self._run_rows, inputs=inputs, graph=True, look=look, on_host=on_host)
             results = self.reader.run(rows, work)
             if look:
                 per_row = -(-results[0][1].saved // results[0][0].count)
@@ -198,10 +208,17 @@ class _Job:
                 self.joined.add(part, result.outputs, len(self.chunks))
             if on_device or on_host:
                 self.kept[i] = [(replace(part, loaded=None), result) for part, result in results]
-            total = rows.stop
             del results  # else its graph would stand beside the next chunk's
+        self._run_waiting(waiting, inputs)
         _check_rows(inputs.sliced, total)
         return self.joined.results(total)
+
+    def _run_waiting(self, waiting: list[Rows], inputs: _Inputs) -> None:
+        """Run chunks of which nothing but the outputs is kept, and let them go."""
+        for rows in merged(waiting):
+            for part, result in self.reader.run(rows, partial(self._run_rows, inputs=inputs, graph=False)):
+                self.joined.add(part, result.outputs, -(-len(self.chunks) // len(waiting)))
+        waiting.clear()
 
     def backward(self, inputs: _Inputs, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients of the inputs for `grads` of the outputs."""

@@ -23,7 +23,7 @@ from torch import nn
 from gigaxt.errors import CheckpointError, DataError, GigaxtError, ImageError, TrainingError
 from gigaxt.image.file_cache import file_cache, files_cached
 from gigaxt.nn.xt import ModelConfig
-from gigaxt.rows import Streaming
+from gigaxt.rows import Streaming, free_device_memory
 from gigaxt.tasks import Evaluation, Task
 from gigaxt.token_cache import TokenCache
 from gigaxt.training.config import RunConfig
@@ -253,7 +253,7 @@ class Run(Trainee):
             # Outside of `except`: the exception's frames hold the tensors that have to go.
             self.optimizer.zero_grad()
             self._shrink(reason)
-            torch.cuda.empty_cache()
+            free_device_memory()
 
     def _shrink(self, reason: str) -> None:
         found = smaller(cast(Streaming, self.model.streaming))
