@@ -12,6 +12,7 @@ from gigaxt.errors import ConfigError
 from gigaxt.nested import stream_nested
 from gigaxt.nn.keyed import key_dropout
 from gigaxt.streaming import Streaming
+from scarce_memory import ScarceMemory
 
 REGIONS = 7
 ORDINARY = Streaming(budget_gib=None)
@@ -192,6 +193,33 @@ def test_out_of_memory_is_retried_in_smaller_parts() -> None:
         expected.loss(7, ORDINARY, linear=False).backward()
         for x, y in zip(found.grads(), expected.grads(), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-13)
+
+
+def test_parts_of_the_first_chunk_are_not_kept_where_memory_is_short() -> None:
+    """The encoder's graph of the whole chunk holds 16 MiB and more."""
+
+    class Deep(nn.Sequential):
+        def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+            y = super().forward(x)
+            return y[:, None], (y,)
+
+    class Add(nn.Module):
+        def forward(self, maps: tuple[Tensor], context: Tensor, targets: None) -> tuple[Tensor]:
+            return ((maps[0] * context[:, 0]).sum(),)
+
+    torch.manual_seed(0)
+    encode = Deep(*(layer for _ in range(10) for layer in (nn.Linear(50, 50), nn.Tanh()))).double()
+    pixels, chunks, found = torch.randn(4096, 50, dtype=torch.float64), [slice(0, 4096)], []
+    for most in (1 << 40, 10 << 20):
+        streaming = Streaming()
+        encode.zero_grad()
+        with ScarceMemory(most):
+            sums = stream_nested(encode, lambda t: 2 * t, Add(), lambda c: pixels[c], chunks, streaming=streaming)
+            sums[0].backward()
+        found.append([p.grad.clone() for p in encode.parameters()])
+    assert streaming.most_regions in (256, 512, 1024)
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-13)
 
 
 def test_wrong_use() -> None:

@@ -12,6 +12,7 @@ import gigaxt
 from gigaxt.errors import ConfigError
 from gigaxt.nn.keyed import key_dropout
 from gigaxt.streaming import Streaming, stream
+from scarce_memory import ScarceMemory
 
 REGIONS = 7
 BUDGETS = [Streaming(budget_gib=None), Streaming(), Streaming(budget_gib=1.0), Streaming(budget_gib=20e-6)]
@@ -308,6 +309,20 @@ def test_out_of_memory_is_retried_in_smaller_parts() -> None:
     out.sum().backward()
     torch.testing.assert_close(module.weight.grad, pixels.sum(0).expand(2, 3))
     assert module.most == 7
+
+
+def test_parts_of_the_first_chunk_are_not_kept_where_memory_is_short() -> None:
+    """The graph of the whole chunk holds 16 MiB and more."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(10) for layer in (nn.Linear(50, 50), nn.Tanh())]
+    module, pixels, streaming = nn.Sequential(*layers).double(), torch.randn(4096, 50, dtype=torch.float64), Streaming()
+    module(pixels).sum().backward()
+    expected = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    with ScarceMemory(10 << 20):
+        stream(module, lambda c: pixels[c], [slice(0, 4096)], streaming=streaming).sum().backward()
+    assert streaming.most_regions in (1024, 2048)
+    assert_same([p.grad for p in module.parameters()], expected)
 
 
 def test_what_fitted_is_noted_so_that_the_next_stream_does_not_fail_again() -> None:

@@ -215,7 +215,8 @@ class _Job:
             self.counts.append(rows.count)
             look = training and self.encode_learns and graph_bytes is None
             graph = training and self.encode_learns and not look and device.take((graph_bytes or 0) * rows.count)
-            results = self.reader.run(rows, partial(self._encode_rows, graph=graph or look, look=look))
+            work = partial(self._encode_rows, graph=graph or look, look=look, whole=rows.count)
+            results = self.reader.run(rows, work)
             part, (tokens, maps, saved) = results[0]
             if look:
                 graph_bytes = -(-saved // part.count)
@@ -286,13 +287,16 @@ class _Job:
             del parts, found, kept, work
         return [*encode_sums.results(), *decode_sums.results()]
 
-    def _encode_rows(self, rows: Rows, *, graph: bool, look: bool = False) -> tuple[Tensor, Maps, int]:
+    def _encode_rows(self, rows: Rows, *, graph: bool, look: bool = False, whole: int = 0) -> tuple[Tensor, Maps, int]:
+        saved = 0
         with torch.set_grad_enabled(graph):
             if look:
                 (tokens, *maps), saved = first_look(self._call_encode, self.encode, rows, [])
-                return tokens, tuple(maps), saved
-            tokens, *maps = self._call_encode(self.encode, rows, [])
-        return tokens, tuple(maps), 0
+            else:
+                tokens, *maps = self._call_encode(self.encode, rows, [])
+        if rows.count < whole:  # memory is short: nothing is kept, and no graph stands beside the next part's
+            return tokens.detach(), tuple(t.detach() for t in maps), saved
+        return tokens, tuple(maps), saved
 
     def _call_encode(self, run: Callable[..., Any], rows: Rows, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         with self.autocast.restored():

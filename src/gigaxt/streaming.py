@@ -199,14 +199,15 @@ class _Job:
                     self._run_waiting(waiting, inputs)
                 continue
             self._run_waiting(waiting, inputs)
-            work = partial(self._run_rows, inputs=inputs, graph=True, look=look, on_host=on_host)
+            keep = on_device or on_host
+            work = partial(self._run_rows, inputs=inputs, graph=True, look=look, on_host=on_host, whole=rows.count)
             results = self.reader.run(rows, work)
             if look:
                 per_row = -(-results[0][1].saved // results[0][0].count)
-                on_device = device.take(per_row * rows.count)
+                keep = len(results) == 1 and device.take(per_row * rows.count)
             for part, result in results:
                 self.joined.add(part, result.outputs, len(self.chunks))
-            if on_device or on_host:
+            if keep:
                 self.kept[i] = [(replace(part, loaded=None), result) for part, result in results]
             del results  # else its graph would stand beside the next chunk's
         self._run_waiting(waiting, inputs)
@@ -247,11 +248,15 @@ class _Job:
         totals = sums.results()
         return [*totals[:p], *slices, *totals[p:]]
 
-    def _run_rows(self, rows: Rows, *, inputs: _Inputs, graph: bool, look: bool = False, on_host: bool = False) -> _Run:
+    def _run_rows(
+        self, rows: Rows, *, inputs: _Inputs, graph: bool, look: bool = False, on_host: bool = False, whole: int = 0
+    ) -> _Run:
         leaves = as_leaves([*rows.of(inputs.sliced), *inputs.shared])
         with torch.set_grad_enabled(graph), offloaded(on_host):
             if look:
                 outputs, saved = first_look(self._call, self.aliases, rows, leaves)
+                if rows.count < whole:  # memory is short: this part's graph must not stand beside the next one's
+                    outputs = tuple(t.detach() for t in outputs)
                 return _Run(outputs, leaves, saved)
             return _Run(self._call(self.aliases, rows, leaves), leaves)
 
