@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gigaxt.training.device import slow_precision
+from gigaxt.rows import Streaming
+from gigaxt.training.device import slow_precision, small_chunks
 
 
 @pytest.mark.parametrize(
@@ -24,3 +25,9 @@ def test_bfloat16_without_instructions_for_it_is_told(
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_is_mkldnn_bf16_supported=lambda: fast))
     told = slow_precision(torch.device(device), amp)  # type: ignore[arg-type]  # parameters are plain str
     assert (told is not None and "no fast bfloat16" in told) == slow
+
+
+@pytest.mark.parametrize(("device", "regions", "told"), [("cuda", 8, True), ("cuda", 64, False), ("cpu", 8, False)])
+def test_chunks_that_let_a_gpu_wait_are_told(device: str, regions: int, told: bool) -> None:
+    advice = small_chunks(torch.device(device), Streaming(chunk_regions=regions))
+    assert (advice is not None and "chunk_regions: with 8" in advice) == told

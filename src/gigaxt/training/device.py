@@ -12,6 +12,9 @@ from gigaxt.errors import ConfigError
 from gigaxt.machine import device_memory_gib, host_memory_gib
 from gigaxt.rows import Streaming
 
+FEW_REGIONS = 32
+"""Regions of 256 px: on an H200 a chunk of 64 with Swin V2-T takes 17 ms forward, and a thousand launches as long."""
+
 
 def pick_device(name: str) -> torch.device:
     """The device called `name`; `auto`: CUDA where there is one, else the CPU.
@@ -66,6 +69,16 @@ def slow_precision(device: torch.device, amp: Literal["auto", "off", "bf16"]) ->
     if amp != "bf16" or device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
     return "this CPU has no fast bfloat16: with amp bf16 a step can take ten times as long as with amp off"
+
+
+def small_chunks(device: torch.device, streaming: Streaming) -> str | None:
+    """What to tell who lets a GPU wait for the launches of small chunks; None: nothing."""
+    if device.type != "cuda" or streaming.chunk_regions >= FEW_REGIONS or streaming.most_regions is not None:
+        return None
+    return (
+        f"train.streaming.chunk_regions: with {streaming.chunk_regions} a GPU mostly waits for its kernels to be "
+        "launched; take 64 or more, or what `gigaxt plan CONFIG --fit` finds"
+    )
 
 
 def smaller(streaming: Streaming) -> tuple[Streaming, str] | None:

@@ -28,7 +28,7 @@ from gigaxt.tasks import Evaluation, Task
 from gigaxt.token_cache import TokenCache
 from gigaxt.training.config import RunConfig
 from gigaxt.training.data import Sample, Samples, balanced_weights, derive_seed, epoch_order
-from gigaxt.training.device import autocast, pick_device, slow_precision, smaller
+from gigaxt.training.device import autocast, pick_device, slow_precision, small_chunks, smaller
 from gigaxt.training.evaluate import Stopping, named, open_samples, tallied, without_guilty
 from gigaxt.training.initial import what_learns
 from gigaxt.training.log import RunLog, decimals, duration
@@ -140,7 +140,11 @@ class Run(Trainee):
                     f"{self.train_samples.size} make {self.steps_per_epoch} steps an epoch: for more of them train on "
                     "windows (train.window, such as 1024, and train.windows_per_scene)"
                 )
-            for advice in (what_learns(self.model, self.config)[1], slow_precision(self.device, self.settings.amp)):
+            for advice in (
+                what_learns(self.model, self.config)[1],
+                slow_precision(self.device, self.settings.amp),
+                small_chunks(self.device, self.settings.streaming),
+            ):
                 if advice:
                     log.line(advice)
             saved, saved_at = (state.step, state.evaluated), time.monotonic()

@@ -54,8 +54,8 @@ class ContextConfig:
     segment of each layer's parts and spent from the first layer on."""
     host_gib: float = 0.0
     """Host memory (pinned) in which larger batches on a GPU keep what goes into the layers' parts, so that the device
-    holds about five token stores whatever the depth; not of `full`, `hyper` and `window`'s attention. Nothing on a
-    CPU."""
+    holds about seven token stores whatever the depth (Mamba-2 of four layers: 14 without); not of the attention of
+    `full`, `hyper` and `window`. Nothing on a CPU."""
     options: dict[str, Any] = field(default_factory=dict)
     """The kind's own settings, such as `state` of mamba2."""
 
