@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gigaxt import GigaXT, ModelConfig, Streaming, build_model
 from gigaxt.nn import swin_attention
 from gigaxt.nn.swin_attention import FusedWindowAttention, fuse_window_attention
+from gigaxt.replay import counted_saves
 
 
 @pytest.fixture(params=["blocks", "kernel"])
@@ -191,6 +192,21 @@ def test_compiled() -> None:
     assert_near(of_model(model, 0.0, images), plain, 1e-10)
     assert graphs
     torch.compiler.reset()
+
+
+def test_no_scores_are_kept() -> None:
+    """Of windows so large that scores are most of what timm's attention keeps."""
+    kept = []
+    for fused in (False, True):
+        attention = WindowAttention(8, (16, 16), 2)
+        if fused:
+            fuse_window_attention(attention)
+        with counted_saves(list(attention.parameters())) as saved:
+            attention(torch.randn(4, 256, 8))
+        kept.append(saved())
+    scores = 4 * 2 * 256**2 * 4  # bytes, of 4 windows and 2 heads
+    assert kept[0] > 3 * scores
+    assert kept[1] < scores
 
 
 @pytest.mark.gpu

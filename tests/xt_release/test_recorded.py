@@ -65,7 +65,8 @@ def test_logits_loss_and_gradients(recorded: Recorded) -> None:
         assert float(gradients[name].norm()) == pytest.approx(norm, rel=1e-4), name
     for name, whole in load_file(recorded.folder / "grads.safetensors").items():
         if name != "input":
-            torch.testing.assert_close(gradients[name.removeprefix("param.")], whole, rtol=1e-3, atol=1e-5)
+            found = gradients[name.removeprefix("param.")]
+            assert (found - whole).abs().max() <= 1e-3 * whole.abs().max(), name
 
 
 def test_the_tests_oracle_is_right(recorded: Recorded) -> None:

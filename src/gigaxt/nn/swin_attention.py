@@ -105,8 +105,8 @@ class _BlockedAttention(torch.autograd.Function):
         q, k, v, bias = (t.contiguous() for t in inputs)
         ctx.save_for_backward(q, k, v, bias)
         with torch.autocast(q.device.type, enabled=False):
-            # The flash kernel for CPUs takes a bias, but has no gradient of it.
-            return F.scaled_dot_product_attention(q, k, v, bias.unsqueeze(0), scale=1.0)
+            # Detached, because the flash kernel for CPUs takes no bias that asks for a gradient.
+            return F.scaled_dot_product_attention(q, k, v, bias.detach().unsqueeze(0), scale=1.0)
 
     @staticmethod
     @once_differentiable
