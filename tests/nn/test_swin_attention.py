@@ -202,10 +202,10 @@ def test_no_scores_are_kept() -> None:
         if fused:
             fuse_window_attention(attention)
         with counted_saves(list(attention.parameters())) as saved:
-            attention(torch.randn(4, 256, 8))
+            attention(torch.randn(32, 256, 8))
         kept.append(saved())
-    scores = 4 * 2 * 256**2 * 4  # bytes, of 4 windows and 2 heads
-    assert kept[0] > 3 * scores
+    scores = 32 * 2 * 256**2 * 4  # bytes, of 32 windows and 2 heads
+    assert kept[0] > 2 * scores
     assert kept[1] < scores
 
 
