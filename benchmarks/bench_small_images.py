@@ -33,6 +33,7 @@ from torch import nn
 
 import gigaxt
 from gigaxt.nn.context import ContextConfig, build_context
+from gigaxt.nn.swin_attention import FusedWindowAttention
 from gigaxt.training.config import TrainConfig
 from gigaxt.xt_release.config import model_config
 from gigaxt.xt_release.published import PublishedConfig
@@ -127,6 +128,9 @@ class Bench:
     def published(self, *, anomalies: bool = False, float16: bool = False) -> Step:
         """The published step: every image's regions in one batch, no compilation."""
         model = published_model().train().to(self.device)
+        for child in model.modules():
+            if isinstance(child, FusedWindowAttention):
+                child.fused_attn = False  # timm's own, as published
         model.streaming = gigaxt.Streaming(budget_gib=None, chunk_regions=len(self.regions))
         if float16:
             return lambda: self._train(model, self.images, lambda: torch.autocast(self.device.type, torch.float16))
