@@ -10,6 +10,9 @@ import torch
 
 from gigaxt.errors import ImageError
 from gigaxt.image import open_image
+from gigaxt.image.base import Mask
+from gigaxt.image.memory import ArrayImage
+from gigaxt.scenes import read_region
 
 
 def test_arrays() -> None:
@@ -62,3 +65,17 @@ def test_windows() -> None:
         image.read(0, 0, 1, 1, level=-1)
     pixels, mask = image.read_valid(-1, -1, 9, 9)
     assert pixels.sum() == mask.sum() == 24
+
+
+def test_an_image_with_a_mask_of_its_own_is_not_taken_for_valid() -> None:
+    """Whoever writes a reader with a mask need not know of `all_valid`."""
+
+    class Masked(ArrayImage):
+        def _valid_inside(self, x: int, y: int, w: int, h: int, level: int) -> Mask:
+            return np.zeros((h, w), np.bool_)
+
+    image = Masked(np.ones((64, 64, 3), np.uint8))
+    assert not image.all_valid
+    pixels, valid = read_region(image, 0, 0, 32, 32)
+    assert valid is not None
+    assert not valid.any()

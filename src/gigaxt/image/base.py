@@ -108,7 +108,11 @@ class Image(ABC):
     @property
     def all_valid(self) -> bool:
         """True where every pixel inside the image is known to be real without reading: no nodata, no mask."""
-        return self.nodata is None
+        own_mask = (type(self)._valid_inside, type(self)._read_valid_inside) != (
+            Image._valid_inside,
+            Image._read_valid_inside,
+        )
+        return self.nodata is None and not own_mask
 
     @property
     def gsd_m(self) -> tuple[float, float] | None:
