@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gigaxt.errors import DataError
 from gigaxt.targets.base import Grid, SceneTarget
+from gigaxt.targets.boxes import as_array
 
 NOTHING, IGNORED, UNKNOWN = -1, -2, -3
 """Classes of cells without an object, of those that count as neither, and of an object whose class is not known."""
@@ -211,10 +212,10 @@ def as_points(target: Any, classes: int, attributes: Sequence[str]) -> PointTarg
         unknown = target.keys() - {"points", "labels", "ignored", *attributes}
         if unknown:
             raise DataError(f"points: unknown {sorted(unknown)}; the model's attributes are {list(attributes)}")
-        places, labels, ignored = (_as_array(target.get(key)) for key in ("points", "labels", "ignored"))
+        places, labels, ignored = (as_array(target.get(key)) for key in ("points", "labels", "ignored"))
         count = len(np.asarray(places, dtype=np.float64).reshape(-1, 2))
         columns = [
-            np.asarray(_as_array(target.get(name, np.full(count, np.nan))), dtype=np.float64) for name in attributes
+            np.asarray(as_array(target.get(name, np.full(count, np.nan))), dtype=np.float64) for name in attributes
         ]
         target = PointTarget(places, labels, np.stack(columns, axis=1) if columns else None, ignored)
     if not isinstance(target, PointTarget):
@@ -228,10 +229,6 @@ def as_points(target: Any, classes: int, attributes: Sequence[str]) -> PointTarg
     if len(wrong):
         raise DataError(f"{target.name}: class {wrong[0]} is out of range 0..{classes - 1}")
     return target
-
-
-def _as_array(part: Any) -> Any:
-    return part.detach().cpu().numpy() if hasattr(part, "detach") else part
 
 
 def _paint(
