@@ -5,8 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gigaxt.errors import ConfigError
+from gigaxt.machine import host_memory_gib
 from gigaxt.rows import Streaming
-from gigaxt.training.device import slow_precision, small_chunks
+from gigaxt.training import device as device_module
+from gigaxt.training.device import check_budgets, slow_precision, small_chunks
 
 
 @pytest.mark.parametrize(
@@ -31,3 +34,12 @@ def test_bfloat16_without_instructions_for_it_is_told(
 def test_chunks_that_let_a_gpu_wait_are_told(device: str, regions: int, told: bool) -> None:
     advice = small_chunks(torch.device(device), Streaming(chunk_regions=regions))
     assert (advice is not None and "chunk_regions: with 8" in advice) == told
+
+
+def test_the_contexts_host_memory_counts_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    total = host_memory_gib()[0]
+    monkeypatch.setattr(device_module, "device_memory_gib", lambda _: (80.0, 80.0))
+    check_budgets(Streaming(host_gib=total / 2), torch.device("cuda"), context_gib=0.4 * total)
+    check_budgets(Streaming(), torch.device("cpu"), context_gib=2 * total)
+    with pytest.raises(ConfigError, match=r"host_gib \+ model.context.host_gib: expected at most"):
+        check_budgets(Streaming(host_gib=total / 2), torch.device("cuda"), context_gib=0.6 * total)

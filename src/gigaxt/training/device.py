@@ -33,12 +33,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def check_budgets(streaming: Streaming, device: torch.device, *, flags: bool = False) -> None:
+def check_budgets(streaming: Streaming, device: torch.device, *, context_gib: float = 0.0, flags: bool = False) -> None:
     """Refuse budgets that no run on this machine can spend.
 
     Args:
         streaming: with the budgets.
         device: that the run computes on.
+        context_gib: host memory for the context, `model.context.host_gib`; nothing on a CPU.
         flags: the budgets were given on the command line, not in a config.
 
     Raises:
@@ -48,6 +49,7 @@ def check_budgets(streaming: Streaming, device: torch.device, *, flags: bool = F
     has_host = host_memory_gib()[0]
     wanted = [("host_gib", host, has_host, "this machine")]
     if device.type == "cuda":
+        wanted.append(("host_gib + model.context.host_gib", host + context_gib, has_host, "this machine"))
         wanted.append(("budget_gib", budget, device_memory_gib(device)[0], str(device)))
     else:
         wanted.append(("budget_gib + host_gib" if host else "budget_gib", budget + host, has_host, "this machine"))

@@ -124,7 +124,8 @@ def make_plan(config: RunConfig, images: Sequence[Path] = (), *, probe: bool = T
         TrainingError: the rehearsal failed for another reason than memory.
     """
     streaming = config.train.streaming
-    check_budgets(streaming, pick_device(config.train.device))  # here too: without waiting for a process to start
+    # Here too: without waiting for a process to start.
+    check_budgets(streaming, pick_device(config.train.device), context_gib=config.model.context.host_gib)
     room = look_at_machine(config)
     found, stopped = rehearse_apart(config, images, streaming, room, probe=probe)
     plan = Plan(streaming=streaming, room=room, found=found, stopped_gib=stopped)
