@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import tifffile
 from gigaxt.cli import main
 from gigaxt.rows import Streaming
 from gigaxt.training import plan
-from gigaxt.training.rehearsal import Found
+from gigaxt.training.rehearsal import Found, job_of, rehearse
 
 ROOM = plan.Room(device="cpu", host_total=64.0, host_free=40.0, device_total=64.0, device_free=40.0)
 FOUND = Found(
@@ -184,8 +185,15 @@ def test_no_config_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "expected a run's YAML file" in capsys.readouterr().err
 
 
-def test_a_token_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_token_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The first epoch fills it, later ones read it; the rehearsal uses one of its own."""
+
+    def here(config: Any, images: Any, streaming: Streaming, room: Any, *, probe: bool) -> tuple[Found, float]:
+        """In this process; `test_memory_is_predicted_within_a_tenth` has one of its own."""
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        return rehearse(job_of(config, images, streaming, probe=probe), folder), 0.0
+
+    monkeypatch.setattr(plan, "rehearse_apart", here)
     for name in "abc":
         tifffile.imwrite(tmp_path / f"{name}.tif", np.zeros((160, 160, 3), np.uint8), photometric="rgb")
     (tmp_path / "data.csv").write_text("image,label,split\na.tif,x,train\nb.tif,y,train\nc.tif,y,val\n")

@@ -36,8 +36,9 @@ def test_probabilities_are_the_softmax_of_the_whole_scene(tmp_path: Path, dtype:
     assert (tifffile.imread(out) == expected.argmax(2)).mean() > 0.999
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "float32"])
-@pytest.mark.parametrize("name", ["RGB.byte.tif", "cogeo.tif"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("RGB.byte.tif", "uint8"), ("RGB.byte.tif", "float32"), ("cogeo.tif", "uint8")]
+)
 def test_probabilities_as_rasterio_reads_them(fixtures: Path, tmp_path: Path, name: str, dtype: Any) -> None:
     rasterio = pytest.importorskip("rasterio")
     model = segmenter(head={"class_names": ["sea & sand", "land", "<ice>", "town"]})

@@ -27,7 +27,7 @@ OUTPUTS = ["mask.tif", "mask.tif.json", "mask_probabilities.tif"]
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    pixels = np.random.default_rng(0).integers(0, 256, (300, 200, 3)).astype(np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 150, 3)).astype(np.uint8)
     tifffile.imwrite(tmp_path / "scene.tif", pixels, tile=(64, 64), photometric="rgb")
     return tmp_path / "scene.tif"
 
@@ -63,9 +63,9 @@ def test_a_stopped_prediction_goes_on_and_ends_the_same(path: Path, tmp_path: Pa
     counts = encoded(model)
     gigaxt.predict(model, path, unbroken / "mask.tif", **SETTINGS)
     work = sum(counts)
-    assert work == 4 * (20 + 9 * 6)  # four turns of 5 x 4 regions, and 9 x 6 windows
+    assert work == 4 * (12 + 6 * 4)  # four turns of 4 x 3 regions, and 6 x 4 windows
     assert names(unbroken) == OUTPUTS
-    for stop in (30, 90, 170, 250):  # in the first pass, at its end, in the second one
+    for stop in (20, 50, 90, 130):  # in the first pass, at its end, in the second one
         counts.clear()
         with pytest.raises(KeyboardInterrupt):
             gigaxt.predict(model, path, broken / "mask.tif", progress=stop_after(stop), **SETTINGS)
@@ -80,12 +80,12 @@ def test_a_stopped_prediction_goes_on_and_ends_the_same(path: Path, tmp_path: Pa
 def test_progress_counts_what_was_done_before(path: Path, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     with pytest.raises(KeyboardInterrupt):
-        gigaxt.predict(segmenter(), path, tmp_path / "mask.tif", progress=stop_after(100), **SETTINGS)
+        gigaxt.predict(segmenter(), path, tmp_path / "mask.tif", progress=stop_after(60), **SETTINGS)
     gigaxt.predict(
         segmenter(), path, tmp_path / "mask.tif", progress=lambda done, count: told.append((done, count)), **SETTINGS
     )
-    assert (80, 4 * 74) in told[:5]  # the four contexts were there
-    assert told[-1] == (4 * 74, 4 * 74)
+    assert (48, 4 * 36) in told[:5]  # the four contexts were there
+    assert told[-1] == (4 * 36, 4 * 36)
 
 
 @pytest.mark.parametrize("context", ["mamba2", "none"])
@@ -96,7 +96,7 @@ def test_a_killed_process_leaves_what_the_next_one_goes_on_with(path: Path, tmp_
     code = f"""
 import os, signal, gigaxt
 def progress(done, count):
-    if done >= 120:
+    if done >= 80:
         os.kill(os.getpid(), signal.SIGKILL)
 gigaxt.predict(gigaxt.load({str(tmp_path / "model")!r}), {str(path)!r}, {str(out / "mask.tif")!r}, progress=progress,
                **{SETTINGS!r})
@@ -106,8 +106,8 @@ gigaxt.predict(gigaxt.load({str(tmp_path / "model")!r}), {str(path)!r}, {str(out
     model = gigaxt.load(tmp_path / "model")
     counts = encoded(model)
     gigaxt.predict(model, path, out / "mask.tif", **SETTINGS)
-    # At least the first pass was kept; without context, which has none, three rows of 6 windows.
-    assert 0 < sum(counts) <= (4 * (54 - 3 * 6) if context == "none" else 4 * 74 - 80)
+    # At least the first pass was kept; without context, which has none, two rows of 4 windows.
+    assert 0 < sum(counts) <= (4 * (24 - 2 * 4) if context == "none" else 4 * 36 - 48)
     gigaxt.predict(model, path, tmp_path / "mask.tif", **SETTINGS)
     assert results(out) == results(tmp_path)
 
@@ -134,7 +134,7 @@ def test_nothing_stale_is_used(path: Path, tmp_path: Path, change: Callable[[Pat
         gigaxt.predict(segmenter(), path, out / "mask.tif", **SETTINGS)
     else:
         with pytest.raises(KeyboardInterrupt):
-            gigaxt.predict(segmenter(), path, out / "mask.tif", progress=stop_after(200), **SETTINGS)
+            gigaxt.predict(segmenter(), path, out / "mask.tif", progress=stop_after(100), **SETTINGS)
     model = change(path)
     gigaxt.predict(model, path, tmp_path / "mask.tif", **SETTINGS)
     gigaxt.predict(model, path, out / "mask.tif", **SETTINGS)
@@ -144,7 +144,7 @@ def test_nothing_stale_is_used(path: Path, tmp_path: Path, change: Callable[[Pat
 @pytest.mark.parametrize("other", [{"overlap": 0}, {"dihedral": 1}, {"probabilities": None}])
 def test_other_settings_begin_anew(path: Path, tmp_path: Path, other: dict[str, Any]) -> None:
     with pytest.raises(KeyboardInterrupt):
-        gigaxt.predict(segmenter(), path, tmp_path / "mask.tif", progress=stop_after(200), **SETTINGS)
+        gigaxt.predict(segmenter(), path, tmp_path / "mask.tif", progress=stop_after(100), **SETTINGS)
     told: list[int] = []
     settings = {**SETTINGS, **other}
     gigaxt.predict(segmenter(), path, tmp_path / "mask.tif", progress=lambda done, count: told.append(done), **settings)
@@ -175,7 +175,7 @@ def test_what_is_complete_is_not_made_again(path: Path, tmp_path: Path) -> None:
     out.write_bytes(b"something else")
     gigaxt.predict(model, path, out, **SETTINGS)
     assert counts
-    assert open_image(out).height == 300
+    assert open_image(out).height == 200
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"plan": 1}', "{", '{"plan": null, "files": {}}'])
@@ -191,13 +191,13 @@ def test_damaged_parts_are_made_again(path: Path, tmp_path: Path) -> None:
     out, model = tmp_path / "out", segmenter()
     out.mkdir()
     with pytest.raises(KeyboardInterrupt):
-        gigaxt.predict(model, path, out / "mask.tif", progress=stop_after(230), **SETTINGS)
+        gigaxt.predict(model, path, out / "mask.tif", progress=stop_after(128), **SETTINGS)
     parts = out / "mask.tif.parts"
     strips = sorted(parts.glob("answers-*.tif"))
     assert len(strips) >= 3
     strips[1].write_bytes(strips[1].read_bytes()[:100])
     (parts / "context-3.safetensors").write_bytes(b"")
-    (parts / "answers-000007.tif.part").write_bytes(b"half")
+    (parts / "answers-000005.tif.part").write_bytes(b"half")
     gigaxt.predict(model, path, out / "mask.tif", **SETTINGS)
     gigaxt.predict(model, path, tmp_path / "mask.tif", **SETTINGS)
     assert results(out) == results(tmp_path)
@@ -257,7 +257,7 @@ def test_a_full_disk_is_told_and_what_is_complete_kept(
     monkeypatch.undo()
     counts = encoded(model)
     gigaxt.predict(model, path, out / "mask.tif", **SETTINGS)
-    assert sum(counts) < 4 * 54
+    assert sum(counts) < 4 * 24
     gigaxt.predict(model, path, tmp_path / "mask.tif", **SETTINGS)
     assert results(out) == results(tmp_path)
 

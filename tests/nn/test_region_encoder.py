@@ -185,18 +185,23 @@ def test_ambiguous_layout_of_a_real_network(options: dict[str, Any], dims: tuple
 
 
 @pytest.mark.parametrize(
-    ("name", "region", "message"),
+    ("name", "options", "region", "message"),
     [
-        ("vit_small_patch14_dinov2", 256, r"leaves 4 px of 256 out; nearest sizes that fit: 224 and 448"),
-        ("swinv2_tiny_window16_256", 192, r"windows of 16 x 16 .*window_size: 12.*nearest sizes that fit: 128 and 256"),
-        ("hiera_tiny_224", 100, r"multiple of 32 px, got 100; nearest: 96 or 128"),
-        ("convnextv2_atto", 16, r"multiple of 32"),
-        ("efficientformer_l1", 256, r"nearest sizes that fit: 224$"),
+        ("vit_small_patch14_dinov2", VIT, 256, r"leaves 4 px of 256 out; nearest sizes that fit: 224 and 448"),
+        (
+            "swinv2_tiny_window16_256",
+            {**SWIN, "window_size": 16},
+            192,
+            r"windows of 16 x 16 .*window_size: 12.*nearest sizes that fit: 128 and 256",
+        ),
+        ("hiera_tiny_224", {}, 100, r"multiple of 32 px, got 100; nearest: 96 or 128"),
+        ("convnextv2_atto", {}, 16, r"multiple of 32"),
+        ("efficientformer_l1", {"embed_dims": [8, 8, 8, 16]}, 256, r"nearest sizes that fit: 224$"),
     ],
 )
-def test_region_sizes_that_do_not_fit(name: str, region: int, message: str) -> None:
+def test_region_sizes_that_do_not_fit(name: str, options: dict[str, Any], region: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as raised:
-        build(name, {}, region)
+        build(name, options, region)
     assert "\n" not in str(raised.value)
 
 

@@ -186,7 +186,7 @@ def scenes(folder: Path, side: int) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "budget_gib"), [("classify", 3.0), ("segment", 0.0)])
 def test_memory_is_predicted_within_a_tenth(kind: str, budget_gib: float, tmp_path: Path) -> None:
-    csv = scenes(tmp_path, 768 if kind == "classify" else 512)
+    csv = scenes(tmp_path, 768 if kind == "classify" else 384)
     model = {
         "region_encoder": {"name": "convnextv2_atto", "region": 128},
         "context": {"kind": "mamba2", "dim": 32, "depth": 1},
