@@ -205,6 +205,19 @@ def test_region_sizes_that_do_not_fit(name: str, options: dict[str, Any], region
     assert "\n" not in str(raised.value)
 
 
+def test_a_network_is_examined_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another size, band, option or definition is another network."""
+    first = build("convnextv2_atto", CONVNEXT, 352)
+    monkeypatch.setattr(backbone, "_dry_run", None)  # not called
+    assert build("convnextv2_atto", CONVNEXT, 352).layout == first.layout
+    for options, region, bands in ((CONVNEXT, 384, 3), (CONVNEXT, 352, 11), ({**CONVNEXT, "drop_rate": 0.1}, 352, 3)):
+        with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+            build("convnextv2_atto", options, region, in_channels=bands)
+    monkeypatch.setattr(timm, "model_entrypoint", lambda name: build)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        build("convnextv2_atto", CONVNEXT, 352)
+
+
 def test_timm_accepts_what_is_refused_here() -> None:
     # If this fails, timm has learnt to refuse and the check may go.
     model = timm.create_model("vit_tiny_patch16_224", patch_size=14, img_size=256, embed_dim=12, num_heads=1, depth=1)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -59,6 +60,10 @@ class Layout:
     """how many maps the network could give"""
     plain: bool
     """all maps of the network have one stride, as in a plain ViT"""
+
+
+_EXAMINED: dict[Hashable, Layout] = {}
+"""What dry runs have shown, by `_key`: they take longer than building and running a small network."""
 
 
 class InadmissibleError(Exception):
@@ -177,12 +182,32 @@ def _wants_img_size(name: str) -> bool:
 
 
 def examine(spec: BackboneSpec, region: int) -> Layout:
-    """Build the network on the meta device, run it on one region and check its maps.
+    """Build the network on the meta device, run it on one region and check its maps; once in a process.
 
     Raises:
         ConfigError: a wrong option.
         InadmissibleError: the network does not cover this region size.
     """
+    key = _key(spec, region)
+    if key is None:
+        return _examine(spec, region)
+    if key not in _EXAMINED:
+        _EXAMINED[key] = _examine(spec, region)
+    return _EXAMINED[key]
+
+
+def _key(spec: BackboneSpec, region: int) -> Hashable | None:
+    """All that a layout depends on; None where that cannot be told, as of a file or an object, which may change."""
+    if not timm.is_model(spec.name.split(".")[0]):  # a file, or a name that timm refuses
+        return None
+    try:
+        options = json.dumps(dict(spec.options), sort_keys=True)
+    except TypeError:
+        return None
+    return timm.model_entrypoint(spec.name), spec.name, spec.in_channels, options, region
+
+
+def _examine(spec: BackboneSpec, region: int) -> Layout:
     try:
         module = create(spec, region, meta=True)
     except ConfigError as error:
