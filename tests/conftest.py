@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
 
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
+
+
+def pytest_collection_finish() -> None:
+    """What imports have made lives as long as the process: the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

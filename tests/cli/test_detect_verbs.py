@@ -22,7 +22,7 @@ model:
   context: {kind: full, dim: 16, depth: 1, summary: 2}
   head: {kind: detect, classes: 2, dim: 16, depth: 1, strides: [4, 8]}
   input: {mean: [60, 60, 60], std: [60, 60, 60]}
-train: {epochs: 40, batch: 2, lr: 0.005, warmup_epochs: 2, eval_every: 40, streaming: {budget_gib: 4}}
+train: {epochs: 25, batch: 1, lr: 0.005, warmup_epochs: 2, eval_every: 25, streaming: {budget_gib: 4}}
 """
 
 
@@ -107,7 +107,7 @@ def test_without_a_val_split_the_threshold_is_chosen_on_the_training_data(
     make_images(tmp_path)
     rows = "".join(f"{i}.png,truth.json,{10 + i},train\n" for i in range(3))
     (tmp_path / "data.csv").write_text(f"image,boxes,image_id,split\n{rows}")
-    (tmp_path / "run.yaml").write_text(RUN.replace("epochs: 40", "epochs: 10"))
+    (tmp_path / "run.yaml").write_text(RUN.replace("epochs: 25", "epochs: 6"))
     run = str(tmp_path / "run")
     assert main(["train", "--config", str(tmp_path / "run.yaml"), "--out", run]) == 0
     assert capsys.readouterr().err.count("no val split: thresholds are those that are best on the training images") == 1

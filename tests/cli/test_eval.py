@@ -58,7 +58,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run = {
             "data": {"csv": "study.csv"},
             "model": {**MODEL, "head": {"kind": "classify", **head}},
-            "train": {"epochs": 2, "batch": 4, "lr": 0.002},
+            "train": {"epochs": 2, "batch": 4, "lr": 0.002, "streaming": {"budget_gib": 1.0}},
         }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(run))
     return folder

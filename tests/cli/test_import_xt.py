@@ -70,7 +70,7 @@ def test_eval_and_predict(imported: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_fine_tuning(imported: Path) -> None:
     (imported / "configs").mkdir()
-    settings = {"init": "../model", "epochs": 2, "lr": 1e-4, "streaming": {"budget_gib": 0.0}}
+    settings = {"init": "../model", "epochs": 1, "lr": 1e-4, "streaming": {"budget_gib": 0.0}}
     (imported / "configs/run.yaml").write_text(yaml.safe_dump({"data": {"csv": "../data.csv"}, "train": settings}))
     assert main(["train", "--config", "configs/run.yaml", "--out", "run"]) == 0
     assert "starting from the weights of" in (imported / "run/log.txt").read_text()

@@ -23,7 +23,7 @@ model:
   head: {kind: mask_rcnn, classes: 2, dim: 16, hidden: 32, strides: [4, 8], anchor_cells: 4, proposals: 64, samples: 32,
     max_objects: 20}
   input: {mean: [80, 80, 80], std: [60, 60, 60]}
-train: {epochs: 100, batch: 2, lr: 0.005, warmup_epochs: 2, eval_every: 100, streaming: {budget_gib: 4}}
+train: {epochs: 50, batch: 1, lr: 0.005, warmup_epochs: 2, eval_every: 50, streaming: {budget_gib: 4}}
 """
 
 
@@ -93,6 +93,6 @@ def test_from_coco_json_to_masks(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_windows_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "run.yaml").write_text(RUN.replace("{epochs: 100", "{window: 64, epochs: 100"))
+    (tmp_path / "run.yaml").write_text(RUN.replace("{epochs: 50", "{window: 64, epochs: 50"))
     assert main(["train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]) == 2
     assert "train.window: mask_rcnn sees whole images" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gigaxt import GigaXT
+from gigaxt import GigaXT, Streaming
 from gigaxt.augment import dihedral
 from gigaxt.found.objects import Objects
 from gigaxt.found.points import decided, find
@@ -105,6 +105,7 @@ def test_a_trained_model_finds_an_object_on_a_corner_once() -> None:
     grid = np.stack(np.meshgrid(np.arange(14, 124, 20), np.arange(14, 124, 20)), axis=-1).reshape(-1, 2)
     learnt = scene(grid + np.random.default_rng(0).integers(-5, 6, grid.shape), 0)
     model = tiny_model({"kind": "points", "dim": 8, "threshold": [0.3]}, region=128, halo=32).train()
+    model.streaming = Streaming(budget_gib=1.0)  # nothing is computed twice
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
     for step in range(60):
         optimizer.zero_grad()

@@ -94,7 +94,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 def _kernel_takes_bias(q: Tensor) -> bool:
     """Whether a fused kernel of this device takes a bias that needs a gradient."""
-    return q.is_cuda
+    return q.is_cuda or q.is_meta  # of meta tensors, which hold no numbers, only shapes are asked
 
 
 class _BlockedAttention(torch.autograd.Function):

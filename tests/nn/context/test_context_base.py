@@ -179,7 +179,7 @@ def test_state_is_refused_where_nothing_is_causal() -> None:
 
 
 def test_none_returns_the_tokens() -> None:
-    validity = torch.rand(2, 6) > 0.5
+    validity = torch.tensor([[0, 1, 1, 0, 0, 1], [1, 0, 0, 0, 0, 0]]).bool()
     tokens = torch.where(validity[..., None], TOKENS, torch.nan)
     y, state = small("none")(tokens, COORDS, validity)
     assert state is None

@@ -208,7 +208,7 @@ def test_boxes_stay_exact_in_half_precision() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("side", "dim", "objects"), [(512, 16, 0), (512, 16, 100), (448, 32, 0)])
+@pytest.mark.parametrize(("side", "dim", "objects"), [(384, 16, 0), (512, 16, 100), (320, 32, 0)])
 def test_memory_is_foretold(training: bool, side: int, dim: int, objects: int) -> None:
     model = make(dim=dim, proposals=200, max_objects=100, score=0.0).float()
     at = np.random.default_rng(0).uniform(0, side - 40, (objects, 2)).round()
