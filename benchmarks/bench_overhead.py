@@ -22,7 +22,7 @@ counts all threads, so reading ahead is not free in it. Everything kept takes me
 convnextv2_atto.
 
     python benchmarks/bench_overhead.py [--side 4096] [--rounds 3] [--backbones convnextv2_atto small] [--keep]
-    python benchmarks/bench_overhead.py --device cuda --side 8192 --chunk 64 --readers 12 --amp bf16 --heads classify
+    python benchmarks/bench_overhead.py --device cuda --side 8192 --chunk 256 --readers 4 --amp bf16 --heads classify
 """
 
 from __future__ import annotations

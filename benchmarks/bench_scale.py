@@ -9,7 +9,7 @@ and with `--profile` the share of the step in which the device was at work: its 
 
 The file is large on the outside: the offsets of its tiles point to a few that differ.
 
-    python benchmarks/bench_scale.py 29000x25000:8 65536:4 131072:4 [--chunk 64] [--readers 12] [--profile] [--keep]
+    python benchmarks/bench_scale.py 29000x25000:8 65536:4 131072:4 [--chunk 64] [--readers 4] [--profile] [--keep]
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--host-gib", type=float, default=64.0, help="context.host_gib")
     parser.add_argument("--budget-gib", type=float, default=0.0, help="of the region encoder's activations")
     parser.add_argument("--chunk", type=int, default=64, help="regions encoded at once")
-    parser.add_argument("--readers", type=int, default=12, help="threads that read ahead")
+    parser.add_argument("--readers", type=int, default=4, help="threads that read ahead")
     parser.add_argument("--steps", type=int, default=1, help="on the scene")
     parser.add_argument("--compile", action="store_true", help="the region encoder")
     parser.add_argument("--profile", action="store_true", help="also tell how busy the device was")

@@ -21,6 +21,7 @@ from gigaxt.errors import ConfigError
 from gigaxt.host_copies import HostCopies
 from gigaxt.replay import Aliases, Autocast, Sums, counted_saves, refuse_foreign_leaves
 from gigaxt.rows import Purse
+from gigaxt.untraced import untraced
 
 State = tuple[Tensor, ...]
 NOTHING = Purse(0)
@@ -90,7 +91,7 @@ def scan(
 
 
 # Dynamo cannot trace autograd.grad inside a backward; the plain loop above compiles.
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
+@untraced
 def _scan_recomputed(plan: _Plan, inputs: State, shared: State, state: State) -> tuple[Tensor | None, State]:
     if not torch.is_grad_enabled():
         plan.purse, plan.host = NOTHING, None

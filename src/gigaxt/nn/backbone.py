@@ -169,9 +169,8 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     try:
         with torch.device("meta"):
             return build()
-    except (NotImplementedError, RuntimeError):
-        # It asked for a value, and the meta device has none: built for real, then. A probe must not shift the numbers
-        # that the real network is drawn from.
+    except (NotImplementedError, RuntimeError):  # a value was asked for, and the meta device has none
+        # Built for real, then. A probe must not shift the numbers that the real network is drawn from.
         with torch.random.fork_rng(devices=[]):
             return build().to("meta")
 

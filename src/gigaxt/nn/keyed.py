@@ -55,7 +55,8 @@ class _Key:
         if table is None:
             regions = self._regions
             if device.type == "cuda":  # from pageable memory the copy would wait for all that the device has to do
-                regions = regions.pin_memory().to(device, non_blocking=True)
+                regions = regions.pin_memory()
+            regions = regions.to(device, non_blocking=True)
             layers = torch.arange(block * LAYERS_AT_ONCE, (block + 1) * LAYERS_AT_ONCE, device=device)
             keys = _mix64(regions[None, :] + layers[:, None] * _GOLDEN64)  # (layers, n)
             table = self._tables[block, device] = keys, _bits(keys.flatten(), 1).view_as(keys)

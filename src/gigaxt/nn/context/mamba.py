@@ -109,9 +109,9 @@ class MambaStep(Direction):
         tail = self.conv.start(x)
         return tail.new_zeros(x.shape[0], self.inner, self.state), tail
 
-    # The two parts of the state, by name.
-    def forward(self, x: Tensor, valid: Tensor, hidden: Tensor, tail: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(self, x: Tensor, valid: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """See `Direction`."""
+        hidden, tail = state
         dtype = hidden.dtype
         mixed, gate = self.in_proj(self.norm(x * valid.unsqueeze(-1))).chunk(2, dim=-1)
         mixed, tail = self.conv(mixed, valid, tail)

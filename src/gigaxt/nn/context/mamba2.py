@@ -112,9 +112,9 @@ class Mamba2Step(Direction):
         tail = self.conv.start(x)
         return tail.new_zeros(x.shape[0], self.heads, self.inner // self.heads, self.state), tail
 
-    # The two parts of the state, by name.
-    def forward(self, x: Tensor, valid: Tensor, hidden: Tensor, tail: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(self, x: Tensor, valid: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """See `Direction`."""
+        hidden, tail = state
         dtype = hidden.dtype
         projected = self.in_proj(self.norm(x * valid.unsqueeze(-1)))
         gate, mixed, step = projected.split([self.inner, self.mixed, self.heads], dim=-1)

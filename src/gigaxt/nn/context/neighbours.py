@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gigaxt.nn.context.ordering import Places
 from gigaxt.regions import hilbert_key
+from gigaxt.untraced import untraced
 
 Ints = NDArray[np.int64]
 MOST_KEYS = 16
@@ -74,7 +75,7 @@ class Piece:
         return keys.masked_fill(~meant, 0).long(), meant
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # NumPy on the host; torch gives it no types
+@untraced  # NumPy on the host
 def find_pieces(places: Places, radius: int, segment: int) -> list[Piece]:
     """Cut the valid tokens of a batch into blocks and pieces, and list for each block the tokens around it.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gigaxt.errors import DataError
 from gigaxt.regions import Order, hilbert_key, scan_order
+from gigaxt.untraced import untraced
 
 Ints = NDArray[np.int64]
 FARTHEST = 2**24
@@ -66,7 +67,7 @@ class Places:
         return _take(tokens, self._target, self.given_valid, self._source, self.valid)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # NumPy on the host; torch gives it no types
+@untraced  # NumPy on the host
 def find_places(
     coords: Tensor, validity: Tensor | None, order: Order, device: torch.device, *, turned: bool = False
 ) -> Places:
@@ -110,7 +111,7 @@ def find_places(
     return places
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # reads values; torch gives it no types
+@untraced  # reads values
 def check_places(coords: Tensor, validity: Tensor | None) -> None:
     """Check where tokens are said to lie. Waits for the device once.
 
@@ -146,14 +147,14 @@ def check_places(coords: Tensor, validity: Tensor | None) -> None:
     )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # NumPy on the host; torch gives it no types
+@untraced  # NumPy on the host
 def follows(places: Places, last: Tensor, order: Order) -> bool:
     """Whether the first token of each row lies behind `last` (batch, 2), float64 on the host, in the scan order."""
     first, _ = places.ends()
     return all(_scan_key(a, order) <= _scan_key(b, order) for a, b in zip(last.numpy(), first, strict=True))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # NumPy on the host; torch gives it no types
+@untraced  # NumPy on the host
 def last_places(places: Places) -> Tensor:
     """Coordinates of the last token of each row, (batch, 2), float64 on the host."""
     return torch.from_numpy(places.ends()[1])

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from gigaxt.nn.context.neighbours import Piece
 from gigaxt.replay import Aliases, Autocast, Sums, counted_saves, grad, refuse_foreign_leaves
 from gigaxt.rows import Purse
+from gigaxt.untraced import untraced
 
 
 def map_pieces(
@@ -47,7 +48,7 @@ def map_pieces(
 
 
 # Dynamo cannot trace autograd.grad inside a backward; the plain loop above compiles.
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
+@untraced
 def _map_recomputed(
     module: nn.Module, x: Tensor, coords: Tensor, shared: Tensor, pieces: Sequence[Piece], purse: Purse
 ) -> Tensor:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gigaxt.untraced import untraced
+
 CHUNK = 32
 """Tokens that are walked through one after the other, in all chunks of a piece at once."""
 CPU_PIECE, DEVICE_PIECE = 2**18, 2**25
@@ -99,7 +101,7 @@ def _with_states(
     )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
+@untraced
 def scan_in_pieces(
     x: Tensor, step: Tensor, rates: Tensor, keys: Tensor, queries: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor]:

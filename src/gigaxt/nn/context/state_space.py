@@ -15,6 +15,7 @@ from gigaxt.nn.context.layered import Mixer
 from gigaxt.nn.context.layers import Run
 from gigaxt.nn.context.ordering import Places
 from gigaxt.recurrence import State
+from gigaxt.untraced import untraced
 
 SLOWEST_RATE = 1e-5
 """Decay per token of the slowest channel at the start: it remembers a scene of 1e5 tokens."""
@@ -85,8 +86,9 @@ class CausalConvolution(nn.Conv1d):
         dtype = torch.promote_types(x.dtype, torch.float32)
         return x.new_zeros(x.shape[0], self.kernel_size[0] - 1, self.in_channels, dtype=dtype)
 
-    # A Conv1d that carries what came before.
-    def forward(self, x: Tensor, valid: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]  # a Conv1d that carries what came before
+        self, x: Tensor, valid: Tensor, tail: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Convolve in the dtype of the tail.
 
         Args:
@@ -136,7 +138,7 @@ class _Convolve(torch.autograd.Function):
         return grad_window, grad_weight, grad.sum((0, 1))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
+@untraced
 def _convolve(window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(batch, length - 1 + tokens, channels), (length, channels), (channels,) -> (batch, tokens, channels)."""
     result: Tensor = _Convolve.apply(window, weight, bias)

@@ -82,10 +82,10 @@ class DetectHead(DenseHead):
         self.levels = nn.ModuleList(Level(channels, dim, config.dim) for channels in map_channels)
         self.class_tower, self.box_tower = _tower(config), _tower(config)
         self.classifier = ContextClassifier(config.dim, dim, config.classes)
-        nn.init.constant_(self.classifier.shared.bias, -math.log(1 / PRIOR - 1))  # type: ignore[arg-type]  # has one
+        nn.init.constant_(self.classifier.shared.get_parameter("bias"), -math.log(1 / PRIOR - 1))
         self.box = nn.Conv2d(config.dim, 4, 1)
         nn.init.normal_(self.box.weight, std=0.1 * config.dim**-0.5)
-        nn.init.zeros_(self.box.bias)  # type: ignore[arg-type]  # a Conv2d built with bias has one
+        nn.init.zeros_(self.box.get_parameter("bias"))
         self.centreness = nn.Conv2d(config.dim, 1, 1)
         self.register_buffer("class_weights", weights_tensor(config), persistent=False)
 

@@ -30,7 +30,7 @@ class Level(nn.Module):
         self.norm = PixelNorm(dim)
         self.film = nn.Conv2d(context_dim, 2 * dim, 1)
         nn.init.normal_(self.film.weight, std=FILM_GAIN * context_dim**-0.5)  # its input has a variance of one
-        nn.init.zeros_(self.film.bias)  # type: ignore[arg-type]  # a Conv2d built with bias has one
+        nn.init.zeros_(self.film.get_parameter("bias"))
         self.fuse = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), PixelNorm(dim), nn.GELU())
 
     def forward(self, features: Tensor, context: Tensor, coarser: Tensor | None) -> Tensor:
