@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from typing import Any
 
-from report import lattice, publish
+from report import in_child, lattice, publish
 
 KINDS = ("mamba2", "mamba", "xl", "longformer", "window", "hyper", "full")
 LENGTHS = (16_384, 65_536, 262_144)
@@ -63,12 +61,7 @@ def timed(kind: str, tokens: int) -> dict[str, Any]:
 
 def child(kind: str, tokens: int) -> dict[str, Any]:
     """Run one measurement in a process of its own; resident memory never shrinks, and a failure stays alone."""
-    command = [sys.executable, __file__, "--child", kind, str(tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"tokens": tokens, "failed": (done.stderr.strip().splitlines() or ["?"])[-1]}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return {"tokens": tokens, **in_child(__file__, ["--child", kind, str(tokens)])}
 
 
 def main() -> None:

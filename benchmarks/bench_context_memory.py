@@ -18,13 +18,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from contextlib import nullcontext
 from typing import Any
 
-from report import RESULTS, lattice, publish
+from report import RESULTS, in_child, lattice, publish
 
 KINDS = ("mamba2", "mamba", "xl", "longformer", "window", "hyper")
 TOKENS = (65_536, 262_144, 1_048_576)
@@ -86,12 +84,7 @@ def counts_so_far() -> dict[tuple[str, int], dict[str, Any]]:
 
 def child(what: str, kind: str, tokens: int) -> dict[str, Any]:
     """One measurement in a process of its own, so that a failure stays alone."""
-    command = [sys.executable, __file__, "--child", what, kind, str(tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {f"{what} failed": (done.stderr.strip().splitlines() or ["?"])[-1]}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return in_child(__file__, ["--child", what, kind, str(tokens)])
 
 
 def main() -> None:

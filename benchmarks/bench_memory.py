@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import publish
+from report import in_child, publish
 
 K = {"classify": 7.4, "segment": 9.4}
 """Token stores at the peak, in the backward pass of the last layer's mixer: the tokens (1), what went into both layers
@@ -147,12 +145,10 @@ def peak_bytes(device: str) -> int:
 
 def run_child(path: Path, head: str, device: str) -> dict[str, Any]:
     # glibc keeps freed blocks for itself otherwise, and resident memory would tell of it, not of us.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
-    command = [sys.executable, __file__, "--child", str(path), head, device]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    env = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
+    found = in_child(__file__, ["--child", str(path), head, device], env)
+    if "failed" in found:
+        sys.exit(found["failed"])
     return found
 
 

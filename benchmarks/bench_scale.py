@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from bench_memory import peak_bytes, size_of
-from report import publish
+from report import in_child, publish
 
 REGION, TILE, GIB = 256, 256, 2**30
 
@@ -184,19 +182,17 @@ def child(path: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def run_child(scene: str, options: argparse.Namespace) -> dict[str, Any]:
+def run_child(scene: str) -> dict[str, Any]:
     """One scene in a process of its own, so that a failure stays alone."""
     size, _, tokens = scene.partition(":")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "scene.tif"
         make_scene(path, size_of(size))
-        command = [sys.executable, __file__, *sys.argv[1:], "--child", str(path), tokens or "8"]
-        env = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"scene": scene, "failed": (done.stderr.strip().splitlines() or ["killed"])[-1]}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {"scene": scene, **found}
+        arguments = [*sys.argv[1:], "--child", str(path), tokens or "8"]
+        return {
+            "scene": scene,
+            **in_child(__file__, arguments, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        }
 
 
 def main() -> None:
@@ -225,7 +221,7 @@ def main() -> None:
         return
     rows = []
     for scene in options.scenes:
-        rows.append(run_child(scene, options))
+        rows.append(run_child(scene))
         print(rows[-1], flush=True)
     settings = {k: v for k, v in vars(options).items() if k not in ("scenes", "keep", "child", "name")}
     publish(options.name, {"settings": settings, "rows": rows}, keep=options.keep)

@@ -6,6 +6,9 @@ import datetime
 import json
 import os
 import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,19 @@ def publish(name: str, result: dict[str, Any], *, keep: bool) -> None:
         device = str(machine.get("gpu", f"cpu{machine['cores']}")).replace(" ", "-")
         (RESULTS / f"{name}_{device}_{machine['date']}.json").write_text(json.dumps(stamped, indent=2) + "\n")
     print(json.dumps(stamped))
+
+
+def in_child(script: str, arguments: Sequence[str], env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What a script prints as its last line, in a process of its own; or `failed`: why it did not.
+
+    Resident memory never shrinks, and a failure stays alone. `env` is added to the environment.
+    """
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or ["killed"])[-1]}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def lattice(tokens: int) -> Any:
