@@ -22,7 +22,7 @@ import time
 from contextlib import nullcontext
 from typing import Any
 
-from report import RESULTS, in_child, lattice, publish
+from report import in_child, lattice, newest, publish
 
 KINDS = ("mamba2", "mamba", "xl", "longformer", "window", "hyper")
 TOKENS = (65_536, 262_144, 1_048_576)
@@ -77,9 +77,8 @@ def run(kind: str, tokens: int) -> dict[str, Any]:
 
 def counts_so_far() -> dict[tuple[str, int], dict[str, Any]]:
     """Rows of the last result file that was counted, by kind and tokens."""
-    files = sorted(RESULTS.glob("context_memory_cpu*.json"))
-    rows = json.loads(files[-1].read_text())["rows"] if files else []
-    return {(row["kind"], row["tokens"]): row for row in rows}
+    found = newest("context_memory") or {"rows": []}
+    return {(row["kind"], row["tokens"]): row for row in found["rows"]}
 
 
 def child(what: str, kind: str, tokens: int) -> dict[str, Any]:

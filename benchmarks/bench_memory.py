@@ -7,11 +7,10 @@ the number of tokens alone:
     before + WORK + K token stores            (a token store: tokens x dim x 4 bytes)
 
 `before` is what the process held before the step (Python, torch, timm, the model), WORK one chunk of the region encoder
-and one segment of the context at work, from the smallest image of two segments (2,048 px). K is the same for all sizes:
-see `K`. Time is that of
-the CPU, of all threads, because the machine may be shared.
+and one segment of the context at work, from the smallest image of two segments (2,048 px with 8 x 8 tokens a region).
+K is the same for all sizes: see `K`. Time is that of the CPU, of all threads, because the machine may be shared.
 
-    python benchmarks/bench_memory.py [--sizes 1024 2048 29000x25000] [--heads classify segment] [--keep]
+    python benchmarks/bench_memory.py [--sizes 1024 2048 29000x25000] [--heads classify segment] [--tokens 8] [--keep]
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ K = {"classify": 7.4, "segment": 9.4}
 """Token stores at the peak, in the backward pass of the last layer's mixer: the tokens (1), what went into both layers
 (2) and into the first one's MLP (1), the gradient that comes in (1) and those of the two directions (2), and 0.4 of
 states at the segments' borders. A dense model also holds the context and its gradient (2)."""
-REGION, DIM, DEPTH, TOKENS, SEGMENT = 256, 192, 2, 64, 2048
+REGION, DIM, DEPTH, SEGMENT = 256, 192, 2, 2048
 GIB = 2**30
 Size = tuple[int, int]
 """Width and height, px."""
@@ -89,7 +88,7 @@ def make_mask(path: Path, size: Size) -> None:
     tifffile.imwrite(path, data, shape=shape, dtype=np.uint8, tile=(256, 256), compression="zlib", bigtiff=True)
 
 
-def child(path: str, head: str, device: str) -> dict[str, Any]:
+def child(path: str, head: str, device: str, per_side: str) -> dict[str, Any]:
     import torch
 
     import gigaxt
@@ -99,6 +98,7 @@ def child(path: str, head: str, device: str) -> dict[str, Any]:
         "region_encoder": {
             "name": "convnextv2_atto",
             "region": REGION,
+            "tokens": int(per_side),
             "options": {"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]},
         },
         "context": {"kind": "mamba2", "dim": DIM, "depth": DEPTH, "segment": SEGMENT, "keep_tokens": 0},
@@ -119,17 +119,18 @@ def child(path: str, head: str, device: str) -> dict[str, Any]:
     peak = peak_bytes(device)
     cpu, seconds = time.process_time() - cpu, time.perf_counter() - start
     regions = -(-image.height // REGION) * -(-image.width // REGION)
-    store = regions * TOKENS * DIM * 4
+    tokens = regions * int(per_side) ** 2
     return {
         "size_px": [image.width, image.height],
         "pixels": image.width * image.height,
         "regions": regions,
+        "tokens": tokens,
         "cpu_s": round(cpu, 2),
         "wall_s": round(seconds, 1),
         "loss": loss.item(),
         "before_gib": round(before / GIB, 3),
         "peak_gib": round(peak / GIB, 3),
-        "token_store_gib": round(store / GIB, 4),
+        "token_store_gib": round(tokens * DIM * 4 / GIB, 4),
     }
 
 
@@ -143,10 +144,10 @@ def peak_bytes(device: str) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def run_child(path: Path, head: str, device: str) -> dict[str, Any]:
+def run_child(path: Path, head: str, device: str, per_side: int) -> dict[str, Any]:
     # glibc keeps freed blocks for itself otherwise, and resident memory would tell of it, not of us.
     env = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
-    found = in_child(__file__, ["--child", str(path), head, device], env)
+    found = in_child(__file__, ["--child", str(path), head, device, str(per_side)], env)
     if "failed" in found:
         sys.exit(found["failed"])
     return found
@@ -165,7 +166,7 @@ def predict(rows: list[dict[str, Any]], head: str) -> None:
 
 def base_of(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The smallest image that has two full segments, so that it needs as much for one at work as the largest."""
-    return next((row for row in rows if row["regions"] * TOKENS >= 2 * SEGMENT), None)
+    return next((row for row in rows if row["tokens"] >= 2 * SEGMENT), None)
 
 
 def exponents(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -192,15 +193,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=size_of, nargs="+", default=[(side, side) for side in (1024, 2048, 4096)])
     parser.add_argument("--heads", nargs="+", default=["classify", "segment"])
+    parser.add_argument("--tokens", type=int, default=8, help="tokens along a side of a region")
     parser.add_argument("--device", default="cpu", help="cuda: its memory in place of the process's")
     parser.add_argument("--keep", action="store_true", help="write the result file")
     parser.add_argument("--name", default="memory", help="of the result file")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(child(*options.child)))
         return
-    result: dict[str, Any] = {"k": K, "segment": SEGMENT, "heads": {}}
+    result: dict[str, Any] = {"k": K, "segment": SEGMENT, "tokens_a_side": options.tokens, "heads": {}}
     for head in options.heads:
         rows: list[dict[str, Any]] = []
         for size in options.sizes:
@@ -209,7 +211,7 @@ def main() -> None:
                 make_image(path, size)
                 if head == "segment":
                     make_mask(path.with_name("scene_mask.tif"), size)
-                rows.append({"head": head, **run_child(path, head, options.device)})
+                rows.append({"head": head, **run_child(path, head, options.device, options.tokens)})
             predict(rows, head)
             print(rows[-1], flush=True)
         result["heads"][head] = {"rows": rows, "exponents": exponents(rows) if len(rows) > 2 else {}}

@@ -19,7 +19,7 @@ A peer that is not installed is left out with the reason. None is a dependency o
 
     pip install --no-deps --target DIR monai sahi lightstream lightning pytorch-lightning fire termcolor click \
         opencv-python-headless tqdm requests
-    PYTHONPATH=DIR python benchmarks/bench_peers.py [--parts train predict] [--sides 1024 2048 4096] [--keep]
+    PYTHONPATH=DIR python benchmarks/bench_peers.py [--parts train predict] [--sizes 1024 2048 29000x25000] [--keep]
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bench_memory import GIB, make_image, peak_bytes
+from bench_memory import GIB, Size, make_image, peak_bytes, size_of
 from peers import CONTENDERS, NEEDS
 from report import publish
 
@@ -92,49 +92,54 @@ def missing(name: str) -> str | None:
     return f"not installed: {', '.join(lacking)}" if lacking else None
 
 
-def measure(part: str, names: list[str], sides: list[int], limit_gib: float, folder: Path) -> list[dict[str, Any]]:
+def measure(part: str, names: list[str], sizes: list[Size], limit_gib: float, folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     out = {name: reason for name in names if (reason := missing(name))}
     for name, reason in out.items():
         rows.append({"contender": name, "skipped": reason})
         print(rows[-1], flush=True)
-    for side in sides:
-        path = folder / f"{side}.tif"
+    for size in sizes:
+        path = folder / f"{size[0]}x{size[1]}.tif"
         if not path.exists():
-            make_image(path, (side, side))
+            make_image(path, size)
         for name in names:
             if name in out:
                 continue
-            row = {"contender": name, "side_px": side, **run_child(part, name, path, limit_gib)}
+            row = {
+                "contender": name,
+                "size_px": list(size),
+                "pixels": size[0] * size[1],
+                **run_child(part, name, path, limit_gib),
+            }
             if "failed" in row:
                 out[name] = row["failed"]
             else:
-                row["mp_per_cpu_s"] = round(side * side / 1e6 / row["cpu_s"], 2)
+                row["mp_per_cpu_s"] = round(row["pixels"] / 1e6 / row["cpu_s"], 2)
             rows.append(row)
             print(row, flush=True)
     return rows
 
 
 def extrapolated_gib(rows: list[dict[str, Any]]) -> float | None:
-    """Of a scene of 29,000 x 25,000 px, by the line through one contender's two largest images; None: they are small.
+    """Of a scene of 29,000 x 25,000 px, by the line through one contender's two largest images.
 
-    Of gigaxt that scene is measured, by `bench_memory.py` and `bench_predict.py`.
+    None: they are too small to tell, or that scene was measured; of gigaxt it always is (`bench_memory.py`).
     """
     last = [row for row in rows if row["peak_gib"] > row["before_gib"] + CLEAR_GIB][-2:]
-    if len(last) < 2 or rows[0]["contender"] == "gigaxt":
+    if len(last) < 2 or rows[0]["contender"] == "gigaxt" or last[1]["pixels"] >= SCENE[0] * SCENE[1]:
         return None
-    (a, x), (b, y) = ((row["side_px"] ** 2, row["peak_gib"]) for row in last)
+    (a, x), (b, y) = ((row["pixels"], row["peak_gib"]) for row in last)
     return round(y + (y - x) / (b - a) * (SCENE[0] * SCENE[1] - b), 1)
 
 
 def summary(part: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each contender: CPU time over that of `BASE` at each size, and memory of the large scene."""
     measured = [row for row in rows if "cpu_s" in row]
-    base = {row["side_px"]: row["cpu_s"] for row in measured if row["contender"] == BASE[part]}
+    base = {row["pixels"]: row["cpu_s"] for row in measured if row["contender"] == BASE[part]}
     found = []
     for name in dict.fromkeys(row["contender"] for row in measured):
         own = [row for row in measured if row["contender"] == name]
-        ratios = {str(r["side_px"]): round(r["cpu_s"] / base[r["side_px"]], 2) for r in own if r["side_px"] in base}
+        ratios = {str(r["size_px"][0]): round(r["cpu_s"] / base[r["pixels"]], 2) for r in own if r["pixels"] in base}
         found.append({"contender": name, "cpu_ratio": ratios, "gib_at_29000x25000": extrapolated_gib(own)})
     return found
 
@@ -142,7 +147,8 @@ def summary(part: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--sides", nargs="+", type=int, default=[1024, 2048, 4096], help="px, multiples of 256")
+    squares = [(side, side) for side in (1024, 2048, 4096)]
+    parser.add_argument("--sizes", nargs="+", type=size_of, default=squares, help="px; of the floor multiples of 256")
     parser.add_argument("--contenders", nargs="+", help="only these")
     parser.add_argument("--limit-gib", type=float, default=6.0, help="memory that a process may have")
     parser.add_argument("--name", default="peers", help="first part of the result file's name")
@@ -160,7 +166,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for part in options.parts:
             names = [name for name in CONTENDERS[part] if not options.contenders or name in options.contenders]
-            rows = measure(part, names, options.sides, options.limit_gib, Path(folder))
+            rows = measure(part, names, options.sizes, options.limit_gib, Path(folder))
             result = {"limit_gib": options.limit_gib, "peers": versions, "rows": rows, "summary": summary(part, rows)}
             publish(f"{options.name}_{part}", result, keep=options.keep)
 

@@ -14,7 +14,7 @@ run benchmarks/bench_storage.py "$@"
 run benchmarks/bench_write.py --quick
 run benchmarks/bench_memory.py --sizes 1024 2048 4096 "$@"
 run benchmarks/bench_overhead.py --backbones small "$@"
-run benchmarks/bench_peers.py --sides 2048
+run benchmarks/bench_peers.py --sizes 2048
 run benchmarks/bench_plan.py "$@"
 run benchmarks/bench_small_images.py --side 512 --images 1 --batches 4 --repetitions 2 --context none
 run benchmarks/bench_context.py --kinds mamba2 longformer window --lengths 8192 16384

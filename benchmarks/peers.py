@@ -61,9 +61,8 @@ def train_floor(path: Path) -> Step:
     """The bare network on regions that lie in memory, a chunk at a time; nothing is read, nothing kept."""
     network = backbone()
     x = whole(path)
-    n = x.shape[-1] // REGION
-    # (1, C, n * region, n * region) -> (n * n, C, region, region)
-    regions = x.unflatten(2, (n, REGION)).unflatten(4, (n, REGION)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    # (1, C, rows * region, cols * region) -> (rows * cols, C, region, region)
+    regions = x.unflatten(2, (-1, REGION)).unflatten(4, (-1, REGION)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
     chunks = regions.contiguous().split(CHUNK)
 
     def step() -> None:

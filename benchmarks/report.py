@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,9 +37,18 @@ def publish(name: str, result: dict[str, Any], *, keep: bool) -> None:
     stamped = {"benchmark": name, "environment": machine, **result}
     if keep:
         RESULTS.mkdir(exist_ok=True)
-        device = str(machine.get("gpu", f"cpu{machine['cores']}")).replace(" ", "-")
-        (RESULTS / f"{name}_{device}_{machine['date']}.json").write_text(json.dumps(stamped, indent=2) + "\n")
+        device = str(machine.get("gpu", f"{_processor()} {machine['cores']} cores"))
+        short = re.sub(r"\([A-Z]+\)|Processor|CPU|@.*(?= \d+ cores)", "", device, flags=re.IGNORECASE)
+        place = RESULTS / f"{name}_{'-'.join(short.split())}_{machine['date']}.json"
+        place.write_text(json.dumps(stamped, indent=2) + "\n")
     print(json.dumps(stamped))
+
+
+def newest(name: str) -> dict[str, Any] | None:
+    """The last result of a benchmark on a CPU that is kept; None: there is none."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}_*.json"))]
+    own = [result for result in found if result["benchmark"] == name and "gpu" not in result["environment"]]
+    return max(own, key=lambda result: str(result["environment"]["date"]), default=None)
 
 
 def in_child(script: str, arguments: Sequence[str], env: Mapping[str, str] | None = None) -> dict[str, Any]:

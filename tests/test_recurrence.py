@@ -3,6 +3,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -271,16 +272,35 @@ def test_borders_do_not_keep_whole_segments() -> None:
             y = x + last
             return y, y[:, -1:]
 
-    saved: list[int] = []
+    saved: dict[int, int] = {}
     x = torch.zeros(1, 4000, 1, requires_grad=True)
 
     def pack(t: Tensor) -> Tensor:
-        saved.append(t.untyped_storage().nbytes())
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         scan(Last(), (x,), (torch.zeros(1, 1, 1),), segment=1000)
-    assert sorted(saved) == [4, 4, 4, 4, 16000]
+    assert sorted(saved.values()) == [4, 3 * 4, 16000]  # the first state, those of the borders, the tokens
+
+
+def test_states_may_change_their_shape() -> None:
+    class Memory(nn.Module):
+        """Hands over all tokens so far."""
+
+        def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+            return x + before.sum(dim=1, keepdim=True), torch.cat([before, x], dim=1)
+
+    def run(**options: Any) -> tuple[Tensor, Tensor]:
+        x = torch.arange(1.0, 11.0, dtype=torch.float64).reshape(1, 10, 1).requires_grad_()
+        y, _ = scan(Memory(), (x,), (x.new_zeros(1, 0, 1),), **options)
+        assert y is not None
+        y.square().sum().backward()
+        assert x.grad is not None
+        return y.detach(), x.grad
+
+    close(list(run(segment=3)), list(run(segment=3, purse=None)))
+    assert run(segment=3)[0].flatten().tolist() == [1, 2, 3, 10, 11, 12, 28, 29, 30, 55]
 
 
 def test_no_graph_without_gradients() -> None:

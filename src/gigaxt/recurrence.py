@@ -161,13 +161,12 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor | None, ...]:
         aliases = Aliases(plan.module)
         inputs, shared, state, _ = _split(plan, tensors)
-        borders: list[State] = []
+        borders = _Borders(len(plan.bounds) - 1, kept=any(ctx.needs_input_grad))
         graphs: dict[int, _Graph] = {}
         whole: Tensor | None = None
         outputs: tuple[Any, ...]
         size = 0  # bytes that a segment's graph holds; the first one shows it
         for i in range(len(plan.bounds)):
-            borders.append(state)
             if plan.purse.left and plan.purse.take(size):
                 graph, held = _record_counted(plan, aliases, i, (inputs, shared, state), ctx.needs_input_grad[1:])
                 outputs = tuple(None if t is None else t.detach() for t in graph.outputs)
@@ -187,13 +186,13 @@ class _Scan(torch.autograd.Function):
                     whole = outputs[0].new_empty((outputs[0].shape[0], tokens, *outputs[0].shape[2:]))
                 start, stop = plan.bounds[i]
                 whole[:, start:stop] = plan.turned(outputs[0])
-            state = tuple(_owned(t) for t in outputs[1:])
+            state = borders.after(i, outputs[1:])
         ctx.plan, ctx.graphs = plan, graphs
         # A copy on the host takes the place of its input, which is then not held on the device.
         waiting = [plan.host.of(t) if plan.host else t for t in inputs]
         ctx.copies = [None if copy is t else copy for copy, t in zip(waiting, inputs, strict=True)]
         on_device = [t if copy is None else None for t, copy in zip(inputs, ctx.copies, strict=True)]
-        ctx.save_for_backward(*on_device, *tensors[len(inputs) :], *(t for border in borders[1:] for t in border))
+        ctx.save_for_backward(*on_device, *tensors[len(inputs) :], *borders.states)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in state if not t.is_floating_point()))
         return whole, *state
@@ -228,6 +227,30 @@ class _Scan(torch.autograd.Function):
             sums.add([*of_shared, *of_parameters])
         totals = sums.results()
         return None, *grad_inputs, *totals[: len(shared)], *grad_state, *totals[len(shared) :]
+
+
+class _Borders:
+    """The states between segments, for the backward pass.
+
+    States of a kind lie in one tensor. Each on its own would be allocated amid what its segment needs for a moment, and
+    stay: the allocator of a CPU then finds no room there for the next segment's, and memory grows with the segments.
+    """
+
+    def __init__(self, count: int, *, kept: bool) -> None:
+        self.count, self.kept = count, kept
+        self.states: list[Tensor] = []
+        """Those of the first border, of the second, ..."""
+        self._together: list[Tensor] = []
+
+    def after(self, i: int, state: Sequence[Tensor]) -> State:
+        """The state after segment `i`, which is kept if another segment follows."""
+        if i == self.count or not self.kept:
+            return tuple(_owned(t) for t in state)
+        self._together = self._together or [t.new_empty((self.count, *t.shape)) for t in state]
+        pairs = list(zip(self._together, state, strict=True))
+        own = tuple(rows[i].copy_(t) if rows[i].shape == t.shape else _owned(t) for rows, t in pairs)
+        self.states += own
+        return own
 
 
 def _split(plan: _Plan, tensors: Sequence[T]) -> tuple[tuple[T, ...], tuple[T, ...], tuple[T, ...], tuple[T, ...]]:

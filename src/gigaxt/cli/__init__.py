@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from gigaxt.allocator import keep_freed_memory
 from gigaxt.config import nearest
 from gigaxt.errors import ConfigError, GigaxtError
 
@@ -85,6 +86,7 @@ def dispatch(args: Sequence[str]) -> int:
         return 0
     if args[0] not in VERBS:
         raise ConfigError(f"there is no verb `{args[0]}`{nearest(args[0], VERBS)}")
+    keep_freed_memory()
     module = importlib.import_module(VERBS[args[0]][0])
     status: int = module.main(list(args[1:]))
     return status

@@ -53,6 +53,10 @@ class WindowGrid:
         return kept
 
     @cached_property
+    def _all_kept(self) -> bool:
+        return bool(self.kept.all())
+
+    @cached_property
     def needed(self) -> Mask:
         """(rows, cols) of windows: those that cover part of a kept region."""
         sums = np.pad(self.kept.cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # of all regions above and to the left
@@ -65,6 +69,8 @@ class WindowGrid:
 
     def kept_pixels(self, x: int, y: int, w: int, h: int) -> Mask:
         """(h, w): which pixels of a part of the image lie in regions that are kept."""
+        if self._all_kept:
+            return np.ones((h, w), np.bool_)
         rows, cols = np.arange(y, y + h) // self.core, np.arange(x, x + w) // self.core
         return self.kept[rows[:, None], cols]
 

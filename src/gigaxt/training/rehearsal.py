@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 
+from gigaxt.allocator import keep_freed_memory
 from gigaxt.config import from_dict, to_dict
 from gigaxt.errors import GigaxtError, TrainingError
 from gigaxt.image.file_cache import files_cached
@@ -351,6 +352,7 @@ def _wait(device: torch.device) -> None:
 
 def main(folder: Path) -> None:
     """Rehearse the job in `folder`; errors are told in `found.json`, too."""
+    keep_freed_memory()  # as the command line does
     job = from_dict(Job, json.loads((folder / "job.json").read_text(encoding="utf-8")))
     try:
         found: dict[str, Any] = asdict(rehearse(job, folder))
