@@ -34,6 +34,9 @@ K = {"classify": 7.4, "segment": 9.4}
 states at the segments' borders. A dense model also holds the context and its gradient (2)."""
 REGION, DIM, DEPTH, SEGMENT = 256, 192, 2, 2048
 GIB = 2**30
+ALLOCATORS = {"kept": {}, "mapped": {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}}
+"""Settings of glibc: as the command line has it, which keeps freed memory; or each block on its own, which is slower,
+but so that resident memory tells of us alone."""
 Size = tuple[int, int]
 """Width and height, px."""
 
@@ -92,7 +95,9 @@ def child(path: str, head: str, device: str, per_side: str) -> dict[str, Any]:
     import torch
 
     import gigaxt
+    from gigaxt.allocator import keep_freed_memory
 
+    keep_freed_memory()  # unless the environment says otherwise
     torch.manual_seed(0)
     config = {
         "region_encoder": {
@@ -144,10 +149,8 @@ def peak_bytes(device: str) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def run_child(path: Path, head: str, device: str, per_side: int) -> dict[str, Any]:
-    # glibc keeps freed blocks for itself otherwise, and resident memory would tell of it, not of us.
-    env = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
-    found = in_child(__file__, ["--child", str(path), head, device, str(per_side)], env)
+def run_child(path: Path, head: str, device: str, per_side: int, allocator: str) -> dict[str, Any]:
+    found = in_child(__file__, ["--child", str(path), head, device, str(per_side)], ALLOCATORS[allocator])
     if "failed" in found:
         sys.exit(found["failed"])
     return found
@@ -194,6 +197,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=size_of, nargs="+", default=[(side, side) for side in (1024, 2048, 4096)])
     parser.add_argument("--heads", nargs="+", default=["classify", "segment"])
     parser.add_argument("--tokens", type=int, default=8, help="tokens along a side of a region")
+    parser.add_argument("--allocator", choices=ALLOCATORS, default="kept")
     parser.add_argument("--device", default="cpu", help="cuda: its memory in place of the process's")
     parser.add_argument("--keep", action="store_true", help="write the result file")
     parser.add_argument("--name", default="memory", help="of the result file")
@@ -202,7 +206,8 @@ def main() -> None:
     if options.child:
         print(json.dumps(child(*options.child)))
         return
-    result: dict[str, Any] = {"k": K, "segment": SEGMENT, "tokens_a_side": options.tokens, "heads": {}}
+    setting = {"segment": SEGMENT, "tokens_a_side": options.tokens, "allocator": options.allocator}
+    result: dict[str, Any] = {"k": K, **setting, "heads": {}}
     for head in options.heads:
         rows: list[dict[str, Any]] = []
         for size in options.sizes:
@@ -211,7 +216,7 @@ def main() -> None:
                 make_image(path, size)
                 if head == "segment":
                     make_mask(path.with_name("scene_mask.tif"), size)
-                rows.append({"head": head, **run_child(path, head, options.device, options.tokens)})
+                rows.append({"head": head, **run_child(path, head, options.device, options.tokens, options.allocator)})
             predict(rows, head)
             print(rows[-1], flush=True)
         result["heads"][head] = {"rows": rows, "exponents": exponents(rows) if len(rows) > 2 else {}}

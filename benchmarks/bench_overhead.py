@@ -14,8 +14,8 @@ without a graph, F + B forward and backward, of the encoder with its maps, and o
 At most 1.05 of it is allowed.
 
 glibc hands large blocks back to the system at once, so that activations that are kept cost page faults at every step,
-which the floor, a chunk at a time, does not have. By default the script therefore runs with settings under which freed
-memory is used again (`REUSE`; worth having in every run on a CPU); `--allocator default` measures without.
+which the floor, a chunk at a time, does not have. The command line therefore keeps freed memory (`gigaxt.allocator`),
+and so does the script; `--allocator default` measures without.
 
 Contenders take turns in one process; the ratio of each round is of neighbours in time, and the median is told. CPU time
 counts all threads, so reading ahead is not free in it. Everything kept takes memory: 60 MiB a region with
@@ -28,9 +28,7 @@ convnextv2_atto.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -44,12 +42,11 @@ from report import publish
 from torch import Tensor
 
 import gigaxt
+from gigaxt.allocator import keep_freed_memory
 from gigaxt.nn.stages import LossSums
 from gigaxt.targets.base import target_for
 
 REGION = 256
-REUSE = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "68719476736"}
-"""Settings of glibc: no block is mapped on its own, and freed memory stays with the process."""
 SMALL = {"depths": [1, 1, 1, 1], "dims": [32, 64, 128, 256]}
 """Of the backbone `small`: ConvNeXt-T at a third of its width, one block a stage, so that all activations of a 4,096 px
 image fit a small machine (18 MiB a region)."""
@@ -221,10 +218,10 @@ def main() -> None:
     parser.add_argument("--readers", type=int, default=2, help="threads that read ahead")
     parser.add_argument("--amp", choices=["off", "bf16"], default="off")
     parser.add_argument("--name", default="overhead", help="of the result file")
-    parser.add_argument("--allocator", choices=["reuse", "default"], default="reuse")
+    parser.add_argument("--allocator", choices=["kept", "default"], default="kept")
     options = parser.parse_args()
-    if options.allocator == "reuse" and not REUSE.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **REUSE})  # read when a process starts
+    if options.allocator == "kept":
+        keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         rows = [compare(name, head, options, Path(folder)) for name in options.backbones for head in options.heads]
     settings = {"chunk_regions": options.chunk, "readers": options.readers, "amp": options.amp}

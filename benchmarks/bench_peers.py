@@ -12,8 +12,8 @@
 Networks are small and the same within a part (no context: the peers have none), on one thread. Every measurement is
 a process of its own with a limit to its memory (RLIMIT_DATA); a contender that fails at a size is not tried at larger
 ones. Peaks are resident memory as the kernel counts it, `before` what was held before the step (Python, torch, the
-network; of the floor its regions, too). Time is that of the CPU, since the machine may be shared; reading (not of the
-floor) and writing count.
+network; of the floor its regions, too). glibc's allocator is left as it is for all. Time is that of the CPU, since the
+machine may be shared; reading (not of the floor) and writing count.
 
 A peer that is not installed is left out with the reason. None is a dependency of gigaxt; to have them beside it:
 
@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -68,11 +67,8 @@ def child(part: str, name: str, path: str) -> dict[str, Any]:
 
 def run_child(part: str, name: str, path: Path, limit_gib: float) -> dict[str, Any]:
     """What it measured, or `failed`: why it did not."""
-    # As in bench_memory: else resident memory tells of glibc.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
     done = subprocess.run(
         [sys.executable, __file__, "--child", part, name, str(path)],
-        env=env,
         capture_output=True,
         text=True,
         check=False,

@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from bench_memory import make_image, size_of
-from report import publish
+from report import in_child, publish
 
 REGION, DIM, DEPTH, CLASSES = 256, 64, 1, 4
 SEGMENT = {"kind": "segment", "classes": CLASSES, "dim": 16}
@@ -53,7 +51,9 @@ def child(path: Path, case: str) -> dict[str, Any]:
     import torch
 
     import gigaxt
+    from gigaxt.allocator import keep_freed_memory
 
+    keep_freed_memory()  # as the command line does
     torch.manual_seed(0)
     head, suffix, arguments = CASES[case]
     config = {
@@ -104,18 +104,15 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     sizes = [size_of(size) for size in options.sizes]
-    # glibc keeps freed blocks for itself otherwise, and resident memory would tell of it, not of us.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
     for size in sizes:
         for case in options.cases:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "scene.tif"
                 make_image(path, size)
-                command = [sys.executable, __file__, "--child", str(path), case]
-                done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    sys.exit(done.stderr)
-                rows.append({"case": case, **json.loads(done.stdout.splitlines()[-1])})
+                found = in_child(__file__, ["--child", str(path), case])
+                if "failed" in found:
+                    sys.exit(found["failed"])
+                rows.append({"case": case, **found})
                 print(rows[-1], flush=True)
     most = max(row["above_model_gib"] for row in rows)
     publish("predict", {"limit_gib": LIMIT_GIB, "within_limit": most < LIMIT_GIB, "rows": rows}, keep=options.keep)
