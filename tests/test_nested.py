@@ -12,6 +12,7 @@ from gigaxt.errors import ConfigError
 from gigaxt.nested import stream_nested
 from gigaxt.nn.keyed import key_dropout
 from gigaxt.streaming import Streaming
+from gigaxt.testing.live_memory import LiveMemory
 from scarce_memory import ScarceMemory
 
 REGIONS = 7
@@ -166,6 +167,62 @@ def test_frozen_encoder(streaming: Streaming) -> None:
         assert problem.encode.fine.weight.grad is None
     for x, y in zip(found.grads(), expected.grads(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("streaming", BUDGETS.values(), ids=BUDGETS.keys())
+def test_a_decoder_of_the_context_alone(streaming: Streaming) -> None:
+    """An encoder without feature maps."""
+
+    class Tokens(Encode):
+        def forward(self, x: Tensor) -> tuple[Tensor, tuple[()]]:  # type: ignore[override]  # no maps
+            return super().forward(x)[0], ()
+
+    class Context(nn.Module):
+        def forward(self, maps: tuple[()], context: Tensor, targets: None) -> tuple[Tensor]:
+            assert maps == ()
+            return (context.square().sum(),)
+
+    gradients = []
+    for budget in (streaming, ORDINARY):
+        torch.manual_seed(0)
+        encode, pixels = Tokens().double(), torch.randn(REGIONS, 3, 8, 8, dtype=torch.float64)
+        encode.drop = nn.Identity()  # type: ignore[assignment]  # not keyed here
+        chunks = [slice(0, 4), slice(4, REGIONS)]
+        (loss,) = stream_nested(encode, torch.tanh, Context(), lambda c, p=pixels: p[c], chunks, streaming=budget)
+        loss.backward()
+        gradients.append([p.grad for p in encode.parameters()])
+    for x, y in zip(*gradients, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "ratio"])
+@pytest.mark.parametrize("streaming", [Streaming(), Streaming(host_gib=1.0), Streaming(budget_gib=1.0)])
+def test_what_the_decoder_reaches_beside_its_inputs_is_refused(streaming: Streaming, linear: bool) -> None:
+    """Its gradient would be lost."""
+    foreign = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    class Reaching(Decode):
+        def forward(self, maps: Sequence[Tensor], context: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+            return super().forward(maps, context * foreign, target)
+
+    problem = Problem(Reaching)
+    with pytest.raises(ConfigError, match="not among its own"):
+        problem.loss(3, streaming, linear).backward()
+
+
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "ratio"])
+@pytest.mark.parametrize("streaming", BUDGETS.values(), ids=BUDGETS.keys())
+def test_after_the_backward_pass_nothing_of_the_scene_is_held(streaming: Streaming, linear: bool) -> None:
+    """Not even while the loss is still there, as it is in a loop `for ...: loss = model(...)`."""
+    problem = Problem()
+    with LiveMemory([problem.pixels, problem.target, *problem.all.parameters()]) as memory:
+        loss = problem.loss(3, streaming, linear)
+        loss.backward()
+        gradients = sum(p.grad.nbytes for p in problem.all.parameters() if p.grad is not None)
+        scalars = 20 * loss.nbytes
+        assert memory.now <= gradients + scalars
+    token_store = REGIONS * 5 * 8
+    assert token_store > scalars
 
 
 def test_without_gradients() -> None:

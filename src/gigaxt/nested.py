@@ -36,6 +36,7 @@ from gigaxt.replay import (
     first_look,
     grad,
     gradient_of,
+    refuse_foreign_leaves,
     refuse_unstreamable,
 )
 from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, join
@@ -255,9 +256,11 @@ class _Job:
         if not self.linear:
             for _ in self._decode_stage(grads):
                 pass
-        assert self.context_grad is not None
+        # Not held here as well: it would lie beside the whole backward pass of `join_tokens`.
+        context_grad, self.context_grad = self.context_grad, None
+        assert context_grad is not None
         scale = grads[0] if self.linear else None
-        return self.context_grad if scale is None else self.context_grad * scale.to(self.context_grad.dtype)
+        return context_grad if scale is None else context_grad.mul_(scale.to(context_grad.dtype))
 
     def encode_backward(self, tokens_grad: Tensor | None) -> list[Tensor | None]:
         """Gradients of the parameters of both modules."""
@@ -266,9 +269,17 @@ class _Job:
         encode_sums, decode_sums = Sums(list(self.encode)), self.decode_sums
         if scale is not None:
             decode_sums.scale(scale)
-        if not self.encode_learns:
-            self.kept.clear()
-            return [*encode_sums.results(), *decode_sums.results()]
+        if self.encode_learns:
+            self._sum_gradients(tokens_grad, grads, scale, encode_sums)
+        # The graph of the loss holds this job for as long as somebody holds the loss: into the next step, in a loop.
+        self.kept, self.output_grads = {}, ()
+        del self.context, self.decode_sums
+        return [*encode_sums.results(), *decode_sums.results()]
+
+    def _sum_gradients(
+        self, tokens_grad: Tensor | None, grads: Sequence[Tensor | None], scale: Tensor | None, encode_sums: Sums
+    ) -> None:
+        """One backward pass through the encoder, chunk by chunk; `scale` is still missing in what `kept` holds."""
         p = len(encode_sums.like)
         loads = self._rows(self._missing_for_gradients)
         for i, rows in enumerate(loads):
@@ -283,9 +294,8 @@ class _Job:
             )
             for _, found in parts:
                 encode_sums.add(found[:p])
-                decode_sums.add(found[p:])
+                self.decode_sums.add(found[p:])
             del parts, found, kept, work
-        return [*encode_sums.results(), *decode_sums.results()]
 
     def _encode_rows(self, rows: Rows, *, graph: bool, look: bool = False, whole: int = 0) -> tuple[Tensor, Maps, int]:
         saved = 0
@@ -339,15 +349,16 @@ class _Job:
         context = context.detach().requires_grad_()
         with torch.enable_grad():
             outputs = self._call_decode(run, maps, context, rows)
+        if rows.start == 0:
+            refuse_foreign_leaves(outputs, [*self.decode, context, *maps])
         share = gradient_of(rows, [*grads, *[None] * (len(outputs) - len(grads))], self.outputs.per_row)
         # Else they come with the encoder's, in one pass.
         parameters = list(self.decode) if kept is not None or not self.encode_learns else []
         found = grad(outputs, [context, *maps, *parameters], share)
         if kept is None or not flows:
             return _Decoded(tuple(t.detach() for t in outputs), found[0], (), found[1 + len(maps) :])
-        place = kept.maps[0].device
         flowed = [torch.zeros_like(t) if g is None else g for t, g in zip(maps, found[1:], strict=False)]
-        map_grads = tuple(g.to(place) for g in flowed)
+        map_grads = tuple(g.to(t.device) for g, t in zip(flowed, kept.maps, strict=True))
         return _Decoded(tuple(t.detach() for t in outputs), found[0], map_grads, found[1 + len(maps) :])
 
     def _call_decode(self, run: Callable[..., Any], maps: Maps, context: Tensor, rows: Rows) -> tuple[Tensor, ...]:
