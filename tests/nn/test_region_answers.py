@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from gigaxt import GigaXT, Image, Streaming, open_image
+from gigaxt import GigaXT, Image, Streaming, open_image, predict
+from gigaxt.prefetch import READERS, read_ahead
+from gigaxt.targets.base import WindowTarget, as_mask
 from tiny_models import segmenter, tiny_model
 
 POINTS = {"kind": "points", "classes": 2, "dim": 8, "stride": 2}
@@ -73,6 +77,37 @@ def test_without_context_regions_are_encoded_once() -> None:
     for one in found:
         h, w = one.valid.shape
         torch.testing.assert_close(one.logits, whole[:, one.y : one.y + h, one.x : one.x + w], rtol=0, atol=1e-12)
+
+
+def predict_regions(model: GigaXT, folder: Path) -> None:
+    list(model.predict_regions(model.batch([scene()])))
+
+
+def predict_mask(model: GigaXT, folder: Path) -> None:
+    predict(model, scene(), folder / "mask.tif")
+
+
+def learn_a_window(model: GigaXT, folder: Path) -> None:
+    mask = as_mask(np.ones((150, 230), np.uint8))
+    model([scene()], [WindowTarget(mask, (0, 0, 60, 60), (230, 150))])
+
+
+@pytest.mark.parametrize("work", [predict_regions, predict_mask, learn_a_window])
+def test_chunks_are_read_by_as_many_threads_as_asked_for(
+    work: Callable[[GigaXT, Path], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+
+    def read(load: Any, chunks: Any, device: torch.device, readers: int = READERS) -> Any:
+        asked.append(readers)
+        return read_ahead(load, chunks, device, readers)
+
+    model = segmenter()
+    monkeypatch.setattr("gigaxt.rows.read_ahead", read)
+    model.streaming = Streaming(chunk_regions=3, readers=5)
+    work(model, tmp_path)
+    assert len(asked) > 1
+    assert set(asked) == {5}
 
 
 @pytest.mark.parametrize("budget", [0.0, 1.0])

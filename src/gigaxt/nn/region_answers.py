@@ -40,7 +40,7 @@ def region_answers(model: GigaXT, batch: SceneBatch) -> Iterator[RegionAnswer]:
     """See `GigaXT.predict_regions`."""
     decode = Answers(cast(MapsHead, model.head), model.encode)
     device = next(model.parameters()).device
-    reader = Reader(batch.load, device, 0)
+    reader = Reader(batch.load, device, 0, model.streaming)
     kept = KeptMaps(model.streaming, device)
     context = None if model.regions_apart else _context(model, batch, reader, kept)
 

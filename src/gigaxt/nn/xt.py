@@ -315,7 +315,8 @@ class GigaXT(nn.Module):
         if beside := batch.chunks_beside(chunk):
             # What the context makes of them is learnt; how they are encoded is learnt where they are in a window.
             with torch.no_grad():
-                others.append(stream(TokensOnly(self.encode), batch.load, beside, seed=seed))
+                found = stream(TokensOnly(self.encode), batch.load, beside, seed=seed, streaming=self.streaming)
+                others.append(found)
         if coarse := batch.overview_chunks(chunk):
             others.append(self._tokens(batch, range(coarse[0].start, coarse[-1].stop), seed))
 
