@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -29,13 +32,36 @@ class HostCopies:
             return tensor
         made: Tensor | None = self._made.get(tensor)
         if made is None:
-            if not self.purse.take(_pinned_size(tensor.nbytes)):
+            if not self.purse.take(pinned_size(tensor.nbytes)):
                 return tensor
             made = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
             self._made[tensor] = made
         return made
 
 
-def _pinned_size(size: int) -> int:
+def pinned_size(size: int) -> int:
     """What PyTorch takes of the system for a pinned block: the next power of two."""
     return 1 << (size - 1).bit_length() if size else 0
+
+
+@contextlib.contextmanager
+def offloaded(stay: Sequence[Tensor]) -> Iterator[None]:
+    """Keep what autograd saves inside the block on the host, in pinned memory, but for `stay`.
+
+    Unlike `torch.autograd.graph.save_on_cpu` it does not copy weights (`stay`) with every chunk, keeps channels last
+    where they are last, and waits for no copy, as `HostCopies`.
+    """
+    there = {t.untyped_storage().data_ptr() for t in stay}
+
+    def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
+        if tensor.untyped_storage().data_ptr() in there:
+            return tensor.device, tensor.detach()  # the tensor itself would make a cycle with its own node
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return tensor.device, copy.copy_(tensor, non_blocking=True)
+
+    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
+        device, tensor = packed
+        return tensor.to(device, non_blocking=True)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield

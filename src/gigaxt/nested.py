@@ -301,7 +301,8 @@ class _Job:
         saved = 0
         with torch.set_grad_enabled(graph):
             if look:
-                (tokens, *maps), saved = first_look(self._call_encode, self.encode, rows, [])
+                (tokens, *maps), saves = first_look(self._call_encode, self.encode, rows, [])
+                saved = saves.bytes
             else:
                 tokens, *maps = self._call_encode(self.encode, rows, [])
         if rows.count < whole:  # memory is short: nothing is kept, and no graph stands beside the next part's

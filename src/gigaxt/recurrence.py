@@ -278,9 +278,9 @@ def _record_counted(
     plan: _Plan, aliases: Aliases, i: int, tensors: tuple[State, State, State], needs: Sequence[bool]
 ) -> tuple[_Graph, int]:
     """As `_record`, and the bytes that the graph holds beside its inputs."""
-    with counted_saves([*aliases, *(t for group in tensors for t in group)]) as saved:
+    with counted_saves([*aliases, *(t for group in tensors for t in group)]) as saves:
         graph = _record(plan, aliases, i, tensors, needs)
-    return graph, saved() + sum(t.nbytes for t in graph.outputs if t is not None)
+    return graph, saves.bytes + sum(t.nbytes for t in graph.outputs if t is not None)
 
 
 def _segment_grads(graph: _Graph, grads: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from gigaxt.errors import ConfigError
+from gigaxt.host_copies import pinned_size
 from gigaxt.rows import Rows, at_least_float32
 
 
@@ -186,23 +187,36 @@ def refuse_foreign_leaves(outputs: Sequence[Tensor], known: Sequence[Tensor]) ->
                 stack.append(parent)
 
 
-@contextlib.contextmanager
-def counted_saves(ignore: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
-    """Count the bytes that autograd saves inside the block, each storage once, `ignore`'s storages not.
+class Saves:
+    """What autograd saved."""
 
-    Yields a function that returns the bytes counted so far.
-    """
+    def __init__(self) -> None:
+        self.storages: dict[int, int] = {}
+        """Where each begins, and its bytes."""
+        self.hosted = 0
+        """Bytes of pinned memory that `offloaded` would take: a copy of a tensor for each operation that saved it."""
+
+    @property
+    def bytes(self) -> int:
+        """Each storage once."""
+        return sum(self.storages.values())
+
+
+@contextlib.contextmanager
+def counted_saves(ignore: Sequence[Tensor]) -> Iterator[Saves]:
+    """Count what autograd saves inside the block, but for what lies in `ignore`'s storages."""
     known = {t.untyped_storage().data_ptr() for t in ignore}
-    sizes: dict[int, int] = {}
+    saves = Saves()
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
+            saves.storages[storage.data_ptr()] = storage.nbytes()
+            saves.hosted += pinned_size(tensor.nbytes)
         return tensor.detach()  # the tensor itself would make a cycle when it is its node's own output
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield lambda: sum(sizes.values())
+        yield saves
 
 
 def first_look(
@@ -210,11 +224,11 @@ def first_look(
     aliases: Aliases,
     rows: Rows,
     leaves: Sequence[Tensor],
-) -> tuple[tuple[Tensor, ...], int]:
+) -> tuple[tuple[Tensor, ...], Saves]:
     """Run the first rows of a stream with a graph and check that they can be replayed.
 
     Returns:
-        The outputs, and the bytes that their graph saved.
+        The outputs, and what their graph saved.
 
     Raises:
         ConfigError: see `Aliases.call_checked`, `refuse_foreign_leaves`; or pixels that require grad.
@@ -225,15 +239,10 @@ def first_look(
             "`sliced` or `shared`, or keep everything with Streaming(budget_gib=None)"
         )
     known = [*aliases, *leaves]
-    with counted_saves(known) as saved:
+    with counted_saves(known) as saves:
         outputs = call(aliases.call_checked, rows, leaves)
     refuse_foreign_leaves(outputs, known)
-    return outputs, saved()
-
-
-def offloaded(to_host: bool) -> contextlib.AbstractContextManager[Any]:
-    """Keep what autograd saves inside the block on the host, in pinned memory; or do nothing."""
-    return torch.autograd.graph.save_on_cpu(pin_memory=True) if to_host else contextlib.nullcontext()
+    return outputs, saves
 
 
 def gradient_of(rows: Rows, grads: Sequence[Tensor | None], per_row: Sequence[int]) -> list[Tensor | None]:

@@ -10,6 +10,7 @@ heads need.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -19,16 +20,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gigaxt.errors import ConfigError
+from gigaxt.host_copies import offloaded
 from gigaxt.replay import (
     Aliases,
     Autocast,
+    Saves,
     Sums,
     as_leaves,
     draw_seed,
     first_look,
     grad,
     gradient_of,
-    offloaded,
     refuse_unstreamable,
 )
 from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, join, merged
@@ -118,8 +120,8 @@ class _Run(NamedTuple):
     outputs: tuple[Tensor, ...]
     leaves: list[Tensor]
     """Stand-ins for the rows of the sliced and for the shared tensors."""
-    saved: int = 0
-    """Bytes that the graph saved; counted at the first look only."""
+    saves: Saves | None = None
+    """What the graph saved; counted at the first look only."""
 
 
 class _Stream(torch.autograd.Function):
@@ -183,15 +185,15 @@ class _Job:
         on_cpu = self.reader.device.type == "cpu"
         device = Purse((self.streaming.budget_gib or 0) + (self.streaming.host_gib if on_cpu else 0))
         host = Purse(0 if on_cpu else self.streaming.host_gib)
-        per_row: int | None = None  # bytes that a region's graph saves; from the first rows, so the same in every run
+        # Bytes that a region's graph saves, on the device and on the host; from the first rows, so the same in every run.
+        per_row: tuple[int, int] | None = None
         waiting: list[Rows] = []
         total = 0
         for i, rows in enumerate(self.reader.rows(self.chunks)):
             self.starts.append(rows.start)
             look = training and per_row is None
-            size = (per_row or 0) * rows.count
-            on_device = training and not look and device.take(size)
-            on_host = training and not look and not on_device and host.take(size)
+            on_device = training and per_row is not None and device.take(per_row[0] * rows.count)
+            on_host = training and per_row is not None and not on_device and host.take(per_row[1] * rows.count)
             total = rows.stop
             if not (look or on_device or on_host):
                 waiting.append(rows)
@@ -203,8 +205,10 @@ class _Job:
             work = partial(self._run_rows, inputs=inputs, graph=True, look=look, on_host=on_host, whole=rows.count)
             results = self.reader.run(rows, work)
             if look:
-                per_row = -(-results[0][1].saved // results[0][0].count)
-                keep = len(results) == 1 and device.take(per_row * rows.count)
+                part, (_, _, saves) = results[0]
+                assert saves is not None
+                per_row = -(-saves.bytes // part.count), -(-saves.hosted // part.count)
+                keep = len(results) == 1 and device.take(per_row[0] * rows.count)
             for part, result in results:
                 self.joined.add(part, result.outputs, len(self.chunks))
             if keep:
@@ -252,12 +256,13 @@ class _Job:
         self, rows: Rows, *, inputs: _Inputs, graph: bool, look: bool = False, on_host: bool = False, whole: int = 0
     ) -> _Run:
         leaves = as_leaves([*rows.of(inputs.sliced), *inputs.shared])
-        with torch.set_grad_enabled(graph), offloaded(on_host):
+        to_host = offloaded([*self.aliases, *leaves]) if on_host else nullcontext()
+        with torch.set_grad_enabled(graph), to_host:
             if look:
-                outputs, saved = first_look(self._call, self.aliases, rows, leaves)
+                outputs, saves = first_look(self._call, self.aliases, rows, leaves)
                 if rows.count < whole:  # memory is short: this part's graph must not stand beside the next one's
                     outputs = tuple(t.detach() for t in outputs)
-                return _Run(outputs, leaves, saved)
+                return _Run(outputs, leaves, saves)
             return _Run(self._call(self.aliases, rows, leaves), leaves)
 
     def _call(self, run: Callable[..., Any], rows: Rows, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:

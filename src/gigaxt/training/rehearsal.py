@@ -296,9 +296,9 @@ def _kept_bytes(run: Run, batch: SceneBatch) -> tuple[int, int]:
     chunk = batch.chunks(1)[0]
     reader = Reader(batch.load, run.device, 0)
     (rows,) = reader.rows([chunk])
-    with autocast(run.device, run.settings.amp), counted_saves(list(model.parameters())) as saved:
+    with autocast(run.device, run.settings.amp), counted_saves(list(model.parameters())) as saves:
         ((_, (_, maps)),) = reader.run(rows, lambda part: model.encode(part.loaded))
-    return saved(), sum(t.nbytes for t in maps)
+    return saves.bytes, sum(t.nbytes for t in maps)
 
 
 def _time_chunks(run: Run, batch: SceneBatch) -> dict[str, float]:

@@ -62,9 +62,9 @@ class HeadByHead(nn.Module):
 
     def _find_kept(self, x: Tensor, attend: Attend, purse: Purse) -> tuple[Tensor | None, int]:
         """What the first heads find that `purse` pays for, and how many these are."""
-        with counted_saves([x, *self.parameters()]) as saved:
+        with counted_saves([x, *self.parameters()]) as saves:
             found = self._find(x, attend, slice(0, 1))
-        size = saved() + found.nbytes
+        size = saves.bytes + found.nbytes
         if not purse.take(size):
             return None, 0
         kept = 1

@@ -104,10 +104,10 @@ class _Map(torch.autograd.Function):
         graphs: dict[int, _Graph] = {}
         for i, piece in enumerate(job.pieces):
             if job.purse.left and len(graphs) == i:  # all so far are kept
-                with counted_saves([shared, *aliases]) as saved:
+                with counted_saves([shared, *aliases]) as saves:
                     graph = job.record(aliases, i, x, shared, ctx.needs_input_grad[1:3])
                 found = graph.found.detach()
-                if job.purse.take(saved() + found.nbytes):
+                if job.purse.take(saves.bytes + found.nbytes):
                     graphs[i] = graph
                 del graph
             else:
