@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gigaxt.errors import ConfigError
 from gigaxt.host_copies import HostCopies
-from gigaxt.recurrence import scan
+from gigaxt.recurrence import _padded, scan
 from gigaxt.rows import Purse
+from gigaxt.testing.live_memory import LiveMemory
 
 KEPT = [0, 2000, 10**6, None]
 """Bytes that segments may keep: none, some, all; None for ordinary autograd."""
@@ -109,6 +111,17 @@ def test_equals_the_plain_loop(segment: int, kept: int | None, reverse: bool) ->
     close(case.grads(), expected_grads)
 
 
+class Once(nn.Module):
+    """A map of one module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.inner(x),)
+
+
 class Elsewhere(HostCopies):
     """Copies of everything, as a host has them of what is on a device."""
 
@@ -137,6 +150,38 @@ def test_inputs_that_wait_elsewhere(halo: tuple[int, int], reverse: bool) -> Non
         y.square().sum().backward()
         results.append([y, leaf.grad, *(p.grad for p in module.parameters())])
     close(results[1], results[0])
+
+
+def test_what_waits_elsewhere_is_let_go_with_the_graph() -> None:
+    """Not held for as long as the loss is, as in a loop `for ...: loss = model(...)`."""
+    x, module = draw_tokens().requires_grad_(), Once(nn.Linear(3, 3).double())
+    with LiveMemory([x, *module.parameters()]) as memory:
+        y, _ = scan(module, (x,), segment=4, host=Elsewhere(1.0))
+        assert y is not None
+        loss = y.sum()
+        del y
+        loss.backward()
+        gradients = sum(t.grad.nbytes for t in (x, *module.parameters()) if t.grad is not None)
+        assert memory.now == gradients + loss.nbytes
+
+
+def test_rows_of_a_batch_come_back_one_by_one() -> None:
+    """PyTorch joins rows that lie apart on the host first, and may read there what the device has not written yet."""
+    asked = []
+
+    class Spy(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is Tensor.to and args[1:] and args[1] == torch.device("meta"):
+                asked.append(args[0].is_contiguous())
+            return func(*args, **(kwargs or {}))
+
+    tokens = torch.zeros(3, 11, 2)
+    with Spy():
+        pieces = [_padded(tokens, *bounds, torch.device("meta")) for bounds in ((0, 11), (4, 8), (-2, 5), (8, 13))]
+        row = _padded(tokens[:1], 4, 8, torch.device("meta"))
+    assert [tuple(piece.shape) for piece in [*pieces, row]] == [(3, 11, 2), (3, 4, 2), (3, 7, 2), (3, 5, 2), (1, 4, 2)]
+    assert len(asked) >= 5
+    assert all(asked)
 
 
 def draw_tokens() -> Tensor:
@@ -301,6 +346,20 @@ def test_states_may_change_their_shape() -> None:
 
     close(list(run(segment=3)), list(run(segment=3, purse=None)))
     assert run(segment=3)[0].flatten().tolist() == [1, 2, 3, 10, 11, 12, 28, 29, 30, 55]
+
+
+def test_states_may_change_their_type() -> None:
+    class Precise(nn.Module):
+        """Counts in float32, and in float64 from where that is not enough."""
+
+        def forward(self, x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+            total = total.double() if bool((total >= 2**24).all()) else total
+            total = total + x.sum(dim=1).to(total.dtype)
+            return x * total.unsqueeze(1).to(x.dtype), total
+
+    x = torch.tensor([2.0**24, 1, 1, 1], dtype=torch.float64).reshape(1, 4, 1).requires_grad_()
+    _, (total,) = scan(Precise(), (x,), (torch.zeros(1, 1),), segment=1)
+    assert total.item() == 2**24 + 3
 
 
 def test_no_graph_without_gradients() -> None:

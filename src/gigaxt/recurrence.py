@@ -190,9 +190,7 @@ class _Scan(torch.autograd.Function):
         ctx.plan, ctx.graphs = plan, graphs
         # A copy on the host takes the place of its input, which is then not held on the device.
         waiting = [plan.host.of(t) if plan.host else t for t in inputs]
-        ctx.copies = [None if copy is t else copy for copy, t in zip(waiting, inputs, strict=True)]
-        on_device = [t if copy is None else None for t, copy in zip(inputs, ctx.copies, strict=True)]
-        ctx.save_for_backward(*on_device, *tensors[len(inputs) :], *borders.states)
+        ctx.save_for_backward(*waiting, *tensors[len(inputs) :], *borders.states)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in state if not t.is_floating_point()))
         return whole, *state
@@ -204,8 +202,7 @@ class _Scan(torch.autograd.Function):
         needs: tuple[bool, ...] = ctx.needs_input_grad[1:]
         tensors, borders = ctx.saved_tensors[: len(needs)], ctx.saved_tensors[len(needs) :]
         aliases = Aliases(plan.module)
-        on_device, shared, state, parameters = _split(plan, tensors)
-        inputs = tuple(t if copy is None else copy for t, copy in zip(on_device, ctx.copies, strict=True))
+        inputs, shared, state, parameters = _split(plan, tensors)
         count = len(state)
         states = [state, *(borders[i * count : (i + 1) * count] for i in range(len(plan.bounds) - 1))]
 
@@ -248,7 +245,9 @@ class _Borders:
             return tuple(_owned(t) for t in state)
         self._together = self._together or [t.new_empty((self.count, *t.shape)) for t in state]
         pairs = list(zip(self._together, state, strict=True))
-        own = tuple(rows[i].copy_(t) if rows[i].shape == t.shape else _owned(t) for rows, t in pairs)
+        own = tuple(
+            rows[i].copy_(t) if (rows[i].shape, rows.dtype) == (t.shape, t.dtype) else _owned(t) for rows, t in pairs
+        )
         self.states += own
         return own
 
@@ -312,12 +311,20 @@ def _padded(tensor: Tensor, start: int, stop: int, device: torch.device) -> Tens
     """Tokens start..stop of (batch, tokens, ...) on `device`, zeros beyond its ends."""
     tokens = tensor.shape[1]
     if start <= 0 and stop >= tokens and stop - start == tokens:
-        return tensor.to(device, non_blocking=True)
-    parts = [tensor[:, max(start, 0) : min(stop, tokens)].to(device, non_blocking=True)]
+        return _onto(device, tensor)
+    parts = [_onto(device, tensor[:, max(start, 0) : min(stop, tokens)])]
     for place, missing in ((0, -start), (1, stop - tokens)):
         if missing > 0:
             parts.insert(place * len(parts), parts[0].new_zeros((tensor.shape[0], missing, *tensor.shape[2:])))
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def _onto(device: torch.device, piece: Tensor) -> Tensor:
+    """Tokens (batch, n, ...) on `device`, without waiting for it."""
+    if piece.device == device or piece.is_contiguous():
+        return piece.to(device, non_blocking=True)
+    # Row by row: what lies apart PyTorch would join on the host first, and read what `HostCopies` may not have yet.
+    return torch.stack([row.to(device, non_blocking=True) for row in piece])
 
 
 def _count_tokens(inputs: Sequence[Tensor], segment: int) -> int:
