@@ -185,7 +185,7 @@ class _Job:
         on_cpu = self.reader.device.type == "cpu"
         device = Purse((self.streaming.budget_gib or 0) + (self.streaming.host_gib if on_cpu else 0))
         host = Purse(0 if on_cpu else self.streaming.host_gib)
-        # Bytes that a region's graph saves, on the device and on the host; from the first rows, so the same in every run.
+        # Bytes that a region's graph saves, on the device and on the host: of the first rows, so the same in every run.
         per_row: tuple[int, int] | None = None
         waiting: list[Rows] = []
         total = 0
