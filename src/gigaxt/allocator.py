@@ -11,14 +11,13 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 MAPPED_FROM = 64 << 20
 """Bytes. Larger blocks, such as the tokens of a large scene, are few and go back to the system at once; smaller ones,
 such as the activations of a chunk, are kept. By itself glibc gives back all from 32 MiB on, and smaller ones often."""
-KEPT = 2**31 - 1
-"""Free bytes at the end of the heap from which on they are given back after all; the most that can be set."""
+_NEVER = -1
 
 
 def keep_freed_memory() -> bool:
     """Have glibc keep freed blocks of this process, which else cost page faults wherever they are needed again.
 
-    On a CPU that is 3 to 16% of a training step, and takes no more memory (BENCHMARKS.md).
+    On a CPU that is 3 to 7% of a training step, more on a busy machine, and takes no more memory (BENCHMARKS.md).
 
     Returns:
         Whether it was done: not with another C library, nor where the environment sets it (`SETTINGS`).
@@ -29,4 +28,4 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    return bool(mallopt(_MMAP_THRESHOLD, MAPPED_FROM)) and bool(mallopt(_TRIM_THRESHOLD, KEPT))
+    return bool(mallopt(_MMAP_THRESHOLD, MAPPED_FROM)) and bool(mallopt(_TRIM_THRESHOLD, _NEVER))
