@@ -1,4 +1,4 @@
-"""Multi-head attention for kinds that need the whole sequence at once."""
+"""Multi-head attention with 2-D rotary positions, head by head for kinds that need the whole sequence at once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gigaxt.errors import ConfigError
 from gigaxt.nn.context.base import ContextConfig
+from gigaxt.nn.context.layered import LayeredContext
 from gigaxt.nn.context.layers import Norm, Run, largest_divisor, linear
 from gigaxt.replay import counted_saves
 from gigaxt.rows import Purse
@@ -21,6 +22,19 @@ BIAS_STD = 0.02
 """Of the last projection's bias at the start."""
 PART = 8192
 """Tokens that are projected at once: on a CPU, memory above 32 MiB is mapped anew each time."""
+
+
+class AttentionContext(LayeredContext):
+    """Layers of an attention whose queries and keys are turned by their places, and which looks both ways."""
+
+    fourier_positions = False
+    recurrent = False
+
+    @classmethod
+    def check_config(cls, config: ContextConfig) -> None:
+        """See `ContextEncoder.check_config`."""
+        super().check_config(config)
+        attention_heads(config)
 
 
 class HeadByHead(nn.Module):

@@ -63,17 +63,7 @@ class ContextConfig:
         cls = KINDS.get(self.kind)
         if cls is None:
             raise ConfigError(f"context.kind: unknown {self.kind!r}{nearest(self.kind, KINDS)}")
-        for name, least in (
-            ("dim", 1),
-            ("depth", 1),
-            ("summary", 0),
-            ("segment", 1),
-            ("keep_tokens", 0),
-            ("budget_gib", 0),
-            ("host_gib", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ConfigError(f"context.{name}: expected at least {least}, got {getattr(self, name)}")
+        check_least("context", self, dim=1, depth=1, summary=0, segment=1, keep_tokens=0, budget_gib=0, host_gib=0)
         if self.order not in ("hilbert", "raster", "snake"):
             raise ConfigError(f"context.order: got {self.order!r}{nearest(self.order, ('hilbert', 'raster', 'snake'))}")
         if self.heads is not None and self.heads < 1:
@@ -84,6 +74,18 @@ class ContextConfig:
                 f"{self.mlp_ratio}"
             )
         cls.check_config(self)
+
+
+def check_least(section: str, settings: object, **least: int) -> None:
+    """Refuse settings below their least value; None is no value.
+
+    Raises:
+        ConfigError: the first of them.
+    """
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < bound:
+            raise ConfigError(f"{section}.{name}: expected at least {bound}, got {value}")
 
 
 @dataclass(kw_only=True)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from gigaxt.nn.context.attention import HeadByHead, attention_heads
+from gigaxt.nn.context.attention import AttentionContext, HeadByHead, attention_heads
 from gigaxt.nn.context.base import ContextConfig
-from gigaxt.nn.context.layered import LayeredContext, Mixer
+from gigaxt.nn.context.layered import Mixer
 from gigaxt.nn.context.layers import Run
 from gigaxt.nn.context.ordering import Places
 from gigaxt.nn.context.positions import rotary_angles, rotate
 from gigaxt.recurrence import State
 
 
-class Full(LayeredContext):
+class Full(AttentionContext):
     """Multi-head softmax attention with axial 2-D rotary positions (Vaswani et al. 2017; Su et al. 2021).
 
     Cost per token: `4 * dim**2` multiplications in projections and `2 * dim * tokens` in the attention. Memory: linear
@@ -22,15 +22,6 @@ class Full(LayeredContext):
     `config.keep_tokens` says so, and takes about 11 token stores more than `LayeredContext` says while it is at work.
     Choose it up to some ten thousand tokens (100,000 on a large GPU), and as the reference for what the others miss.
     """
-
-    fourier_positions = False
-    recurrent = False
-
-    @classmethod
-    def check_config(cls, config: ContextConfig) -> None:
-        """See `ContextEncoder.check_config`."""
-        super().check_config(config)
-        attention_heads(config)
 
     def build_mixer(self, config: ContextConfig, gain: float) -> Mixer:
         """See `LayeredContext.build_mixer`."""

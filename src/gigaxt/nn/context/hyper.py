@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gigaxt.config import from_dict
 from gigaxt.errors import ConfigError
-from gigaxt.nn.context.attention import HeadByHead, attention_heads
-from gigaxt.nn.context.base import ContextConfig
-from gigaxt.nn.context.layered import LayeredContext, Mixer
+from gigaxt.nn.context.attention import AttentionContext, HeadByHead, attention_heads
+from gigaxt.nn.context.base import ContextConfig, check_least
+from gigaxt.nn.context.layered import Mixer
 from gigaxt.nn.context.layers import Run
 from gigaxt.nn.context.ordering import Places
 from gigaxt.nn.context.positions import rotary_angles, rotate
@@ -41,14 +41,12 @@ class HyperOptions:
     at most 2.4 times as much (at 4,096 tokens, `dim=192`, CPU)."""
 
     def __post_init__(self) -> None:
-        for name, least in (("block", 1), ("samples", 1), ("hashes", 1), ("exact_below", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"context.options.{name}: expected at least {least}, got {getattr(self, name)}")
+        check_least("context.options", self, block=1, samples=1, hashes=1, exact_below=0)
         if self.hashes > 32:
             raise ConfigError(f"context.options.hashes: expected at most 32, got {self.hashes}")
 
 
-class HyperAttention(LayeredContext):
+class HyperAttention(AttentionContext):
     """Softmax attention in which a query sees the keys most like it and a sample of all (Han et al. 2023, 2310.05869).
 
     In each head, queries and keys are sorted by an angular hash. A query looks at the block of keys at its own place
@@ -84,14 +82,6 @@ class HyperAttention(LayeredContext):
     """
 
     options_class = HyperOptions
-    fourier_positions = False
-    recurrent = False
-
-    @classmethod
-    def check_config(cls, config: ContextConfig) -> None:
-        """See `ContextEncoder.check_config`."""
-        super().check_config(config)
-        attention_heads(config)
 
     def build_mixer(self, config: ContextConfig, gain: float) -> Mixer:
         """See `LayeredContext.build_mixer`."""

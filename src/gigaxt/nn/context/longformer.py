@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigaxt.config import from_dict
-from gigaxt.errors import ConfigError
-from gigaxt.nn.context.attention import attention_heads
-from gigaxt.nn.context.base import ContextConfig
+from gigaxt.nn.context.attention import AttentionContext, attention_heads
+from gigaxt.nn.context.base import ContextConfig, check_least
 from gigaxt.nn.context.global_tokens import NearAttention, NearMixer
-from gigaxt.nn.context.layered import LayeredContext, Mixer
+from gigaxt.nn.context.layered import Mixer
 from gigaxt.nn.context.layers import Run
 from gigaxt.nn.context.ordering import Places
 
@@ -28,12 +27,10 @@ class LongformerOptions:
     """Learned tokens that read all tokens and that all tokens read; 0 for the sliding window alone."""
 
     def __post_init__(self) -> None:
-        for name, least in (("window", 1), ("global_tokens", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"context.options.{name}: expected at least {least}, got {getattr(self, name)}")
+        check_least("context.options", self, window=1, global_tokens=0)
 
 
-class Longformer(LayeredContext):
+class Longformer(AttentionContext):
     """Longformer (Beltagy et al. 2020, "Longformer: The Long-Document Transformer").
 
     Each token attends, in one softmax, to `window` tokens before and after it in the scan order and to the global
@@ -59,14 +56,6 @@ class Longformer(LayeredContext):
     """
 
     options_class = LongformerOptions
-    fourier_positions = False
-    recurrent = False
-
-    @classmethod
-    def check_config(cls, config: ContextConfig) -> None:
-        """See `ContextEncoder.check_config`."""
-        super().check_config(config)
-        attention_heads(config)
 
     @classmethod
     def count_global_tokens(cls, config: ContextConfig) -> int:

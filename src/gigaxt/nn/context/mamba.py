@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gigaxt.config import from_dict
 from gigaxt.errors import ConfigError
-from gigaxt.nn.context.base import ContextConfig
+from gigaxt.nn.context.base import ContextConfig, check_least
 from gigaxt.nn.context.layered import LayeredContext, Mixer
 from gigaxt.nn.context.layers import Norm, linear
 from gigaxt.nn.context.selective_scan import selective_scan
@@ -33,10 +33,7 @@ class MambaOptions:
     """Width of the bottleneck through which a token sets its step sizes; None: a sixteenth of `dim`, rounded up."""
 
     def __post_init__(self) -> None:
-        for name, least in (("expand", 1), ("state", 1), ("conv", 2), ("step_rank", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"context.options.{name}: expected at least {least}, got {value}")
+        check_least("context.options", self, expand=1, state=1, conv=2, step_rank=1)
 
 
 class Mamba(LayeredContext):

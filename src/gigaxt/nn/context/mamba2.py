@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gigaxt.config import from_dict
 from gigaxt.errors import ConfigError
-from gigaxt.nn.context.base import ContextConfig
+from gigaxt.nn.context.base import ContextConfig, check_least
 from gigaxt.nn.context.layered import LayeredContext, Mixer
 from gigaxt.nn.context.layers import Norm, largest_divisor, linear
 from gigaxt.nn.context.state_space import CausalConvolution, Direction, Directions, initial_rates, inverse_softplus
@@ -35,9 +35,7 @@ class Mamba2Options:
     """Tokens handled at once by matrix multiplications; changes the speed, not the result."""
 
     def __post_init__(self) -> None:
-        for name, least in (("expand", 1), ("state", 1), ("conv", 2), ("chunk", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"context.options.{name}: expected at least {least}, got {getattr(self, name)}")
+        check_least("context.options", self, expand=1, state=1, conv=2, chunk=1)
 
 
 class Mamba2(LayeredContext):

@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigaxt.config import from_dict
-from gigaxt.errors import ConfigError
-from gigaxt.nn.context.attention import attention_heads
-from gigaxt.nn.context.base import ContextConfig
+from gigaxt.nn.context.attention import AttentionContext, attention_heads
+from gigaxt.nn.context.base import ContextConfig, check_least
 from gigaxt.nn.context.global_tokens import NearAttention, NearMixer
-from gigaxt.nn.context.layered import LayeredContext, Mixer
+from gigaxt.nn.context.layered import Mixer
 from gigaxt.nn.context.layers import Run
 from gigaxt.nn.context.neighbours import Piece, find_pieces
 from gigaxt.nn.context.ordering import Places
@@ -31,12 +30,10 @@ class WindowOptions:
     """Learned tokens that read all tokens and that all tokens read; 0 for the windows alone."""
 
     def __post_init__(self) -> None:
-        for name, least in (("radius", 1), ("global_tokens", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"context.options.{name}: expected at least {least}, got {getattr(self, name)}")
+        check_least("context.options", self, radius=1, global_tokens=0)
 
 
-class Window(LayeredContext):
+class Window(AttentionContext):
     """2-D window attention with global tokens: Longformer's attention on a lattice instead of a line.
 
     Each token attends, in one softmax, to all tokens at most `radius` rows and columns away (a square around itself, as
@@ -56,14 +53,6 @@ class Window(LayeredContext):
     """
 
     options_class = WindowOptions
-    fourier_positions = False
-    recurrent = False
-
-    @classmethod
-    def check_config(cls, config: ContextConfig) -> None:
-        """See `ContextEncoder.check_config`."""
-        super().check_config(config)
-        attention_heads(config)
 
     @classmethod
     def count_global_tokens(cls, config: ContextConfig) -> int:

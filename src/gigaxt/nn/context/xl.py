@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gigaxt.config import from_dict
 from gigaxt.errors import ConfigError
-from gigaxt.nn.context.base import ContextConfig
+from gigaxt.nn.context.base import ContextConfig, check_least
 from gigaxt.nn.context.layered import LayeredContext, Mixer
 from gigaxt.nn.context.layers import Norm, Run, largest_divisor, linear, split_heads
 from gigaxt.nn.context.ordering import Places
@@ -39,9 +39,7 @@ class TransformerXLOptions:
     """Let gradients through to the tokens of the memory; the paper stops them there."""
 
     def __post_init__(self) -> None:
-        for name, least in (("segment", 1), ("memory", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"context.options.{name}: expected at least {least}, got {getattr(self, name)}")
+        check_least("context.options", self, segment=1, memory=0)
 
 
 class TransformerXL(LayeredContext):
