@@ -229,6 +229,13 @@ def test_numbering_is_stable_and_a_second_call_keeps_it() -> None:
     assert [module["a"].layer, module["b"][1].layer, module["c"].layer] == [0, 2, 3]
 
 
+def test_a_layer_that_stands_in_several_places_is_replaced_in_all() -> None:
+    drop = nn.Dropout(0.5)
+    module = key_dropout(nn.Sequential(nn.Linear(2, 2), drop, nn.Linear(2, 2), drop))
+    assert isinstance(module[1], KeyedDropout)
+    assert module[3] is module[1]
+
+
 def test_attention_dropout_leaves_the_fused_kernel() -> None:
     module, _ = trunk("vit")
     attention = module.model.blocks[0].attn

@@ -408,6 +408,10 @@ def test_frozen_batchnorm_keeps_statistics_keys_and_training() -> None:
 def test_frozen_batchnorm_of_every_kind() -> None:
     net = nn.Sequential(nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm3d(3, affine=False)), nn.BatchNorm2d(2))
     assert [type(child) for child in freeze_batchnorm(net).modules()].count(FrozenBatchNorm) == 3
+    norm = nn.BatchNorm2d(3)
+    twice = freeze_batchnorm(nn.Sequential(norm, nn.ReLU(), norm))
+    assert isinstance(twice[0], FrozenBatchNorm)
+    assert twice[2] is twice[0]
     fused = build("mobilenetv3_small_050", freeze_batchnorm=True)  # BatchNormAct2d
     plain = build("mobilenetv3_small_050").eval()
     plain.load_state_dict(fused.state_dict())

@@ -55,8 +55,9 @@ def freeze_batchnorm(module: M) -> M:
     Returns:
         `module`, whose layers keep their parameters (still trained), buffers (never changed) and state-dict keys.
     """
-    if isinstance(module, _BatchNorm):
-        return cast(M, FrozenBatchNorm(module))  # the one case in which another class comes back, as documented
-    for name, child in list(module.named_children()):
-        setattr(module, name, freeze_batchnorm(child))
-    return module
+    frozen: dict[nn.Module, nn.Module] = {m: FrozenBatchNorm(m) for m in module.modules() if isinstance(m, _BatchNorm)}
+    for parent in list(module.modules()):
+        for name, child in list(parent._modules.items()):  # named_children would pass over a second place of a layer
+            if child in frozen:
+                setattr(parent, name, frozen[child])
+    return cast(M, frozen.get(module, module))  # a BatchNorm is the one case in which another class comes back

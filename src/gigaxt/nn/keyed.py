@@ -107,7 +107,7 @@ def key_dropout(module: M) -> M:
             layer += 1
     for parent in module.modules():
         _unfuse_attention(parent)
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children would pass over a second place of a layer
             if child in replacements:
                 setattr(parent, name, replacements[child])
     return replacements.get(module, module)  # type: ignore[return-value]  # a dropout itself comes back as its keyed form
