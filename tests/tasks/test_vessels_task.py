@@ -93,7 +93,7 @@ def test_fishing_is_asked_of_vessels_alone(tmp_path: Path) -> None:
     assert (result.metrics["fishing_fscore"], result.metrics["vessel_fscore"]) == (1.0, 1.0)
     settled = PointsConfig(**VESSELS)
     task.settle(settled, result)
-    assert decided(tallied(task, found).cases[0].found, settled).attributes["is_fishing"].tolist() == [1, 0, 1]
+    assert decided(tallied(task, found).images[0].found, settled).attributes["is_fishing"].tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize("low", ["ignore", "object", "background"])

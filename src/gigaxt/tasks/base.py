@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from torch import Tensor
 
@@ -88,6 +88,11 @@ class Tally(ABC):
     def rows(self) -> Sequence[Row]:
         """The first row of each case that was added."""
 
+    @property
+    def groups(self) -> list[str]:
+        """What each case belongs to, as intervals want it: its group, else the case, else its image."""
+        return [row.group or row.case or str(row.image) for row in self.rows]
+
     @abstractmethod
     def update(self, rows: Sequence[Row], targets: Sequence[Any], output: Mapping[str, Any]) -> None:
         """Add what `model.evaluate(images, targets)` returned for the cases that begin with `rows`."""
@@ -107,6 +112,47 @@ class Tally(ABC):
         Raises:
             DataError: nothing was added.
         """
+
+
+class OfImage(Protocol):
+    """What came of one image."""
+
+    @property
+    def row(self) -> Row:
+        """Of the manifest."""
+
+
+One = TypeVar("One", bound=OfImage)
+
+
+class ImageTally(Tally, Generic[One]):
+    """A tally of tasks in which each image is its own case.
+
+    Attributes:
+        images: what came of each.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.images: list[One] = []
+
+    @property
+    def rows(self) -> list[Row]:
+        """The row of each image."""
+        return [image.row for image in self.images]
+
+    def select(self, keep: Callable[[Row], bool]) -> Self:
+        """The tally of some images."""
+        return self._of([image for image in self.images if keep(image.row)])
+
+    def merged(self, other: Self) -> Self:
+        """The tally of the images of both."""
+        return self._of(self.images + other.images)
+
+    def _of(self, images: list[One]) -> Self:
+        tally = type(self)(self.task)
+        tally.images = images
+        return tally
 
 
 class Task(ABC):

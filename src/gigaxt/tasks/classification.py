@@ -133,7 +133,7 @@ class ClassificationTally(Tally):
                 f"each of the {len(self.rows)} rows"
             )
         scoring = task.scoring(logits, targets, task.class_names)
-        groups = [row.group or row.case or str(row.image) for row in self.rows]
+        groups = self.groups
         metrics, intervals = estimate(scoring.scores, groups)
         bags = {case[0].line: case for case in task.manifest.cases()}
         cases = [bags.get(row.line, (row,)) for row in self.rows]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from gigaxt.image.base import Image
 from gigaxt.metrics import coco_score
 from gigaxt.nn.heads.base import ObjectsConfig
 from gigaxt.targets.boxes import BoxTarget
-from gigaxt.tasks.base import BEST_KEPT, Evaluation, Tally, Task, WorstCase, worst_first
+from gigaxt.tasks.base import BEST_KEPT, Evaluation, ImageTally, Task, WorstCase, worst_first
 from gigaxt.tasks.bootstrap import about_groups, estimate
 from gigaxt.tasks.box_matching import FALSE, FOUND, match
 from gigaxt.tasks.box_precision import average_precision, rank
@@ -147,17 +147,10 @@ class Scored(NamedTuple):
         return int((matched == FOUND).sum()), int((matched == FALSE).sum()), self.true_count
 
 
-class DetectionTally(Tally):
+class DetectionTally(ImageTally[Scored]):
     """Objects of each image of a split, with the truth."""
 
-    def __init__(self, task: Detection) -> None:
-        self.task: Detection = task
-        self.images: list[Scored] = []
-
-    @property
-    def rows(self) -> list[Row]:
-        """The row of each image."""
-        return [image.row for image in self.images]
+    task: Detection
 
     def update(self, rows: Sequence[Row], targets: Sequence[Any], output: Mapping[str, Any]) -> None:
         """Add what `Detection.answer` says of one image."""
@@ -170,18 +163,6 @@ class DetectionTally(Tally):
         """A sum, and what it is to be divided by."""
         return float(output["loss_sum"]), float(output["answering"])
 
-    def select(self, keep: Callable[[Row], bool]) -> Self:
-        """The tally of some images."""
-        part = type(self)(self.task)
-        part.images = [image for image in self.images if keep(image.row)]
-        return part
-
-    def merged(self, other: Self) -> Self:
-        """The tally of the images of both."""
-        both = type(self)(self.task)
-        both.images = self.images + other.images
-        return both
-
     def compute(self) -> Evaluation:
         """COCO's AP, F1 at the model's threshold and the best one; AP and boxes per class."""
         if not self.images:
@@ -190,7 +171,7 @@ class DetectionTally(Tally):
         scores = coco_score(*self.as_coco(), max_dets=(1, 10, most))
         stats = {name: or_nan(scores["stats"][name]) for name in ("AP", "AP50", "AP75")}
         counts = torch.tensor([image.counts(self.task.head.counted_from) for image in self.images], dtype=torch.float64)
-        groups = [image.row.group or image.row.case or str(image.row.image) for image in self.images]
+        groups = self.groups
         metrics, intervals = estimate(partial(_scores, counts), groups)
         predictions = sum(len(image.objects) for image in self.images)
         if len(set(groups)) > 1 and predictions <= MOST_DRAWN:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from gigaxt.image.base import Image
 from gigaxt.nn.heads.base import THRESHOLD
 from gigaxt.nn.heads.points import PointsConfig
 from gigaxt.targets.points import UNKNOWN, PointTarget
-from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase, as_table, worst_first
+from gigaxt.tasks.base import Evaluation, ImageTally, Task, WorstCase, as_table, worst_first
 from gigaxt.tasks.bootstrap import Scores, about_groups, estimate
 from gigaxt.tasks.point_matching import LEFT_OUT, WRONG, Curve, flag_threshold, match_points
 
@@ -157,55 +157,36 @@ class Thresholds(NamedTuple):
     flags: NDArray[np.float64]
 
 
-class PointsTally(Tally):
+class PointsTally(ImageTally[Case]):
     """Detections and objects of each image of a split."""
 
-    def __init__(self, task: Points) -> None:
-        self.task: Points = task
-        self.cases: list[Case] = []
-
-    @property
-    def rows(self) -> list[Row]:
-        """The row of each image."""
-        return [case.row for case in self.cases]
+    task: Points
 
     def update(self, rows: Sequence[Row], targets: Sequence[Any], output: Mapping[str, Any]) -> None:
         """Add what `Points.answer` says of one image."""
         ((row,), (truth,)) = rows, targets
         found = output["found"]
         loss, objects = (float(output.get(name, math.nan)) for name in ("loss_sum", "objects"))
-        self.cases.append(Case(row, found, truth, loss, objects, self._matched(found, truth)))
-
-    def select(self, keep: Callable[[Row], bool]) -> Self:
-        """The tally of some images."""
-        part = type(self)(self.task)
-        part.cases = [case for case in self.cases if keep(case.row)]
-        return part
-
-    def merged(self, other: Self) -> Self:
-        """The tally of the images of both."""
-        both = type(self)(self.task)
-        both.cases = self.cases + other.cases
-        return both
+        self.images.append(Case(row, found, truth, loss, objects, self._matched(found, truth)))
 
     def compute(self) -> Evaluation:
         """Scores at the model's thresholds, or at the best ones where it has none."""
-        if not self.cases:
+        if not self.images:
             raise DataError("there is no image to evaluate")
         task, thresholds = self.task, self.thresholds()
-        curves, groups = self._curves(), [case.row.group or case.row.case or str(case.row.image) for case in self.cases]
+        curves, groups = self._curves(), self.groups
         metrics, intervals = estimate(self.scoring(thresholds), groups)
         metrics["average_precision"] = _mean([curve.average_precision() for curve in curves])
         per_class = as_table(_columns(self._all_counts(thresholds).sum(dim=0), curves, thresholds), task.class_names)
-        objects = sum(case.objects for case in self.cases)
+        objects = sum(case.objects for case in self.images)
         return Evaluation(
-            images=len(self.cases),
-            loss=sum(case.loss_sum for case in self.cases) / max(objects, 1),
+            images=len(self.images),
+            loss=sum(case.loss_sum for case in self.images) / max(objects, 1),
             metrics={name: metrics[name] for name in task.metric_names},
             intervals={name: intervals[name] for name in task.metric_names if name in intervals},
             notes=about_groups(len(set(groups))),
             per_class=_one_table({**per_class, **self._attribute_table(thresholds)}),
-            worst=worst_first([self._worst_case(case, thresholds) for case in self.cases]),
+            worst=worst_first([self._worst_case(case, thresholds) for case in self.images]),
         )
 
     def scoring(self, thresholds: Thresholds) -> Scores:
@@ -237,17 +218,17 @@ class PointsTally(Tally):
     def _curves(self) -> list[Curve]:
         curves = []
         for k in range(len(self.task.class_names)):
-            scores = [case.found.scores[case.counted(k)] for case in self.cases]
-            right = [case.right(k) for case in self.cases]
+            scores = [case.found.scores[case.counted(k)] for case in self.images]
+            right = [case.right(k) for case in self.images]
             curves.append(
-                Curve.of(np.concatenate(scores), np.concatenate(right), sum(case.true(k) for case in self.cases))
+                Curve.of(np.concatenate(scores), np.concatenate(right), sum(case.true(k) for case in self.images))
             )
         return curves
 
     def _all_counts(self, thresholds: Thresholds) -> Tensor:
         """See `_counts`: (images, classes, 3)."""
         classes = range(len(self.task.class_names))
-        counts = [[self._counts(case, thresholds, k) for k in classes] for case in self.cases]
+        counts = [[self._counts(case, thresholds, k) for k in classes] for case in self.images]
         return torch.tensor(counts, dtype=torch.float64)
 
     def _counts(self, case: Case, thresholds: Thresholds, k: int) -> list[int]:
@@ -258,7 +239,7 @@ class PointsTally(Tally):
 
     def _known(self, attribute: int, classes: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Answer and truth of an attribute, over the objects that were found and of which it is known."""
-        answers, truths = zip(*(self._known_in(case, attribute, classes) for case in self.cases), strict=True)
+        answers, truths = zip(*(self._known_in(case, attribute, classes) for case in self.images), strict=True)
         return np.concatenate(answers), np.concatenate(truths)
 
     def _known_in(
@@ -277,7 +258,7 @@ class PointsTally(Tally):
         head, sums = self.task.head, {}
         for i, name in enumerate(head.attributes):
             rows = []
-            for case in self.cases:
+            for case in self.images:
                 answers, truth = self._known_in(case, i, thresholds.classes)
                 if i < len(head.flags):
                     yes, real = answers >= thresholds.flags[i], truth > 0.5
@@ -289,7 +270,7 @@ class PointsTally(Tally):
 
     def _attribute_table(self, thresholds: Thresholds) -> dict[str, dict[str, float]]:
         """Scores of each flag and number over all images."""
-        head, once = self.task.head, torch.ones(len(self.cases), 1, dtype=torch.float64)
+        head, once = self.task.head, torch.ones(len(self.images), 1, dtype=torch.float64)
         table = {}
         for i, (name, sums) in enumerate(self._attribute_sums(thresholds).items()):
             scores = {column: float(score) for column, score in _of_sums(sums, once).items()}

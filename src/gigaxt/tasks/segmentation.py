@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from gigaxt.image.open import open_image
 from gigaxt.nn.heads.segment_config import SegmentConfig
 from gigaxt.targets.base import BandsTarget, MaskTarget
 from gigaxt.targets.masks import open_mask
-from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase, as_table, worst_first
+from gigaxt.tasks.base import Evaluation, ImageTally, Task, WorstCase, as_table, worst_first
 from gigaxt.tasks.bootstrap import about_groups, estimate
 from gigaxt.tasks.pixel_scoring import SCORINGS
 
@@ -95,56 +95,37 @@ class _Counted(NamedTuple):
     """By which the loss of the image enters that of the split."""
 
 
-class SegmentationTally(Tally):
+class SegmentationTally(ImageTally[_Counted]):
     """The sums of each image of a split."""
 
-    def __init__(self, task: Segmentation) -> None:
-        self.task: Segmentation = task
-        self.counted: list[_Counted] = []
-
-    @property
-    def rows(self) -> list[Row]:
-        """The row of each image."""
-        return [counted.row for counted in self.counted]
+    task: Segmentation
 
     def update(self, rows: Sequence[Row], targets: Sequence[Any], output: Mapping[str, Any]) -> None:
         """Add `SegmentHead.scores` of one image."""
         (row,) = rows
         sums = output[self.task.scoring.key].detach().double().cpu()
-        self.counted.append(_Counted(row, sums, float(output["loss"]), float(output["weight_sum"])))
-
-    def select(self, keep: Callable[[Row], bool]) -> Self:
-        """The tally of some images."""
-        part = type(self)(self.task)
-        part.counted = [counted for counted in self.counted if keep(counted.row)]
-        return part
-
-    def merged(self, other: Self) -> Self:
-        """The tally of the images of both."""
-        both = type(self)(self.task)
-        both.counted = self.counted + other.counted
-        return both
+        self.images.append(_Counted(row, sums, float(output["loss"]), float(output["weight_sum"])))
 
     def compute(self) -> Evaluation:
         """Scores with their intervals, and those of each class; the loss is the mean over images, by their pixels."""
-        if not self.counted:
+        if not self.images:
             raise DataError("there is no image to evaluate")
         scoring = self.task.scoring
-        each = torch.stack([counted.sums for counted in self.counted])  # (images, ...)
-        groups = [counted.row.group or counted.row.case or str(counted.row.image) for counted in self.counted]
+        each = torch.stack([counted.sums for counted in self.images])  # (images, ...)
+        groups = self.groups
         metrics, intervals = estimate(partial(scoring.scores, each), groups)
         total = each.sum(dim=0)
-        weight = sum(counted.weight for counted in self.counted)
-        loss = sum(counted.loss * counted.weight for counted in self.counted)
+        weight = sum(counted.weight for counted in self.images)
+        loss = sum(counted.loss * counted.weight for counted in self.images)
         return Evaluation(
-            images=len(self.counted),
+            images=len(self.images),
             loss=loss / weight if weight else float("nan"),
             metrics=metrics,
             intervals=intervals,
             notes=about_groups(len(set(groups))),
             per_class=as_table(scoring.per_class(total), self.task.class_names),
             confusion=scoring.confusion(total),
-            worst=worst_first([case for case in map(self._worst_case, self.counted) if case is not None]),
+            worst=worst_first([case for case in map(self._worst_case, self.images) if case is not None]),
         )
 
     def _worst_case(self, counted: _Counted) -> WorstCase | None:

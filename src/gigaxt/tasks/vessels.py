@@ -85,10 +85,10 @@ class VesselsTally(PointsTally):
     def compute(self) -> Evaluation:
         """The official scores; precision, recall and F1 of all objects and of the flags in the table of classes."""
         evaluation, notes = super().compute(), []
-        empty = sum(not case.true(0) for case in self.cases)
+        empty = sum(not case.true(0) for case in self.images)
         if empty:
             notes.append(
-                f"{empty} of {len(self.cases)} scenes have no object to find: the official scores leave them out, "
+                f"{empty} of {len(self.images)} scenes have no object to find: the official scores leave them out, "
                 "false alarms there, too, which count in the table of classes"
             )
         if not any(row.cells.get("shoreline") for row in self.rows):
@@ -97,15 +97,15 @@ class VesselsTally(PointsTally):
 
     def scoring(self, thresholds: Thresholds) -> Scores:
         """The official scores of weighted scenes; not defined where no scene has an object."""
-        truth = self.task.truth(self.cases)
+        truth = self.task.truth(self.images)
         if not truth["scene_id"]:
             return lambda weights: dict.fromkeys(SCORES, torch.full(weights.shape[1:], math.nan, dtype=weights.dtype))
         head = replace(self.task.head, threshold=thresholds.classes.tolist(), flag_threshold=thresholds.flags.tolist())
         predictions: dict[str, list[Any]] = {name: [] for name in SUBMISSION}
-        for case in self.cases:
+        for case in self.images:
             for name, column in submission_columns(decided(case.found, head), scene_of(case.row)).items():
                 predictions[name] += column
-        scenes = [scene_of(case.row) for case in self.cases]
+        scenes = [scene_of(case.row) for case in self.images]
         shorelines = shorelines_of(self.task.manifest.path, self.rows)
         sums = scene_sums(predictions, truth, shorelines, scenes=scenes)
         place = {scene: i for i, scene in enumerate(sums.scenes)}
