@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import weakref
 from itertools import pairwise
 from pathlib import Path
 
@@ -79,6 +80,14 @@ def test_an_image_of_glass_only_is_refused_with_the_way_out(noise: int) -> None:
     assert not tissue_mask(glass).any()
     with pytest.raises(DataError, match=r"array: no region has enough foreground by tissue; .*`min_fraction`"):
         Foreground.from_spec("tissue").keep(glass, 64)
+
+
+def test_no_image_is_held_for_the_sake_of_its_tissue() -> None:
+    image = slide(512, 512)
+    Foreground.from_spec("tissue").keep(image, 64)
+    gone = weakref.ref(image)
+    del image
+    assert gone() is None
 
 
 def test_an_image_full_of_tissue_is_kept_whole() -> None:

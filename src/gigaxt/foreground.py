@@ -6,9 +6,9 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -270,10 +270,16 @@ def area_between(mask: Mask, rows: NDArray[np.float64], cols: NDArray[np.float64
     return np.asarray(np.diff(above, axis=0))
 
 
-@lru_cache(maxsize=32)
+_TISSUE: WeakKeyDictionary[Image, Mask] = WeakKeyDictionary()
+"""Of images that somebody else still holds."""
+
+
 def _tissue_of(image: Image) -> Mask:
     """Kept for windows of the same image, of which there are many."""
-    return tissue_mask(image)
+    mask = _TISSUE.get(image)
+    if mask is None:
+        mask = _TISSUE[image] = tissue_mask(image)
+    return mask
 
 
 THUMBNAIL_PX = 2048
