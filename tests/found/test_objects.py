@@ -69,6 +69,13 @@ def test_boxes_have_columns_and_polygons(tmp_path: Path) -> None:
     assert (x * np.roll(y, -1) - np.roll(x, -1) * y).sum() > 0  # counter-clockwise on the map, as RFC 7946 asks
 
 
+def test_boxes_far_out_in_a_slide_keep_their_fractions_of_a_pixel(tmp_path: Path) -> None:
+    far = objects(boxes_xyxy=BOXES + [123_456, 100_000, 123_456, 100_000.25])
+    path = write_csv(tmp_path / "a.csv", [(image(placed=False), far)], NAMES)
+    line = next(csv.DictReader(path.read_text().splitlines()))
+    assert [float(line[side]) for side in ("left", "top", "right", "bottom")] == [123458, 100001, 123468.5, 100006.25]
+
+
 def test_masks_are_outlined_on_the_map_and_run_lengths_in_coco(tmp_path: Path) -> None:
     """Two parts, one with a hole; what covers nothing keeps its box, and has an empty mask."""
     chances = np.zeros((2, 28, 28), np.float32)

@@ -181,7 +181,7 @@ def _lines(image: Image, objects: Objects, class_names: Sequence[str]) -> Iterab
     placed = image.crs is not None and image.transform is not None
     on_map = to_map(image, objects.places) if placed else None
     for i in range(len(objects)):
-        box = [] if objects.boxes_xyxy is None else [f"{side:.6g}" for side in objects.boxes_xyxy[i]]
+        box = [] if objects.boxes_xyxy is None else [f"{side:.10g}" for side in objects.boxes_xyxy[i]]
         yield [
             image.name,
             *(f"{place:.10g}" for place in objects.places[i] - 0.5),
