@@ -70,7 +70,7 @@ def test_boxes_have_columns_and_polygons(tmp_path: Path) -> None:
 
 
 def test_boxes_far_out_in_a_slide_keep_their_fractions_of_a_pixel(tmp_path: Path) -> None:
-    far = objects(boxes_xyxy=BOXES + [123_456, 100_000, 123_456, 100_000.25])
+    far = objects(boxes_xyxy=BOXES + np.array([123_456, 100_000, 123_456, 100_000.25]))
     path = write_csv(tmp_path / "a.csv", [(image(placed=False), far)], NAMES)
     line = next(csv.DictReader(path.read_text().splitlines()))
     assert [float(line[side]) for side in ("left", "top", "right", "bottom")] == [123458, 100001, 123468.5, 100006.25]

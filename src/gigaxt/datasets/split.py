@@ -155,7 +155,7 @@ def _check_same(path: Path, kind: str, name: str, above: str, first: Placed, sec
     )
     raise DataError(
         f"{path} lines {first.line} and {second.line}: {kind} {shown} is in two {above}s, {old or 'none'} and "
-        f"{new or 'none'}; {what_to_do if above == 'split' else 'give it one'}"
+        f"{new or 'none'}; {what_to_do}"
     )
 
 
