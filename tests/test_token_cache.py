@@ -13,7 +13,9 @@ import torch
 
 from gigaxt import CheckpointError, GigaXT, Image, open_image
 from gigaxt.augment import colour_augmented, dihedral
+from gigaxt.nn.all_tokens import frozen_features
 from gigaxt.nn.freezing import freeze
+from gigaxt.testing.live_memory import LiveMemory
 from gigaxt.token_cache import TokenCache
 from tiny_models import classifier, tiny_model
 
@@ -42,6 +44,21 @@ def runs(model: GigaXT) -> list[int]:
 
 def files(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize("scenes", [1, 2])
+def test_features_are_copied_no_more_often_than_they_must(tmp_path: Path, scene: Path, scenes: int) -> None:
+    """Of a large scene they are gigabytes."""
+    model = frozen(tmp_path / "cache")
+    batch = model.batch([open_image(scene)] * scenes)
+    rows = range(len(batch.places))
+    for _ in range(2):  # computed, then read
+        with LiveMemory(model.parameters()) as memory:
+            found = frozen_features(model.encode, batch, rows, model.streaming, model.token_cache)
+            del found
+    size = len(rows) * batch.t**2 * model.encode.encoder.dim * 8
+    # Those of one scene at most beside what is returned: as they are read, or to be joined.
+    assert memory.peak < (1 if scenes == 1 else 2) * size + 4096
 
 
 @pytest.mark.parametrize("given", [{}, {"overview": [2]}, {"halo": 0, "resize_px": 130}])

@@ -197,8 +197,9 @@ class _Job:
         for rows in self._rows(lambda i: (True, False)):
             self.counts.append(rows.count)
             encoded += [found for _, found in self.reader.run(rows, lambda part: self.encode.module(part.loaded[0]))]
-        context = join_tokens(torch.cat([tokens for tokens, _ in encoded]))
-        maps = [torch.cat(column) for column in zip(*(maps for _, maps in encoded), strict=True)]
+        context = join_tokens(join([tokens for tokens, _ in encoded], "cat"))
+        maps = [join(column, "cat") for column in zip(*(maps for _, maps in encoded), strict=True)]
+        del encoded  # else each map would be there twice, by chunk and joined
 
         def decode(part: Rows) -> tuple[Tensor, ...]:
             return tuple(self.decode.module(tuple(part.of(maps)), part.of([context])[0], part.loaded[1]))

@@ -185,7 +185,7 @@ class Purse:
 def join(parts: Sequence[Tensor], reduce: Reduce) -> Tensor:
     """Parts joined along their first dimension, or added up in float32 or better."""
     if reduce == "cat":
-        return torch.cat(list(parts))
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts))
     first, *rest = (t.to(at_least_float32(t.dtype)) for t in parts)
     return sum(rest, first)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gigaxt.nn.layout import in_order
 from gigaxt.nn.stages import Features, RegionTokens, TokensOnly
 from gigaxt.rows import Streaming
 from gigaxt.scenes import SceneBatch
@@ -70,7 +71,9 @@ def frozen_features(
             features, batch.token_validity[own] = known
         parts.append(features.to(next(encode.parameters()).device))
         order += [place[row] for row in own]
-    return torch.cat(parts)[torch.tensor(order).argsort()]
+    found = parts[0] if len(parts) == 1 else torch.cat(parts)
+    places = torch.tensor(order)
+    return found if in_order(places) else found[places.argsort()]
 
 
 def _features(encode: RegionTokens, batch: SceneBatch, rows: Sequence[int], streaming: Streaming) -> Tensor:
