@@ -171,7 +171,7 @@ def test_points_of_any_csv(cells: Path, capsys: pytest.CaptureFixture[str]) -> N
     less = ["--score", "0.999", "--png", "--out", str(out)]
     assert main(["predict", str(cells / "run"), str(cells / "0.tif"), *less]) == 0
     assert len(out.read_text().splitlines()) < before
-    assert (cells / "0.tif.points.png").exists()
+    assert (cells / "0.points.png").exists()
     assert header == "image,row,col,class,score,area,map_x,map_y"
     assert "gigaxt predict" in (cells / "run" / "report.html").read_text()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import tyro
 
 from gigaxt.cli.flags import parse
 from gigaxt.cli.image_lists import cases_of, expand, scene_outputs
+from gigaxt.cli.outputs import check_not_input, input_files, make_folder
 from gigaxt.errors import ConfigError, DataError, ImageError
 
 Probabilities = Literal["uint8", "float16", "float32"]
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 class PredictArguments:
     """Answers for images of any size: class scores, masks or objects.
 
-    gigaxt predict runs/a scene.tif --out mask.tif     The same command goes on where a stopped one stood.
+    gigaxt predict runs/a scene.tif --out mask.tif
+
+    The same command goes on where a stopped one stood.
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -123,8 +125,8 @@ def predict_scores(
         raise ConfigError("--png: the model gives class scores, and there is no mask to draw")
     if arguments.probabilities or arguments.overlap is not None or arguments.dihedral != 1:
         raise ConfigError("--probabilities, --overlap, --dihedral: the model gives class scores, these are for masks")
-    _check_not_input(out, arguments.images)
-    _make_folder(out.parent)
+    check_not_input(out, input_files(arguments.images, images))
+    make_folder(out.parent)
     cases = cases_of(arguments.images, images)
     answers = len({case or i for i, case in enumerate(cases or [""] * len(images))})
     what = "images" if answers == len(images) else "cases"
@@ -176,23 +178,24 @@ def predict_masks(
 
 
 def _check_outputs(targets: Sequence[Path], images: Sequence[Path], arguments: PredictArguments) -> None:
-    """Before the work starts: no output is an image, nor the output of another one, and the folders take files.
+    """Before the work starts: no output is an input, nor the output of another one, and the folders take files.
 
     Raises:
         ConfigError: one is.
     """
     from gigaxt.inference.masks import outputs_of
 
+    inputs = input_files(arguments.images, images)
     seen: set[Path] = set()
     for target in targets:
         written = outputs_of(target, arguments.probabilities)
         for path in [*written, *([target.with_suffix(".png")] if arguments.png else [])]:
-            _check_not_input(path, images)
+            check_not_input(path, inputs)
             if path in seen:
                 raise ConfigError(f"--out: {path} would be written twice: predict these images in two calls")
             seen.add(path)
     for folder in dict.fromkeys(target.parent for target in targets):
-        _make_folder(folder)
+        make_folder(folder)
 
 
 def draw(model: GigaXT, image: Path, mask: Path) -> Path:
@@ -212,17 +215,3 @@ def _what_mask(path: Path) -> str:
     from gigaxt.image import open_image
 
     return f"{describe_size(open_image(path, cached=False))}, {file_size(path)}"
-
-
-def _check_not_input(target: Path, images: Sequence[Path]) -> None:
-    if target.exists() and any(image.exists() and image.samefile(target) for image in images):
-        raise ConfigError(f"--out: {target} is one of the images; choose another name")
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out: cannot make the folder {path}: {error.strerror or error}") from error
-    if not os.access(path, os.W_OK):
-        raise ConfigError(f"--out: nothing may be written to the folder {path}; choose another one")

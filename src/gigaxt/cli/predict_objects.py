@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from gigaxt.cli.image_lists import scene_outputs
+from gigaxt.cli.outputs import check_not_input, input_files, make_folder
 from gigaxt.errors import ConfigError, DataError, ImageError
 
 if TYPE_CHECKING:
@@ -37,17 +39,24 @@ def predict_objects(
     out, names = arguments.out, class_names(model)
     suffix = _check_out(out, images)
     paths = _geojson_paths(out, images) if suffix == "" else [out] * len(images)
+    folder = out.parent if suffix else out
+    pictures = scene_outputs(folder, images, as_file=False, suffix=".png") if arguments.png else []
+    inputs = input_files(arguments.images, images)
     for path in dict.fromkeys(paths):
-        _make_folder(path.parent)
-    found = _found(model, images, arguments, skipped, out if suffix else None)
+        check_not_input(path, inputs)
+    for path in pictures:
+        check_not_input(path, inputs, flag="--png")
+    make_folder(folder)
+    found = _found(model, images, arguments, skipped, pictures, as_coco=suffix == ".json")
     if suffix == ".json":
         ids = image_ids(arguments.images)
         with_ids = ((ids.get(path, path.name), image, objects) for path, image, objects in found)
         count = write_coco_results(out, with_ids, cast("ObjectsConfig", model.config.head).category_ids)
         print(f"{out}: {count:,} objects as COCO results")
     elif suffix == ".csv":
-        write_csv(out, ((image, objects) for _, image, objects in found), names)
-        print(f"{out}: objects of {len(images) - len(skipped or ()):,} images")
+        counts: list[int] = []
+        write_csv(out, ((image, objects) for _, image, objects in _counted(found, counts)), names)
+        print(f"{out}: {sum(counts):,} objects of {len(counts):,} {'image' if len(counts) == 1 else 'images'}")
     else:
         place = dict(zip(images, paths, strict=True))
         for path, image, objects in found:
@@ -75,18 +84,20 @@ def _found(
     images: Sequence[Path],
     arguments: PredictArguments,
     skipped: dict[str, str] | None,
-    out: Path | None,
+    pictures: Sequence[Path],
+    *,
+    as_coco: bool,
 ) -> Iterator[tuple[Path, Image, Objects]]:
-    """Path, image and objects that score enough, image by image; pictures are drawn on the way."""
+    """Path, image and objects that score enough, image by image; `pictures`, one an image or none, are drawn."""
     from gigaxt.cli.progress import Steps
     from gigaxt.found.boxes import detect
     from gigaxt.image import open_image
 
     head = cast("ObjectsConfig", model.config.head)
-    default = head.score if out is not None and out.suffix.lower() == ".json" else head.counted_from
+    default = head.score if as_coco else head.counted_from
     least = default if arguments.score is None else arguments.score
     model.eval()
-    for path in images:
+    for i, path in enumerate(images):
         try:
             image = open_image(path, rgb=model.config.input.rgb)
             with Steps(path.name, "regions") as steps:
@@ -97,12 +108,17 @@ def _found(
             skipped[str(path)] = str(error)
             continue
         objects = objects.take(objects.scores >= least)
-        if arguments.png:
-            folder = arguments.out if out is None else arguments.out.parent
-            picture = folder / f"{path.name.removesuffix(path.suffix)}.png"
-            if picture.exists() and picture.samefile(path):
-                raise ConfigError(f"--png: {picture} is one of the images; choose another --out")
-            print(f"{draw(model, image, objects, picture)}: the objects over the image")
+        if pictures:
+            print(f"{draw(model, image, objects, pictures[i])}: the objects over the image")
+        yield path, image, objects
+
+
+def _counted(
+    found: Iterator[tuple[Path, Image, Objects]], counts: list[int]
+) -> Iterator[tuple[Path, Image, Objects]]:
+    """The same; the number of each image's objects is added to `counts`."""
+    for path, image, objects in found:
+        counts.append(len(objects))
         yield path, image, objects
 
 
@@ -153,10 +169,3 @@ def _geojson_paths(out: Path, images: Sequence[Path]) -> list[Path]:
     if twice is not None:
         raise ConfigError(f"--out: two images would both become {twice}: predict them in two calls")
     return paths
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out: cannot make the folder {path}: {error.strerror or error}") from error

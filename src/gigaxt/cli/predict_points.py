@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gigaxt.cli.image_lists import scene_outputs
+from gigaxt.cli.outputs import check_not_input, input_files, make_folder
 from gigaxt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,19 +40,26 @@ def predict_points(
         raise ConfigError(f"--score: expected 0 to 1, got {arguments.score}")
     if out.is_dir() or out.suffix.lower() not in (".csv", ".geojson"):
         raise ConfigError(f"--out {out}: the model finds points: expected the name of a .csv or .geojson file")
-    if any(image.exists() and out.exists() and image.samefile(out) for image in images):
-        raise ConfigError(f"--out: {out} is one of the images; choose another name")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out: cannot make the folder {out.parent}: {error.strerror or error}") from error
+    folder, inputs = out.parent, input_files(arguments.images, images)
+    check_not_input(out, inputs)
+    pictures: dict[str | Path | Image, Path] = {}
+    if arguments.png:
+        drawn_to = scene_outputs(folder, images, as_file=False, suffix=".points.png")
+        pictures = dict(zip(images, drawn_to, strict=True))
+    for picture in pictures.values():
+        check_not_input(picture, inputs, flag="--png")
+    make_folder(folder)
 
-    def drawn(image: Image, objects: Objects) -> None:
-        if arguments.png:
-            draw(model, image, objects, out.parent / f"{Path(image.name).name}.points.png")
+    drawn: list[Path] = []
+
+    def look(source: str | Path | Image, image: Image, objects: Objects) -> None:
+        if source in pictures:
+            drawn.append(draw(model, image, objects, pictures[source]))
 
     with Steps(out.name, "regions") as steps:
-        count = write_points(out, model, images, score=arguments.score, skipped=skipped, progress=steps, found=drawn)
+        count = write_points(out, model, images, score=arguments.score, skipped=skipped, progress=steps, found=look)
+    for picture in drawn:
+        print(f"{picture}: the points over the image")
     read = len(images) - len(skipped or ())
     print(f"{out}: {count:,} objects of {read} {'image' if read == 1 else 'images'}, {steps.summary}")
 

@@ -28,7 +28,7 @@ def write_points(
     score: float | None = None,
     skipped: dict[str, str] | None = None,
     progress: Progress | None = None,
-    found: Callable[[Image, Objects], None] | None = None,
+    found: Callable[[str | Path | Image, Image, Objects], None] | None = None,
 ) -> int:
     """Write the objects of images: CSV of any number of them, GeoJSON of one, or the submission of xView3-SAR.
 
@@ -44,7 +44,7 @@ def write_points(
             one ends it.
         score: objects of any class that score less are left out; None: the thresholds of the head.
         progress: told of (regions, all) of each image in turn.
-        found: told of each image and its objects.
+        found: told of each source, its image and its objects.
 
     Returns:
         How many objects were written.
@@ -78,7 +78,7 @@ def write_points(
                 kept = decided(everything.take(np.arange(1)), replace(config, threshold=[0.0] * config.classes))
             count[0] += len(kept)
             if found is not None:
-                found(image, kept)
+                found(source, image, kept)
             yield image, kept
 
     if suffix != ".csv":
