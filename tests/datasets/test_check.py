@@ -243,6 +243,39 @@ def test_advice(tmp_path: Path) -> None:
     assert "class b does not occur in train: it cannot be learnt" in report.proposals()
 
 
+def test_an_image_in_several_rows(tmp_path: Path) -> None:
+    for name in ("i", "j"):
+        tifffile.imwrite(tmp_path / f"{name}.tif", np.arange(64 * 48, dtype=np.uint16).reshape(64, 48))
+    report = check_manifest(table(tmp_path / "d.csv", "image,label\ni.tif,a\nj.tif,b\ni.tif,b\nj.tif,b\n"))
+    said = "\n".join(report.proposals())
+    assert f"1 image is in several rows that contradict each other, such as {tmp_path}/i.tif (lines 2, 4)" in said
+    assert f"1 image is in several rows, so that it counts as often, such as {tmp_path}/j.tif (lines 3, 5)" in said
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        ((0, 255), "only class 0 occurs in the masks, and 255 means not labelled: where 255 is a class, write it as 1"),
+        ((255,), "no class occurs in the masks, and 255 means not labelled"),
+        ((0,), "only class 0 occurs in the masks, and nothing can be learnt from that"),
+    ],
+)
+def test_masks_of_one_class(pixels: tuple[int, ...], message: str, tmp_path: Path) -> None:
+    mask = np.resize(np.array(pixels, np.uint8), (64, 48))
+    for name in ("i", "m"):
+        Pillow.fromarray(mask).save(tmp_path / f"{name}.png")
+    report = check_manifest(table(tmp_path / "d.csv", "image,mask\ni.png,m.png\n"))
+    assert any(message in text for text in report.proposals())
+    assert ("255   50.000%  (not labelled)" in "\n".join(report.lines())) == (len(pixels) == 2)
+
+
+def test_a_picture_in_colours_is_no_mask(tmp_path: Path) -> None:
+    for name in ("i", "m"):
+        Pillow.fromarray(np.resize(np.array([0, 255, 0, 0, 0, 0], np.uint8), (64, 48, 3))).save(tmp_path / f"{name}.png")
+    report = check_manifest(table(tmp_path / "d.csv", "image,mask\ni.png,m.png\n"))
+    assert any(text.startswith("no label is 1 anywhere: the 3 bands") for text in report.proposals())
+
+
 def test_masks_that_are_vectors(tmp_path: Path) -> None:
     """Class names are found in all files, written to the config, and the polygons are drawn over the picture."""
     square = [[[2, 2], [40, 2], [40, 30], [2, 30], [2, 2]]]
@@ -294,7 +327,7 @@ def test_masks_of_labels_and_numbers(target: str, tmp_path: Path) -> None:
     report = check_manifest(csv, overlay_folder=tmp_path / "pictures")
     assert report.ok, report.lines()
     text = "\n".join(report.lines())
-    assert f"1 rows, segmentation, {target}" in text
+    assert f"1 row, segmentation, {target}" in text
     if target == "multi":
         assert report.mask.pixels == {0: int((bands[..., 0] == 1).sum()), 1: 0}
         assert "labels 1 (from 0) are nowhere 1" in text

@@ -83,6 +83,15 @@ def test_the_worst_image_comes_first(manifest: Manifest) -> None:
     assert worst[1].caption == "mean IoU 1.000, pixel accuracy 1.000"
 
 
+def test_masks_of_one_class_are_told_of(manifest: Manifest) -> None:
+    """Masks drawn with 0 and 255 have one class, and any model is perfect."""
+    task = Segmentation(manifest, SegmentConfig(classes=2, class_names=["sea", "land"]))
+    for classes, expected in (([0, 0, 0], True), ([0, 1, 0], False)):
+        tally, true = task.tally(), np.array(classes)
+        tally.update([manifest.rows[0]], [None], answer(true, true, 2))
+        assert ("all pixels that count are of class sea: the scores say little" in tally.compute().notes) == expected
+
+
 def test_intervals_and_parts_are_of_images(tmp_path: Path) -> None:
     """Each draw adds up the counts of the images drawn; a part has those of its images alone."""
     random = np.random.default_rng(0)

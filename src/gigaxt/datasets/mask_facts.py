@@ -11,13 +11,16 @@ import numpy as np
 
 from gigaxt.datasets.labels import Target
 from gigaxt.datasets.row import Row
-from gigaxt.datasets.statistics import BandStatistics, class_values, label_pixels, number_statistics
+from gigaxt.datasets.statistics import MANY_VALUES, BandStatistics, class_values, label_pixels, number_statistics
 from gigaxt.errors import DataError, GigaxtError
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image
 from gigaxt.nn.heads.segment_config import SegmentConfig
 from gigaxt.targets.masks import field_values
 from gigaxt.targets.vectors import is_vector
+
+UNLABELLED = 255
+"""The mask value that means "not labelled"."""
 
 
 @dataclass(kw_only=True)
@@ -148,3 +151,46 @@ def numbers_line(statistics: BandStatistics) -> list[str]:
     """Mean and standard deviation of each band of numbers."""
     rows = zip(np.asarray(statistics.mean).tolist(), np.asarray(statistics.std).tolist(), strict=True)
     return [f"  band {band}  mean {mean:.4g}  std {std:.4g}" for band, (mean, std) in enumerate(rows, start=1)]
+
+
+def mask_advice(head: SegmentConfig, facts: MaskFacts, rows: Sequence[Row]) -> list[str]:
+    """What to change of masks before training, one sentence each."""
+    found: list[str] = []
+    if head.target == "regression" or not facts.pixels:
+        return found
+    if head.class_field is None and has_vectors(rows):
+        found.append("polygons are taken as one class: --class-field names the property that tells their classes")
+    if head.target == "multi":
+        return found + _label_advice(facts)
+    values = [value for value in facts.pixels if value != UNLABELLED]
+    if len(facts.pixels) > MANY_VALUES or min(values, default=0) < 0:
+        return ["mask values are no class numbers: expected 0, 1, 2, ... and 255 for what is not labelled"]
+    if len(values) < 2:
+        found.append(_too_few(values, UNLABELLED in facts.pixels))
+    absent = sorted(set(range(max(values, default=0) + 1)) - set(values))
+    if absent:
+        shown = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
+        found.append(f"mask values {shown} do not occur: number classes 0, 1, 2, ... without gaps")
+    share = shares(facts)
+    rare = [str(value) for value in values if share[value] < 0.001]
+    if rare and not absent:
+        found.append(f"mask values {', '.join(rare[:5])} are under 0.1% of the pixels: set head.class_weights")
+    return found
+
+
+def _too_few(values: Sequence[int], unlabelled: bool) -> str:
+    """Of masks with one class or none, such as those that are drawn with 0 and 255."""
+    what = f"only class {values[0]} occurs" if values else "no class occurs"
+    if unlabelled:
+        return f"{what} in the masks, and 255 means not labelled: where 255 is a class, write it as 1"
+    return f"{what} in the masks, and nothing can be learnt from that: add images of another"
+
+
+def _label_advice(facts: MaskFacts) -> list[str]:
+    never = [str(label) for label, pixels in facts.pixels.items() if not pixels]
+    if never and len(never) == len(facts.pixels):
+        return [
+            f"no label is 1 anywhere: the {len(never)} bands of a mask are taken as labels, each 0, 1 or 255 (not "
+            "known); a picture in colours is no mask: write one band of class numbers 0, 1, 2, ..."
+        ]
+    return [f"labels {', '.join(never[:5])} (from 0) are nowhere 1: leave them out"] if never else []

@@ -16,16 +16,14 @@ from gigaxt.datasets.boxes import BoxClasses
 from gigaxt.datasets.instances import FITS, NO_MASK
 from gigaxt.datasets.labels import LABEL
 from gigaxt.datasets.manifest import Manifest
-from gigaxt.datasets.mask_facts import MaskFacts, has_vectors, numbers_line, shares
-from gigaxt.datasets.row import Case
+from gigaxt.datasets.mask_facts import UNLABELLED, MaskFacts, mask_advice, numbers_line, shares
+from gigaxt.datasets.row import Case, Row
 from gigaxt.datasets.split import SPLITS
-from gigaxt.datasets.statistics import MANY_VALUES, BandStatistics
+from gigaxt.datasets.statistics import BandStatistics
 from gigaxt.image.open import PICTURE_SUFFIXES
 from gigaxt.nn.heads.points import PointsConfig
 from gigaxt.nn.heads.segment_config import SegmentConfig
 
-IGNORE = 255
-"""The mask value that means "not labelled"."""
 LISTED = 20
 """Problems and classes that are listed one by one; the rest are counted."""
 
@@ -101,11 +99,11 @@ class CheckReport:
 
     @property
     def mask_classes(self) -> int:
-        """How many classes a segmentation head needs: the highest value but `IGNORE`, and one; at least 2."""
+        """How many classes a segmentation head needs: the highest value but `UNLABELLED`, and one; at least 2."""
         suggested = 2 if self.head is None else self.head.classes
         if self.head is not None and self.head.target != "single":
             return suggested
-        return max([suggested, *(value + 1 for value in self.mask.pixels if value != IGNORE)])
+        return max([suggested, *(value + 1 for value in self.mask.pixels if value != UNLABELLED)])
 
     @property
     def channels(self) -> int:
@@ -133,7 +131,7 @@ class CheckReport:
         """The report as plain text, one line each."""
         manifest = self.manifest
         kind = manifest.task if manifest.target == "single" else f"{manifest.task}, {manifest.target}"
-        lines = [f"{manifest.path}: {len(manifest.rows)} rows, {kind}"]
+        lines = [f"{manifest.path}: {len(manifest.rows)} {'row' if len(manifest.rows) == 1 else 'rows'}, {kind}"]
         lines += _count_lines(manifest)
         lines += self._image_lines()
         lines += self._mask_lines()
@@ -151,8 +149,9 @@ class CheckReport:
 
     def proposals(self) -> list[str]:
         """What to change before training, one sentence each."""
-        files, images, masks = self._file_proposals(), self._image_proposals(), self._mask_proposals()
-        return [*files, *_class_proposals(self.manifest), *images, *masks]
+        files, images = self._file_proposals(), self._image_proposals()
+        masks = [] if self.head is None else mask_advice(self.head, self.mask, self.manifest.rows)
+        return [*files, *_row_proposals(self.manifest), *_class_proposals(self.manifest), *images, *masks]
 
     def _problems(self) -> list[tuple[str, list[Problem]]]:
         problems = [
@@ -186,6 +185,8 @@ class CheckReport:
         if not facts.pixels or head is None:
             return []
         names = dict(enumerate(head.class_names or ()))
+        if head.target == "single":
+            names[head.ignore] = "(not labelled)"
         found = [
             f"  {value:>5}  {share:8.3%}  {names.get(value, '')}".rstrip() for value, share in shares(facts).items()
         ]
@@ -234,7 +235,7 @@ class CheckReport:
         elif self.mismatched and self.manifest.task == "points":
             found.append("correct the points that do not fit; docs/points.md says how they may be given")
         elif self.mismatched:
-            found.append("correct the masks that do not fit: see `gigaxt.targets.masks.open_mask` for what may be one")
+            found.append("correct the masks that do not fit; docs/segmentation.md says what may be one")
         wrong = sum(count for state, count in self.object_masks.items() if state != FITS) if self._have_masks else 0
         if wrong:
             found.append(
@@ -275,28 +276,6 @@ class CheckReport:
             flat = [str(band) for band, std in enumerate(self.statistics.std.tolist()) if std == 0]
             if flat:
                 found.append(f"band {', '.join(flat)} (from 0) has one value everywhere: leave it out")
-        return found
-
-    def _mask_proposals(self) -> list[str]:
-        found: list[str] = []
-        if self.head is None or self.head.target == "regression" or not self.mask.pixels:
-            return found
-        if self.head.class_field is None and has_vectors(self.manifest.rows):
-            found.append("polygons are taken as one class: --class-field names the property that tells their classes")
-        if self.head.target == "multi":
-            never = [str(label) for label, pixels in self.mask.pixels.items() if not pixels]
-            return [*found, f"labels {', '.join(never[:5])} (from 0) are nowhere 1: leave them out"] if never else found
-        values = [value for value in self.mask.pixels if value != IGNORE]
-        if len(self.mask.pixels) > MANY_VALUES or min(values, default=0) < 0:
-            return ["mask values are no class numbers: expected 0, 1, 2, ... and 255 for what is not labelled"]
-        absent = sorted(set(range(max(values, default=0) + 1)) - set(values))
-        if absent:
-            shown = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
-            found.append(f"mask values {shown} do not occur: number classes 0, 1, 2, ... without gaps")
-        share = shares(self.mask)
-        rare = [str(value) for value in values if share[value] < 0.001]
-        if rare and not absent:
-            found.append(f"mask values {', '.join(rare[:5])} are under 0.1% of the pixels: set head.class_weights")
         return found
 
 
@@ -340,6 +319,25 @@ def _count(cases: Iterable[Case], column: int, value: float | None) -> int:
     return sum(number != number if value is None else number == value for number in numbers)
 
 
+def _row_proposals(manifest: Manifest) -> list[str]:
+    """Of images that stand in several rows, which is a mistake more often than not."""
+    rows: dict[Path, list[Row]] = {}
+    for row in manifest.rows:
+        rows.setdefault(row.image, []).append(row)
+    several = [same for same in rows.values() if len(same) > 1]
+    differ = [same for same in several if len({(row.answer, row.target_path) for row in same}) > 1]
+    found = []
+    for those, what, to_do in (
+        (differ, "several rows that contradict each other", "keep the row that is right"),
+        ([same for same in several if same not in differ], "several rows, so that it counts as often", "leave out all but one"),
+    ):
+        if those:
+            first = those[0]
+            lines = ", ".join(str(row.line) for row in first)
+            found.append(f"{_images(len(those))} in {what}, such as {first[0].image} (lines {lines}): {to_do}")
+    return found
+
+
 def _class_proposals(manifest: Manifest) -> list[str]:
     found = []
     train, val = manifest.split("train"), manifest.split("val")
@@ -364,7 +362,11 @@ def _tally(values: Iterable[object]) -> str:
     counts = Counter(map(str, values)).most_common()
     if len(counts) == 1:
         return counts[0][0]
-    return ", ".join(f"{value} ({count} images)" for value, count in counts)
+    return ", ".join(f"{value} ({count} {'image' if count == 1 else 'images'})" for value, count in counts)
+
+
+def _images(count: int) -> str:
+    return f"{count} {'image is' if count == 1 else 'images are'}"
 
 
 def _numbers(values: NDArray[np.float64]) -> str:

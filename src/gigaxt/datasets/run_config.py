@@ -12,7 +12,8 @@ import numpy as np
 from gigaxt.datasets.labels import LABEL
 from gigaxt.datasets.manifest import Manifest
 from gigaxt.datasets.mask_facts import has_vectors
-from gigaxt.datasets.report import IGNORE, CheckReport
+from gigaxt.datasets.mask_facts import UNLABELLED
+from gigaxt.datasets.report import CheckReport
 from gigaxt.datasets.statistics import BandStatistics
 from gigaxt.errors import DataError
 from gigaxt.nn.heads.points import PointsConfig
@@ -151,7 +152,7 @@ def _segment_head(report: CheckReport) -> str:
     if head is not None and has_vectors(report.manifest.rows):
         lines.append("unlabelled: background  # where no polygon is: class 0; or ignore: does not count")
     if target != "regression":
-        lines.append(f"ignore: {IGNORE}  # the mask value of pixels that do not count")
+        lines.append(f"ignore: {UNLABELLED}  # the mask value of pixels that do not count")
     return _indented(*lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ class PixelScoring(ABC):
     def confusion(self, total: Tensor) -> list[list[float]] | None:
         """Pixels of each true (row) and answered class."""
         return None
+
+    def notes(self, total: Tensor, class_names: Sequence[str]) -> list[str]:
+        """What one should know of the scores."""
+        return []
 
 
 class Areas(PixelScoring):
@@ -104,6 +109,11 @@ class OneClassPixels(Areas):
         """As it is."""
         matrix: list[list[float]] = total.tolist()
         return matrix
+
+    def notes(self, total: Tensor, class_names: Sequence[str]) -> list[str]:
+        """Masks with one class, such as those that are drawn with 0 and 255, make any model look perfect."""
+        occur = [name for name, pixels in zip(class_names, total.sum(-1).tolist(), strict=True) if pixels]
+        return [f"all pixels that count are of class {occur[0]}: the scores say little"] if len(occur) == 1 else []
 
 
 class LabelPixels(Areas):

@@ -122,7 +122,7 @@ class SegmentationTally(ImageTally[_Counted]):
             loss=loss / weight if weight else float("nan"),
             metrics=metrics,
             intervals=intervals,
-            notes=about_groups(len(set(groups))),
+            notes=[*scoring.notes(total, self.task.class_names), *about_groups(len(set(groups)))],
             per_class=as_table(scoring.per_class(total), self.task.class_names),
             confusion=scoring.confusion(total),
             worst=worst_first([case for case in map(self._worst_case, self.images) if case is not None]),
