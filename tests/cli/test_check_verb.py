@@ -90,6 +90,9 @@ def test_foreground_and_overlays(folder: Path, capsys: pytest.CaptureFixture[str
         (["data.csv", "--foreground", "tisue"], "tisue"),
         (["data.csv", "--task", "segment"], "segment"),
         (["data.csv", "--writ", "run.yaml"], "--write"),
+        (["data.csv", "--write", ".", "--force"], "--write: expected the name of a YAML file, got the folder ."),
+        (["data.csv", "--write", "0.tif/run.yaml"], "--write: cannot make the folder 0.tif: File exists"),
+        (["data.csv", "--overlays", "0.tif"], "--overlays: cannot make the folder 0.tif: File exists"),
     ],
 )
 def test_mistakes_are_told_in_one_line(

@@ -137,6 +137,7 @@ def test_a_csv_alone_trains(folder: Path) -> None:
         (["train", "--config", "unknown.yaml"], "train.epoch: unknown key; did you mean `epochs`?", 2),
         (["train", "--config", "bands.yaml", "--out", "x"], "bands", 2),
         (["train", "--config", "label.yaml", "--out", "."], ".: expected a new folder or one of a run", 2),
+        (["train", "--config", "label.yaml", "--out", "label.csv"], "label.csv: expected a new folder", 2),
         (["eval", "nothing", "label.csv"], "nothing: expected the folder of a model", 2),
         (["eval"], "required", 2),
     ],

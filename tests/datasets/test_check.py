@@ -271,7 +271,9 @@ def test_masks_of_one_class(pixels: tuple[int, ...], message: str, tmp_path: Pat
 
 def test_a_picture_in_colours_is_no_mask(tmp_path: Path) -> None:
     for name in ("i", "m"):
-        Pillow.fromarray(np.resize(np.array([0, 255, 0, 0, 0, 0], np.uint8), (64, 48, 3))).save(tmp_path / f"{name}.png")
+        Pillow.fromarray(np.resize(np.array([0, 255, 0, 0, 0, 0], np.uint8), (64, 48, 3))).save(
+            tmp_path / f"{name}.png"
+        )
     report = check_manifest(table(tmp_path / "d.csv", "image,mask\ni.png,m.png\n"))
     assert any(text.startswith("no label is 1 anywhere: the 3 bands") for text in report.proposals())
 

@@ -32,7 +32,7 @@ USAGE = """usage: gigaxt <verb> [arguments]     gigaxt <verb> --help
 {verbs}
 
 Own data in two commands:
-  gigaxt check data.csv --write run.yaml      # the CSV has columns image,label, image,mask or image,boxes
+  gigaxt check data.csv --write run.yaml      # columns image and label, mask, boxes or points
   gigaxt train --config run.yaml --out runs/first
 
 --debug after any verb shows the traceback of an error; --version the version."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from gigaxt.cli.flags import parse
+from gigaxt.cli.outputs import make_folder
 from gigaxt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class CheckArguments:
 
     gigaxt check data.csv --write run.yaml
 
-    The CSV has columns image,label, image,mask or image,boxes, or image,time,event, or label columns of any names;
+    The CSV has a column image, and label, mask, boxes, points, time and event, or label columns of any names;
     images that share `case` are one sample. Exit status 2 where files are missing, unreadable or do not fit.
     """
 
@@ -39,7 +40,7 @@ class CheckArguments:
     overlays: Path | None = None
     """Write pictures of the first 32 images to this folder: masks in colours, foreground framed."""
     task: Literal["classification", "detection", "points", "segmentation"] | None = None
-    """Which column counts where the CSV has several of label, mask, boxes."""
+    """Which column counts where the CSV has several of label, mask, boxes, points."""
     target: Literal["single", "multi", "regression", "survival"] | None = None
     """What labels are: one class, several (a|b), numbers, or time until an event; None: what the columns suggest."""
     label_columns: tuple[str, ...] = ()
@@ -59,6 +60,12 @@ def main(args: Sequence[str]) -> int:
 
     if arguments.write is not None and arguments.write.exists() and not arguments.force:  # before hours of reading
         raise ConfigError(f"{arguments.write} exists; choose another name, or use --force to overwrite it")
+    if arguments.write is not None and arguments.write.is_dir():
+        raise ConfigError(f"--write: expected the name of a YAML file, got the folder {arguments.write}")
+    if arguments.write is not None:
+        make_folder(arguments.write.parent, flag="--write")
+    if arguments.overlays is not None:
+        make_folder(arguments.overlays, flag="--overlays")
     with Steps(arguments.csv.name, "images") as steps:
         report = check_manifest(
             arguments.csv,

@@ -32,7 +32,8 @@ FEW_CASES = 10
 class EvalArguments:
     """Score a model on the images of a CSV, or COCO results against COCO JSON.
 
-    gigaxt eval runs/a data.csv --split test          gigaxt eval predictions.json truth.json --iou segm
+    $ gigaxt eval runs/a data.csv --split test
+    $ gigaxt eval predictions.json truth.json --iou segm
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]

@@ -1,4 +1,4 @@
-"""Where `gigaxt predict` writes: never over what it was given, and into folders that exist."""
+"""Where verbs write: never over what they were given, and into folders that take files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def input_files(given: Sequence[Path], images: Iterable[Path]) -> dict[Identity,
         if path.suffix.lower() == ".csv":
             with path.open(newline="", encoding="utf-8-sig") as file:
                 cells = {cell.strip() for row in csv.reader(file) for cell in row}
-            files |= dict.fromkeys((path.parent / cell for cell in cells if cell), f"one of the files that {path} names")
+            files |= dict.fromkeys(
+                (path.parent / cell for cell in cells if cell), f"one of the files that {path} names"
+            )
             files[path] = "the CSV of the images"
     files |= dict.fromkeys(images, "one of the images")
     found = ((_identity(path), what) for path, what in files.items())
@@ -36,17 +38,21 @@ def check_not_input(target: Path, inputs: dict[Identity, str], *, flag: str = "-
     """Raise ConfigError if a file that is to be written is one of the inputs."""
     identity = _identity(target)
     if identity in inputs:
-        raise ConfigError(f"{flag}: {target} is {inputs[identity]}; choose another {'name' if flag == '--out' else '--out'}")
+        raise ConfigError(
+            f"{flag}: {target} is {inputs[identity]}; choose another {'name' if flag == '--out' else '--out'}"
+        )
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, *, flag: str = "--out") -> None:
     """Make the folder of an output where it is missing; raise ConfigError if nothing can be written to it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out: cannot make the folder {path}: {error.strerror or error}") from error
+        raise ConfigError(
+            f"{flag}: cannot make the folder {path}: {error.strerror or error}; choose another one"
+        ) from error
     if not os.access(path, os.W_OK):
-        raise ConfigError(f"--out: nothing may be written to the folder {path}; choose another one")
+        raise ConfigError(f"{flag}: nothing may be written to the folder {path}; choose another one")
 
 
 def _identity(path: Path) -> Identity | None:

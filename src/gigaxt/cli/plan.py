@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 class PlanArguments:
     """What a run will need: memory, disk, time. Trains two real steps on the images of most regions, and keeps nothing.
 
-    gigaxt plan run.yaml                  the images of the config's CSV
-    gigaxt plan run.yaml larger.tif       images to come
-    gigaxt plan run.yaml --fit            also writes the chunk and the budget that are best here into run.yaml
+    $ gigaxt plan run.yaml                  the images of the config's CSV
+    $ gigaxt plan run.yaml larger.tif       images to come
+    $ gigaxt plan run.yaml --fit            also writes the chunk and the budget that are best here into run.yaml
     """
 
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]

@@ -113,9 +113,7 @@ def _found(
         yield path, image, objects
 
 
-def _counted(
-    found: Iterator[tuple[Path, Image, Objects]], counts: list[int]
-) -> Iterator[tuple[Path, Image, Objects]]:
+def _counted(found: Iterator[tuple[Path, Image, Objects]], counts: list[int]) -> Iterator[tuple[Path, Image, Objects]]:
     """The same; the number of each image's objects is added to `counts`."""
     for path, image, objects in found:
         counts.append(len(objects))

@@ -325,11 +325,17 @@ def _row_proposals(manifest: Manifest) -> list[str]:
     for row in manifest.rows:
         rows.setdefault(row.image, []).append(row)
     several = [same for same in rows.values() if len(same) > 1]
-    differ = [same for same in several if len({(row.answer, row.target_path) for row in same}) > 1]
+    answers = [len({(row.answer, row.target_path) for row in same}) for same in several]
+    differ = [same for same, count in zip(several, answers, strict=True) if count > 1]
+    alike = [same for same, count in zip(several, answers, strict=True) if count == 1]
     found = []
     for those, what, to_do in (
         (differ, "several rows that contradict each other", "keep the row that is right"),
-        ([same for same in several if same not in differ], "several rows, so that it counts as often", "leave out all but one"),
+        (
+            [same for same in several if same not in differ],
+            "several rows, so that it counts as often",
+            "leave out all but one",
+        ),
     ):
         if those:
             first = those[0]

@@ -11,8 +11,7 @@ import numpy as np
 
 from gigaxt.datasets.labels import LABEL
 from gigaxt.datasets.manifest import Manifest
-from gigaxt.datasets.mask_facts import has_vectors
-from gigaxt.datasets.mask_facts import UNLABELLED
+from gigaxt.datasets.mask_facts import UNLABELLED, has_vectors
 from gigaxt.datasets.report import CheckReport
 from gigaxt.datasets.statistics import BandStatistics
 from gigaxt.errors import DataError

@@ -67,7 +67,8 @@ class Evaluation:
     @property
     def size(self) -> str:
         """How much was evaluated, in words."""
-        return f"{self.images} images" if self.cases is None else f"{self.cases} cases of {self.images} images"
+        images = f"{self.images} {'image' if self.images == 1 else 'images'}"
+        return images if self.cases is None else f"{self.cases} {'case' if self.cases == 1 else 'cases'} of {images}"
 
     def interval(self, name: str) -> str:
         """The interval of a metric, in words; empty where it has none."""

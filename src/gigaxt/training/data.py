@@ -104,8 +104,9 @@ class Samples:
     @property
     def size(self) -> str:
         """How many, in words."""
-        images = sum(map(len, self.cases))
-        return f"{images} images" if images == len(self) else f"{len(self)} cases of {images} images"
+        count = sum(map(len, self.cases))
+        images = f"{count} {'image' if count == 1 else 'images'}"
+        return images if count == len(self) else f"{len(self)} {'case' if len(self) == 1 else 'cases'} of {images}"
 
     def plain(self, index: int) -> Sample:
         """The sample as it is on disk.

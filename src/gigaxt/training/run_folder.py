@@ -56,7 +56,7 @@ def prepare_run(config: RunConfig, out: Path) -> tuple[RunFolder, RunConfig, Tas
         manifest.check_files()
     folder = RunFolder(out, rows_digest(manifest))
     stored = run_config(read_yaml(folder.config)) if folder.config.exists() else None
-    if stored is None and out.exists() and any(out.iterdir()):
+    if stored is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: expected a new folder or one of a run (with config.yaml); use another --out")
     config = _resolved(config, manifest, stored)
     task = make_task(config.model.head, manifest)
