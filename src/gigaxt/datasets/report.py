@@ -331,11 +331,7 @@ def _row_proposals(manifest: Manifest) -> list[str]:
     found = []
     for those, what, to_do in (
         (differ, "several rows that contradict each other", "keep the row that is right"),
-        (
-            [same for same in several if same not in differ],
-            "several rows, so that it counts as often",
-            "leave out all but one",
-        ),
+        (alike, "several rows, so that it counts as often", "leave out all but one"),
     ):
         if those:
             first = those[0]
