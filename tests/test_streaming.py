@@ -240,6 +240,18 @@ def test_wrong_use() -> None:
         stream(linear, lambda c: (torch.ones(2, 3), torch.ones(3, 3)), [0])
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_errors_of_load_name_the_chunk(count: int) -> None:
+    def load(chunk: int) -> Tensor:
+        if chunk == count - 1:
+            raise ValueError("broken")
+        return torch.zeros(1, 2)
+
+    with pytest.raises(ValueError, match="broken") as caught:
+        stream(nn.Linear(2, 2), load, range(count))
+    assert caught.value.__notes__ == [f"in {count - 1}"]
+
+
 def test_errors_name_the_chunk_and_close_the_readers() -> None:
     class Named:
         def __init__(self, i: int) -> None:

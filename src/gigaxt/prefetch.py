@@ -35,11 +35,12 @@ def read_ahead(
             host allocator reuses a pinned block only after the copy's event.
         readers: threads, and chunks ahead of the one at work.
 
-    At most `readers` + 1 chunks are in memory. Errors of `load` are raised at their chunk's turn.
+    At most `readers` + 1 chunks are in memory. Errors of `load` are raised at their chunk's turn, with a note that
+    names it.
     """
     if len(chunks) <= 1:
         for chunk in chunks:
-            yield chunk, to_device(load(chunk), device)
+            yield chunk, to_device(_load(load, chunk, pin=False), device)
         return
     pin = device.type == "cuda"
     executor = ThreadPoolExecutor(readers, thread_name_prefix="gigaxt-read")
@@ -47,7 +48,7 @@ def read_ahead(
         queue: deque[Future[Any]] = deque()
         for i, chunk in enumerate(chunks):
             for later in chunks[i + len(queue) : i + 1 + readers]:
-                queue.append(executor.submit(_load, load, later, pin))
+                queue.append(executor.submit(_load, load, later, pin=pin))
             yield chunk, to_device(queue.popleft().result(), device)
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
@@ -83,9 +84,13 @@ def take_rows(loaded: Any, start: int, stop: int) -> Any:
     return tree_map(lambda t: t[start:stop] if isinstance(t, Tensor) else t, loaded)
 
 
-def _load(load: Callable[[C], Any], chunk: C, pin: bool) -> Any:
+def _load(load: Callable[[C], Any], chunk: C, *, pin: bool) -> Any:
     _reader.pins = pin
-    loaded = load(chunk)
+    try:
+        loaded = load(chunk)
+    except Exception as error:
+        error.add_note(f"in {chunk}")
+        raise
     return tree_map(_pinned, loaded) if pin else loaded
 
 
