@@ -83,6 +83,21 @@ def test_a_dense_model_keeps_all_feature_maps_before_some_graphs() -> None:
     assert apart.host_gib == pytest.approx(10.2, abs=0.02)
 
 
+def test_graphs_take_more_of_the_host_than_of_a_device() -> None:
+    """Each tensor is a block of its own there, of a power of two."""
+    graphs = found(regions=1000, device_gib=5.0, device="cuda", hosted_gib=0.15)
+    room = replace(CUDA, host_free=64.0)
+    choice = plan.choose(graphs, Streaming(), room)
+    left = 0.9 * 70 - 5
+    assert choice.budget_gib == pytest.approx(left, abs=0.011)
+    assert choice.host_gib == pytest.approx(0.9 * 64 - 2, abs=0.011)  # 64 would be needed
+    few = plan.choose(replace(graphs, regions=700), Streaming(), room)
+    assert few.host_gib == pytest.approx(1.02 * 1.5 * (70 - left), abs=0.02)
+    # Measured with it, the choice is the same.
+    kept = replace(graphs, regions=700, device_gib=5 + (few.budget_gib or 0), host_gib=2 + 1.5 * (70 - left))
+    assert plan.choose(kept, few, room).host_gib == pytest.approx(few.host_gib, abs=0.1)
+
+
 def test_a_larger_chunk_needs_more() -> None:
     fast = found(regions=1000, chunk_s={"4": 0.1, "8": 0.05})
     choice = plan.choose(fast, Streaming(), ROOM)

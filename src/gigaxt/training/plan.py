@@ -156,7 +156,8 @@ def choose(found: Found, streaming: Streaming, room: Room) -> Streaming:
     dense = found.maps_gib > 0
     graphs, maps = found.regions * found.graph_gib, found.regions * found.maps_gib if dense else 0.0
     spent = min(streaming.budget_gib, graphs) if streaming.budget_gib is not None else graphs
-    spent_host = min(streaming.host_gib, maps if dense else graphs - spent)
+    on_host = max(found.hosted_gib / found.graph_gib, 1.0) if found.graph_gib else 1.0  # what a GiB of graphs takes
+    spent_host = min(streaming.host_gib, maps if dense else on_host * (graphs - spent))
     chunk = min(found.chunk_s, key=lambda size: found.chunk_s[size]) if found.chunk_s else str(streaming.chunk_regions)
     grown = (int(chunk) - int(found.streaming["chunk_regions"])) * found.graph_gib
     if room.apart:
@@ -167,7 +168,7 @@ def choose(found: Found, streaming: Streaming, room: Room) -> Streaming:
     left, left_host = max(left, 0.0), max(left_host, 0.0)
     if graphs <= left:
         return replace(streaming, budget_gib=_up(graphs), host_gib=0.0, chunk_regions=int(chunk))
-    host = _up(maps if dense else graphs - left) if room.apart or dense else 0.0
+    host = _up(maps if dense else on_host * (graphs - left)) if room.apart or dense else 0.0
     if host > left_host:  # half of the maps would save half of a pass, but graphs save more
         host = 0.0 if dense else _down(left_host)
     budget = _down(left if room.apart else left - host)

@@ -106,6 +106,8 @@ class Found:
     """Of one region, by all reading threads, from the disk as far as the system can be made to go there."""
     read_s: float
     """The same from the system's cache, or that of `data.cache`."""
+    hosted_gib: float = 0.0
+    """What one region's activations take if a device keeps them on the host."""
     first_step_s: float = 0.0
     """With `train.token_cache`: of the heaviest step where its tokens are not there yet; 0: without."""
     token_cache_gib: float = 0.0
@@ -152,7 +154,7 @@ def _rehearse(job: Job, folder: Path) -> Found:
         regions = len(batch.places)
         files = [Path(name) for name in job.images] or [row.image for sample in run.heaviest for row in sample.case]
         reading = time_reading(batch, config.train.streaming, files) if job.probe else Reading()
-        graph, maps = _kept_bytes(run, batch)
+        graph, hosted, maps = _kept_bytes(run, batch)
         step_s, first_s, passes = _steps(run, regions)
         cached = sum(path.stat().st_size for path in (folder / "tokens").glob("*"))
         evaluate_s = _evaluate(run)
@@ -175,6 +177,7 @@ def _rehearse(job: Job, folder: Path) -> Found:
             host_gib=peak_resident_gib(),
             device_gib=reserved,
             graph_gib=graph / GIB,
+            hosted_gib=hosted / GIB,
             maps_gib=maps / GIB,
             passes=passes,
             streaming=to_dict(_model(run).streaming),
@@ -289,8 +292,8 @@ def _evaluate(run: Rehearsal) -> float:
     return seconds
 
 
-def _kept_bytes(run: Run, batch: SceneBatch) -> tuple[int, int]:
-    """What one region's graph and feature maps hold."""
+def _kept_bytes(run: Run, batch: SceneBatch) -> tuple[int, int, int]:
+    """What one region's graph holds, where it is and on the host of a device, and its feature maps."""
     model = _model(run)
     model.train()
     chunk = batch.chunks(1)[0]
@@ -298,7 +301,7 @@ def _kept_bytes(run: Run, batch: SceneBatch) -> tuple[int, int]:
     (rows,) = reader.rows([chunk])
     with autocast(run.device, run.settings.amp), counted_saves(list(model.parameters())) as saves:
         ((_, (_, maps)),) = reader.run(rows, lambda part: model.encode(part.loaded))
-    return saves.bytes, sum(t.nbytes for t in maps)
+    return saves.bytes, saves.hosted, sum(t.nbytes for t in maps)
 
 
 def _time_chunks(run: Run, batch: SceneBatch) -> dict[str, float]:
