@@ -12,6 +12,7 @@ import gigaxt
 from gigaxt.errors import ConfigError
 from gigaxt.nn.keyed import key_dropout
 from gigaxt.streaming import Streaming, stream
+from gigaxt.testing.live_memory import LiveMemory
 from scarce_memory import ScarceMemory
 
 REGIONS = 7
@@ -335,6 +336,29 @@ def test_parts_of_the_first_chunk_are_not_kept_where_memory_is_short() -> None:
         stream(module, lambda c: pixels[c], [slice(0, 4096)], streaming=streaming).sum().backward()
     assert streaming.most_regions in (1024, 2048)
     assert_same([p.grad for p in module.parameters()], expected)
+
+
+def test_no_graph_that_is_not_kept_stands_beside_the_next_chunks() -> None:
+    """That of the first chunk is made to be looked at; each holds 1 MiB."""
+    held: list[int] = []
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.out = nn.Linear(1, 1 << 18), nn.Linear(1 << 18, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            held.append(memory.now)
+            y: Tensor = self.out(self.into(x).tanh())
+            return y
+
+    module = Wide()
+    with LiveMemory(module.parameters()) as memory:
+        stream(module, lambda chunk: torch.ones(1, 1), range(4)).sum().backward()
+    assert len(held) == 8
+    assert max(held[:4]) < 1 << 16
+    gradients = sum(p.nbytes for p in module.parameters())
+    assert max(held) < gradients + (1 << 16)
 
 
 def test_what_fitted_is_noted_so_that_the_next_stream_does_not_fail_again() -> None:

@@ -205,15 +205,12 @@ class _Job:
             work = partial(self._run_rows, inputs=inputs, graph=True, look=look, on_host=on_host, whole=rows.count)
             results = self.reader.run(rows, work)
             if look:
-                part, (_, _, saves) = results[0]
-                assert saves is not None
-                per_row = -(-saves.bytes // part.count), -(-saves.hosted // part.count)
+                per_row = _saved_per_row(*results[0])
                 keep = len(results) == 1 and device.take(per_row[0] * rows.count)
-            for part, result in results:
-                self.joined.add(part, result.outputs, len(self.chunks))
+            self._join(results, len(self.chunks))
             if keep:
                 self.kept[i] = [(replace(part, loaded=None), result) for part, result in results]
-            del results  # else its graph would stand beside the next chunk's
+            del results  # else its graph would stand beside the next chunk's; no other name may hold it either
         self._run_waiting(waiting, inputs)
         _check_rows(inputs.sliced, total)
         return self.joined.results(total)
@@ -221,9 +218,13 @@ class _Job:
     def _run_waiting(self, waiting: list[Rows], inputs: _Inputs) -> None:
         """Run chunks of which nothing but the outputs is kept, and let them go."""
         for rows in merged(waiting):
-            for part, result in self.reader.run(rows, partial(self._run_rows, inputs=inputs, graph=False)):
-                self.joined.add(part, result.outputs, -(-len(self.chunks) // len(waiting)))
+            results = self.reader.run(rows, partial(self._run_rows, inputs=inputs, graph=False))
+            self._join(results, -(-len(self.chunks) // len(waiting)))
         waiting.clear()
+
+    def _join(self, results: Sequence[tuple[Rows, _Run]], chunks: int) -> None:
+        for part, result in results:
+            self.joined.add(part, result.outputs, chunks)
 
     def backward(self, inputs: _Inputs, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients of the inputs for `grads` of the outputs."""
@@ -243,12 +244,13 @@ class _Job:
                 found = [(rows, gradients(rows, run)) for rows, run in self.kept.pop(i)]
             else:
                 found = self.reader.run(next(reread), gradients)
-            for rows, gradient in found:
+            while found:  # nothing of it may stand beside the next chunk's
+                rows, gradient = found.pop(0)
                 for whole, part in zip(slices, gradient[p : p + n], strict=True):
                     if whole is not None and part is not None:
                         rows.of([whole])[0].copy_(part)
                 sums.add([*gradient[:p], *gradient[p + n :]])
-            del found
+                del rows, gradient
         totals = sums.results()
         return [*totals[:p], *slices, *totals[p:]]
 
@@ -272,6 +274,12 @@ class _Job:
     def _as_tuple(self, outputs: Any) -> tuple[Tensor, ...]:
         self.single = isinstance(outputs, Tensor)
         return (outputs,) if self.single else tuple(outputs)
+
+
+def _saved_per_row(rows: Rows, run: _Run) -> tuple[int, int]:
+    """What a first look counted, a region: bytes on the device, and on the host."""
+    assert run.saves is not None
+    return -(-run.saves.bytes // rows.count), -(-run.saves.hosted // rows.count)
 
 
 def _check_rows(sliced: Sequence[Tensor], rows: int) -> None:
