@@ -362,6 +362,23 @@ def test_states_may_change_their_type() -> None:
     assert total.item() == 2**24 + 3
 
 
+def test_gradients_of_a_segment_do_not_stand_beside_the_next_one() -> None:
+    held: list[int] = []
+
+    class Wide(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            held.append(memory.now)
+            return (super().forward(x).sum(-1, keepdim=True),)
+
+    module, x = Wide(1, 1 << 16), torch.ones(1, 4, 1, requires_grad=True)
+    with LiveMemory([x, *module.parameters()]) as memory:
+        y, _ = scan(module, (x,), segment=1)
+        assert y is not None
+        y.sum().backward()
+    assert len(held) == 8
+    assert max(held) < sum(p.nbytes for p in module.parameters()) + (1 << 12)
+
+
 def test_no_graph_without_gradients() -> None:
     case = Case()
     with torch.no_grad():

@@ -222,6 +222,7 @@ class _Scan(torch.autograd.Function):
                 if whole is not None and grad is not None:
                     plan.add(whole, i, grad)
             sums.add([*of_shared, *of_parameters])
+            del graph, grads, of_inputs, of_shared, of_parameters  # else they would stand beside the next segment's
         totals = sums.results()
         return None, *grad_inputs, *totals[: len(shared)], *grad_state, *totals[len(shared) :]
 

@@ -133,5 +133,5 @@ class _Map(torch.autograd.Function):
             if grad_x is not None and of_part is not None:
                 grad_x.index_add_(0, piece.tokens, of_part)  # no token twice: the order of additions is fixed
             sums.add(others)
-            del graph
+            del graph, of_part, others  # else they would stand beside the next piece's
         return None, grad_x, *sums.results()
