@@ -65,6 +65,9 @@ def test_pixel_size_is_the_models(tmp_path: Path) -> None:
 def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="expected a model folder"):
         gigaxt.load(tmp_path / "nothing")
+    make().save(tmp_path / "run" / "model")
+    with pytest.raises(CheckpointError, match=r"expected a model folder .*run/model is one"):
+        gigaxt.load(tmp_path / "run")
     make().save(tmp_path)
     weights = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 
 from torch import Tensor
 
@@ -17,12 +18,16 @@ def by_case(images: Sequence[Image | Sequence[Image]]) -> tuple[list[Image], lis
     """All images one after the other, and which of them each case has.
 
     Raises:
-        DataError: a case without images.
+        DataError: something else than Images, such as paths, or a case without images.
     """
     flat: list[Image] = []
     cases: list[list[int]] = []
     for item in images:
-        members = [item] if isinstance(item, Image) else list(item)
+        members = list(item) if isinstance(item, (list, tuple)) else [item]
+        other = next((member for member in members if not isinstance(member, Image)), None)
+        if other is not None:
+            what = repr(other) if isinstance(other, (str, PathLike)) else type(other).__name__
+            raise DataError(f"expected Images or lists of them (cases), got {what}; open it with gigaxt.open_image")
         if not members:
             raise DataError(f"case {len(cases)} (from 0): expected at least one image, got none")
         cases.append(list(range(len(flat), len(flat) + len(members))))

@@ -132,7 +132,10 @@ def _read(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
             )
         return ModelConfig.from_dict(described["model"]), given_ready
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: expected a model folder with config.json and model.safetensors") from error
+        inside = f"; {folder / 'model'} is one" if (folder / "model" / "config.json").is_file() else ""
+        raise CheckpointError(
+            f"{folder}: expected a model folder with config.json and model.safetensors{inside}"
+        ) from error
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

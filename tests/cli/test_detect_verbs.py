@@ -169,7 +169,7 @@ def test_files_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str
     truth = make_images(tmp_path)
     (tmp_path / "found.json").write_text('[{"image_id": 99, "category_id": 2, "bbox": [0, 0, 1, 1], "score": 1}]')
     assert main(["eval", str(tmp_path / "found.json"), str(truth)]) == 2
-    assert "prediction 0 (from 0): expected a image_id" in capsys.readouterr().err
+    assert "prediction 0 (from 0): expected an image_id" in capsys.readouterr().err
     assert main(["eval", str(tmp_path / "none.json"), str(truth)]) == 2
     assert main(["eval", str(tmp_path / "found.json"), str(truth), "--png", str(tmp_path)]) == 2
     assert "--png: draws what a model finds" in capsys.readouterr().err

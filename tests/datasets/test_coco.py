@@ -104,7 +104,7 @@ def test_import_appends_and_names_missing_images(tmp_path: Path) -> None:
         ({"bbox": [1, 2, float("nan"), 4]}, r"annotation id 1: expected finite x, y, width and height"),
         ({"bbox": [1, 2, -3, 4]}, "annotation id 1: expected finite x, y"),
         ({"category_id": 4}, "annotation id 1: expected a category_id that .*truth.json lists, got 4"),
-        ({"image_id": 99}, "annotation id 1: expected a image_id"),
+        ({"image_id": 99}, "annotation id 1: expected an image_id"),
         ({"bbox": None, "segmentation": {"size": [30, 40], "counts": "!!"}}, "annotation id 1: "),
         ({"bbox": None, "segmentation": {"size": [30, 40], "counts": [5, 5]}}, "annotation id 1: "),
         ({"bbox": None}, "annotation id 1: expected finite x, y"),

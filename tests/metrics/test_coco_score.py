@@ -209,7 +209,8 @@ def test_masks_of_all_kinds_are_the_same() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_id": 7}, "expected a image_id that truth lists, got 7"),
+        ({"image_id": 7}, "expected an image_id that truth lists, got 7"),
+        ({"image_id": "7.png"}, "got '7.png'; `gigaxt predict` takes ids from the CSV's column image_id"),
         ({"image_id": "5"}, "got '5'"),
         ({"image_id": [5]}, r"got \[5\]"),
         ({"category_id": 4}, "expected a category_id that truth lists, got 4"),
@@ -235,7 +236,7 @@ def test_predictions_that_do_not_fit(change: Item, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_id": 7}, "expected a image_id that .*, got 7"),
+        ({"image_id": 7}, "expected an image_id that .*, got 7"),
         ({"category_id": 4}, "expected a category_id that .*, got 4"),
         ({"bbox": None}, "expected finite x, y, width and height"),
         ({"area": math.inf}, "expected a finite number of at least 0 as area, got inf"),

@@ -126,6 +126,13 @@ def test_wrong_cases() -> None:
         model([[a, b], []])
     with pytest.raises(DataError, match=r"expected shape \(1,\)"):
         model.loss([[a, b]], [0, 1])
+    for given in (["a.tif"], [np.zeros((9, 9, 3), np.uint8)], [[a, "a.tif"]]):
+        with pytest.raises(DataError, match=r"expected Images or lists of them.*gigaxt.open_image"):
+            model(given)
+    with pytest.raises(DataError, match=r"expected a list of Images, got a.tif; use gigaxt.predict"):
+        model("a.tif")
+    with pytest.raises(DataError, match=r"expected numbers as targets.*\['ash'\]"):
+        model.loss([a], ["ash"])
     config = model.config
     masks = build_model(ModelConfig.from_dict({**vars(config), "head": {"kind": "segment", "classes": 2, "dim": 8}}))
     with pytest.raises(DataError, match="several images as one case are for classification"):

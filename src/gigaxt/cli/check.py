@@ -81,7 +81,10 @@ def main(args: Sequence[str]) -> int:
     print("\n".join(report.lines()))
     if not report.ok:
         wrong = len(report.missing) + len(report.unreadable) + len(report.mismatched)
-        print(f"error: {arguments.csv}: {wrong} files to put right, listed above", file=sys.stderr)
+        print(
+            f"error: {arguments.csv}: {wrong} {'file' if wrong == 1 else 'files'} to put right, listed above",
+            file=sys.stderr,
+        )
     write_run(arguments, report)
     return 0 if report.ok else 2
 

@@ -160,7 +160,7 @@ class _Looker:
                 if self.points is not None:
                     finding.objects = count_points(self.manifest, row, image, self.points)
             except GigaxtError as error:
-                cause = str(error).removeprefix(f"{row.target_path}: ")
+                cause = str(error).removeprefix(str(row.target_path)).lstrip(": ")
                 finding.mismatched.append(Problem(row.line, row.target_path, cause))
         return finding
 

@@ -199,7 +199,7 @@ class Image(ABC):
         return mask
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name} {self.height} x {self.width} px, {self.channels} x {self.dtype}>"
+        return f"<{type(self).__name__} {self.name} {self.width} x {self.height} px, {self.channels} x {self.dtype}>"
 
 
 def not_nodata(pixels: Pixels, nodata: float) -> Mask:

@@ -44,7 +44,10 @@ class Numbering:
         for key, known in (("image_id", self.images), ("category_id", self.categories)):
             given = item.get(key)
             if not isinstance(given, (Real, str)) or given not in known:
-                raise ValueError(f"expected a {key} that {self.source} lists, got {given!r:.60}")
+                # File names stand in for ids that `gigaxt predict` was not told.
+                named = "; `gigaxt predict` takes ids from the CSV's column image_id" if isinstance(given, str) else ""
+                article = "an" if key == "image_id" else "a"
+                raise ValueError(f"expected {article} {key} that {self.source} lists, got {given!r:.60}{named}")
             numbers[key] = known[given]
         return numbers
 

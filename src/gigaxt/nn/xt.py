@@ -159,8 +159,9 @@ class GigaXT(nn.Module):
         Raises:
             DataError: images or targets that do not fit the model. ImageError: a file that cannot be read.
         """
-        if isinstance(images, Image):
-            raise DataError("expected a list of Images, got one Image: model([image])")
+        if isinstance(images, (Image, str, Path)):
+            what = "one Image: model([image])" if isinstance(images, Image) else f"{images}; use gigaxt.predict"
+            raise DataError(f"expected a list of Images, got {what}")
         seed = draw_seed() if seed is None else seed
         if targets is None:
             return self._dense_answers(images, seed) if self.dense else self._classify(images, seed)
@@ -370,6 +371,8 @@ class GigaXT(nn.Module):
     def _labels(self, targets: Any, logits: Tensor) -> Tensor:
         if isinstance(targets, Sequence):
             targets = np.asarray([np.asarray(target) for target in targets])
+            if targets.dtype.kind not in "biuf":
+                raise DataError(f"expected numbers as targets, such as a class's index, got {targets.tolist()!r:.80}")
         return torch.as_tensor(targets, device=logits.device)
 
 

@@ -94,7 +94,7 @@ class PointTarget(SceneTarget):
                 row, col = self.places[outside[0]]
                 raise DataError(
                     f"{self.name}: {len(outside)} of {len(self)} points lie outside of {image.name}, {image.width} x "
-                    f"{image.height} px, the first at row {row:.6g}, column {col:.6g}"
+                    f"{image.height} px, the first at row {row:.6g}, column {col:.6g} in px from the corner"
                 )
             self.size_px = size
         if self.size_px != size:
