@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
+from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +24,7 @@ def by_case(images: Sequence[Image | Sequence[Image]]) -> tuple[list[Image], lis
     flat: list[Image] = []
     cases: list[list[int]] = []
     for item in images:
-        members = list(item) if isinstance(item, (list, tuple)) else [item]
+        members: list[Any] = list(item) if isinstance(item, (list, tuple)) else [item]
         other = next((member for member in members if not isinstance(member, Image)), None)
         if other is not None:
             what = repr(other) if isinstance(other, (str, PathLike)) else type(other).__name__

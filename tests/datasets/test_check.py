@@ -243,6 +243,15 @@ def test_advice(tmp_path: Path) -> None:
     assert "class b does not occur in train: it cannot be learnt" in report.proposals()
 
 
+def test_labels_with_decimals(tmp_path: Path) -> None:
+    for name in ("i", "j"):
+        tifffile.imwrite(tmp_path / f"{name}.tif", np.arange(64 * 48, dtype=np.uint16).reshape(64, 48))
+    for labels, expected in ((("1.50", "2"), True), (("1", "2"), False), (("a", "nan"), False)):
+        text = "image,label\n" + "".join(f"{name}.tif,{label}\n" for name, label in zip("ij", labels, strict=True))
+        said = check_manifest(table(tmp_path / "d.csv", text)).proposals()
+        assert any("--target regression" in line for line in said) == expected
+
+
 def test_an_image_in_several_rows(tmp_path: Path) -> None:
     for name in ("i", "j"):
         tifffile.imwrite(tmp_path / f"{name}.tif", np.arange(64 * 48, dtype=np.uint16).reshape(64, 48))

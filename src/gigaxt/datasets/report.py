@@ -354,9 +354,19 @@ def _class_proposals(manifest: Manifest) -> list[str]:
     present = [count for count in counts.values() if count]
     if present and max(present) > 10 * min(present):
         found.append("classes differ more than tenfold in number: set head.class_weights")
+    if manifest.target == "single" and any(_is_decimal(name) for name in manifest.classes):
+        found.append("labels such as 1.5 are taken as names of classes: --target regression learns them as numbers")
     if len(manifest.classes) == 1 and manifest.target == "single":
         found.append("there is one class: add examples of another")
     return found
+
+
+def _is_decimal(name: str) -> bool:
+    """Whether a class is called like a number that is not whole."""
+    try:
+        return float(name) % 1 > 0  # not so of nan and inf, which may be names
+    except ValueError:
+        return False
 
 
 def _tally(values: Iterable[object]) -> str:
