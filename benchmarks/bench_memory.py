@@ -1,7 +1,7 @@
 """Memory and time of one training step against the size of the image: are they linear in its pixels, and where from?
 
 Each size runs in a child process: a tiled JPEG TIFF on disk is read lazily, one forward and backward pass with budget
-0. The peak is the child's resident memory as the kernel counts it (ru_maxrss). Beside it stands what is predicted from
+0. The peak is the child's resident memory as the kernel counts it (VmHWM). Beside it stands what is predicted from
 the number of tokens alone:
 
     before + WORK + K token stores            (a token store: tokens x dim x 4 bytes)
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -27,6 +26,8 @@ from typing import Any
 
 import numpy as np
 from report import in_child, publish
+
+from gigaxt.machine import peak_resident_gib
 
 K = {"classify": 7.4, "segment": 9.4}
 """Token stores at the peak, in the backward pass of the last layer's mixer: the tokens (1), what went into both layers
@@ -142,7 +143,7 @@ def child(path: str, head: str, device: str, per_side: str) -> dict[str, Any]:
 def peak_bytes(device: str) -> int:
     """Of the process, or of a CUDA device."""
     if device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return int(peak_resident_gib() * GIB)
     import torch
 
     torch.cuda.synchronize()

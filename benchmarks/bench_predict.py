@@ -1,7 +1,7 @@
 """Large scenes segmented on the CPU: peak memory above the model, and pixels a second.
 
 Each case runs in a child process: an RGB JPEG TIFF on disk is read lazily, a small model writes its class raster. The
-peak is the child's resident memory as the kernel counts it (ru_maxrss), less what it was once the model had segmented a
+peak is the child's resident memory as the kernel counts it (VmHWM), less what it was once the model had segmented a
 scene of one region. `plain` decodes each pixel once; `overlap` blends windows that overlap by a quarter, the default;
 `probabilities` writes these, too. `objects` and `points` are models that find these, with fresh weights, which find
 hardly any: what the network, context and maps of the scene cost (`bench_detect.py`: what objects cost). Seconds on a
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_memory import make_image, size_of
+from bench_memory import make_image, peak_bytes, size_of
 from report import in_child, publish
 
 REGION, DIM, DEPTH, CLASSES = 256, 64, 1, 4
@@ -41,10 +40,6 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 """Case -> head, suffix of the answer, arguments of `gigaxt.predict`."""
 LIMIT_GIB = 3.0
 GIB = 2**30
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def child(path: Path, case: str) -> dict[str, Any]:
@@ -69,7 +64,7 @@ def child(path: Path, case: str) -> dict[str, Any]:
     out = path.with_suffix(suffix)
     small = gigaxt.open_image(np.zeros((REGION, REGION, 3), np.uint8))  # loads what the first use of a library loads
     gigaxt.predict(model, small, out, **arguments)
-    before = peak_bytes()
+    before = peak_bytes("cpu")
     image = gigaxt.open_image(path)
     pixels = image.height * image.width
     start, cpu = time.perf_counter(), time.process_time()
@@ -84,7 +79,7 @@ def child(path: Path, case: str) -> dict[str, Any]:
         "mp_per_s": round(pixels / seconds / 1e6, 3),
         "mp_per_cpu_s": round(pixels / cpu_seconds / 1e6, 3),
         "before_gib": round(before / GIB, 3),
-        "above_model_gib": round((peak_bytes() - before) / GIB, 3),
+        "above_model_gib": round((peak_bytes("cpu") - before) / GIB, 3),
         "token_store_gib": round(tokens * DIM * 4 / GIB, 4),
         "files_mib": round(sum(p.stat().st_size for p in path.parent.glob(f"{out.stem}*")) / 2**20, 1),
     }

@@ -17,18 +17,21 @@ wall time, and CPU time of all threads (which says nothing on a GPU).
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import timm
 import torch
-from report import publish
+from bench_memory import peak_bytes
+from report import in_child, publish
 from torch import nn
 
 import gigaxt
@@ -180,34 +183,44 @@ def race(steps: Mapping[K, Step], repetitions: int, device: torch.device) -> dic
     return times
 
 
-def contenders(bench: Bench, batch: int, backbone: Step) -> tuple[dict[str, Step], dict[str, list[str]]]:
-    """Every contender by name, and the names of what its floor is made of."""
+def contenders(bench: Bench, batch: int) -> dict[str, Callable[[], Step]]:
+    """What makes each contender, by name."""
     kept = gigaxt.Streaming(budget_gib=None, chunk_regions=batch)
     default = TrainConfig().streaming
     nothing = gigaxt.Streaming(chunk_regions=batch, readers=4)
     none = {"kind": "none", "dim": bench.options.dim}
     context = {"kind": bench.options.context, "dim": bench.options.dim, "depth": 2}
-    steps = {
-        "backbone": backbone,
-        "context": bench.context_alone(context),
-        "none, kept": bench.ours(none, kept),
-        "none, kept, uint8 images": bench.ours(none, kept, files=True),
-        "none, nothing kept, uint8 images": bench.ours(none, nothing, files=True),
-        "none, command line's streaming": bench.ours(none, default),
-        f"{bench.options.context}, kept": bench.ours(context, kept),
-        f"{bench.options.context}, command line's streaming": bench.ours(context, default),
+    makers: dict[str, Callable[[], Step]] = {
+        "none, kept": partial(bench.ours, none, kept),
+        "none, kept, uint8 images": partial(bench.ours, none, kept, files=True),
+        "none, nothing kept, uint8 images": partial(bench.ours, none, nothing, files=True),
+        "none, command line's streaming": partial(bench.ours, none, default),
+        f"{bench.options.context}, kept": partial(bench.ours, context, kept),
+        f"{bench.options.context}, command line's streaming": partial(bench.ours, context, default),
     }
     if not bench.options.without_published:
-        steps["published"] = bench.published()
+        makers["published"] = bench.published
         if bench.device.type == "cuda":
-            steps["published, float16 autocast"] = bench.published(float16=True)
-        steps["published, anomaly detection"] = bench.published(anomalies=True)
-    if bench.options.only:
-        steps = {name: step for name, step in steps.items() if name in ("backbone", "context", *bench.options.only)}
-    floors = {name: ["backbone"] for name in steps if name not in ("backbone", "context")}
-    return steps, {
-        name: [*parts, "context"] if name.startswith(bench.options.context) else parts for name, parts in floors.items()
-    }
+            makers["published, float16 autocast"] = partial(bench.published, float16=True)
+        makers["published, anomaly detection"] = partial(bench.published, anomalies=True)
+    return {name: make for name, make in makers.items() if not bench.options.only or name in bench.options.only}
+
+
+def peaks(names: Sequence[str], options: argparse.Namespace, batch: int) -> dict[str, dict[str, Any]]:
+    """Peak resident memory of one step of each, in a process of its own."""
+    same = ["--backbone", options.backbone, "--context", options.context, "--amp", options.amp]
+    same += [f"--{name}={getattr(options, name)}" for name in ("dim", "images", "side")]
+    found = {name: in_child(__file__, [*same, "--child", name, str(batch)]) for name in names}
+    print(found, flush=True)
+    return found
+
+
+def child(bench: Bench, name: str, batch: int) -> dict[str, Any]:
+    """What a process holds before and at the peak of a first step."""
+    step = contenders(bench, batch)[name]()
+    before = peak_bytes("cpu")
+    step()
+    return {"before_mib": before >> 20, "peak_mib": peak_bytes("cpu") >> 20}
 
 
 def ratios(
@@ -240,22 +253,33 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--without-published", action="store_true")
     parser.add_argument("--only", nargs="+", help="these contenders, beside the floor")
+    parser.add_argument("--memory", action="store_true", help="peak resident memory of a step of each, too; on a CPU")
     parser.add_argument("--keep", action="store_true", help="write the result file")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     bench = Bench(options)
+    if options.child:
+        print(json.dumps(child(bench, options.child[0], int(options.child[1]))))
+        return
     choices = {(n, layout): bench.bare(n, layout) for n in options.batches for layout in LAYOUTS}
     tried = race(choices, 2, bench.device)
     batch, layout = best = min(tried, key=lambda choice: min(tried[choice]))
     print(f"the backbone is fastest with {batch} regions of {options.batches}, {layout}", flush=True)
-    steps, floors = contenders(bench, batch, choices[best])
+    makers = contenders(bench, batch)
+    context = {"kind": options.context, "dim": options.dim, "depth": 2}
+    steps = {"backbone": choices[best], "context": bench.context_alone(context)}
+    steps |= {name: make() for name, make in makers.items()}
+    floors = {name: ["backbone", *["context"] * name.startswith(options.context)] for name in makers}
     found = race(steps, options.repetitions, bench.device)
-    settings = {k: v for k, v in vars(options).items() if k not in ("keep", "batches", "only")}
+    settings = {k: v for k, v in vars(options).items() if k not in ("keep", "batches", "only", "child")}
     card = (
         {"gpu": torch.cuda.get_device_name()} if bench.device.type == "cuda" else {"threads": torch.get_num_threads()}
     )
     seconds = {name: round(statistics.median(wall for wall, _ in turns), 4) for name, turns in found.items()}
     rows = ratios(found, floors, bench.device)
     result = {"settings": {**settings, **card}, "batch": batch, "layout": layout, "rows": rows, "seconds": seconds}
+    if options.memory:
+        result["peaks"] = peaks(list(makers), options, batch)
     name = f"small_images_{options.backbone}_{options.amp}{'_compile' if options.compile else ''}"
     publish(name, result, keep=options.keep)
 

@@ -57,6 +57,10 @@ def resident_gib(pid: int) -> float:
 
 def peak_resident_gib() -> float:
     """The most that this process has held so far."""
+    for line in _lines(Path("/proc/self/status")):
+        name, _, value = line.partition(":")
+        if name == "VmHWM":  # getrusage would count the process that started this one, too
+            return int(value.split()[0]) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (GIB if sys.platform == "darwin" else 2**20)  # bytes there, KiB on Linux
 

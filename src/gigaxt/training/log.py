@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import os
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gigaxt.errors import CheckpointError
+from gigaxt.machine import peak_resident_gib
 from gigaxt.training.checkpoint import one_line
 
 STEP_COLUMNS = ("step", "epoch", "split", "loss", "lr", "grad_norm", "s_per_step", "images_per_s", "memory_gib")
@@ -218,8 +217,7 @@ def memory_gib() -> float:
     """Peak memory so far, GiB: of the CUDA device where one is in use, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB on Linux
+    return peak_resident_gib()
 
 
 def decimals(value: float) -> str:
