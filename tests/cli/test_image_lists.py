@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gigaxt import ConfigError, ImageError
+from gigaxt import ConfigError, DataError, ImageError
 from gigaxt.cli.image_lists import expand, scene_outputs
 
 
@@ -57,3 +57,18 @@ def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(expand([tmp_path / "s2/[x].tif"])) == [tmp_path / "s2/[x].tif"]  # a file of that name wins
     with pytest.raises(ImageError, match="nothing does"):
         list(expand([Path("*.png")]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"image;label\na.tif;b\n", "columns are separated by ';'; expected commas"),
+        ("image\nbäume.tif\n".encode("latin-1"), "not UTF-8 text; save the CSV as UTF-8"),
+        (b"image,label\na,b.tif,oak\n", "line 2: expected 2 cells as in the header, got 3"),
+        (b"path\na.tif\n", "expected a column `image`, got path"),
+    ],
+)
+def test_csvs_are_read_as_manifests_are(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "d.csv").write_bytes(text)
+    with pytest.raises(DataError, match=message):
+        list(expand([tmp_path / "d.csv"]))

@@ -121,7 +121,7 @@ def test_bad_images_stop_or_are_skipped(folder: Path, model: str, out: str, caps
         (["seg", "scenes", "--out", "scenes"], "is one of the images"),
         (["seg", "scenes/a.tif", "bad/../scenes/a.tif", "--out", "x"], "are one image, or have one name"),
         (["seg", "none.tif", "--out", "x.tif"], "none.tif: expected an image"),
-        (["seg", "none.csv", "--out", "x"], "none.csv: cannot read"),
+        (["seg", "none.csv", "--out", "x"], "none.csv: No such file"),
         (["seg", "--out", "x"], "at least one image"),
         (["scenes", "scenes/a.tif", "--out", "x.tif"], "expected the folder of a model"),
         (["seg", "scenes/a.tif", "--out", "x.tif", "--chunk-regions", "0"], "expected at least 1, got 0"),

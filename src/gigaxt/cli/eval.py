@@ -207,7 +207,10 @@ def _tally(trained: Trained, arguments: EvalArguments, skipped: dict[str, str] |
         raise ConfigError(f"{arguments.csv}: no row is in the split `{arguments.split}`; try --split all")
     task = make_task(model.config.head, manifest)
     if arguments.png is not None and not isinstance(task, Detection):
-        raise ConfigError(f"--png: draws boxes, and the model's head is of kind {model.config.head.kind}")
+        raise ConfigError(
+            f"--png: draws boxes, and the model's head is of kind {model.config.head.kind}; "
+            "the report of a run and gigaxt predict --png draw others"
+        )
     if slow := slow_precision(device, arguments.amp):
         print(slow, file=sys.stderr)
     with autocast(device, arguments.amp):

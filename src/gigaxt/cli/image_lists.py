@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from gigaxt.cells import read_cells
 from gigaxt.errors import ConfigError, DataError, ImageError
 
 TIFF_SUFFIXES = (".tif", ".tiff")
@@ -112,17 +112,10 @@ def _matches(pattern: Path) -> Iterator[Path]:
 
 def _lines_of_csv(path: Path) -> list[tuple[Path, str]]:
     """Image and case, which may be empty, of each line."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file, skipinitialspace=True)
-            columns = [(name or "").strip().lower() for name in table.fieldnames or ()]
-            if "image" not in columns:
-                raise DataError(f"{path}: expected a column `image`, got {', '.join(columns) or 'an empty file'}")
-            table.fieldnames = columns
-            lines = [((row["image"] or "").strip(), (row.get("case") or "").strip()) for row in table]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot read the CSV: {getattr(error, 'strerror', None) or error}") from error
-    found = [(path.parent / name, case) for name, case in lines if name]
+    columns, lines = read_cells(path)
+    if "image" not in columns:
+        raise DataError(f"{path}: expected a column `image`, got {', '.join(columns)}")
+    found = [(path.parent / cells["image"], cells.get("case", "")) for _, cells in lines if cells["image"]]
     if not found:
         raise DataError(f"{path}: expected a line for each image below the header, got none")
     return found

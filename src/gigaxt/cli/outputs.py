@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from gigaxt.cells import read_cells
 from gigaxt.errors import ConfigError
 
 Identity = tuple[int, int]
@@ -23,8 +23,7 @@ def input_files(given: Sequence[Path], images: Iterable[Path]) -> dict[Identity,
     files: dict[Path, str] = {}
     for path in given:
         if path.suffix.lower() == ".csv":
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                cells = {cell.strip() for row in csv.reader(file) for cell in row}
+            cells = {cell for _, line in read_cells(path)[1] for cell in line.values()}
             files |= dict.fromkeys(
                 (path.parent / cell for cell in cells if cell), f"one of the files that {path} names"
             )

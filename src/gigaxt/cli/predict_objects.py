@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from gigaxt.cells import read_cells
 from gigaxt.cli.image_lists import scene_outputs
 from gigaxt.cli.outputs import check_not_input, input_files, make_folder
 from gigaxt.errors import ConfigError, DataError, ImageError
@@ -70,12 +70,10 @@ def image_ids(paths: Sequence[Path]) -> dict[Path, int | str]:
     for path in paths:
         if path.suffix.lower() != ".csv":
             continue
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            for row in csv.DictReader(file, skipinitialspace=True):
-                cells = {(name or "").strip().lower(): (cell or "").strip() for name, cell in row.items() if name}
-                if cells.get("image") and cells.get("image_id"):
-                    id_ = cells["image_id"]
-                    ids[path.parent / cells["image"]] = int(id_) if id_.lstrip("-").isdigit() else id_
+        for _, cells in read_cells(path)[1]:
+            if cells.get("image") and cells.get("image_id"):
+                id_ = cells["image_id"]
+                ids[path.parent / cells["image"]] = int(id_) if id_.lstrip("-").isdigit() else id_
     return ids
 
 
