@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -297,6 +297,26 @@ def test_bad_masks() -> None:
         model.loss(images[1:], [np.full((100, 64), 3, np.uint8)])
     ignored = model.loss(images[1:], [np.full((100, 64), 255, np.uint8)])
     assert ignored == 0.0
+
+
+def test_bad_masks_on_a_device_of_its_own_are_refused_while_they_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (images, _) = make("convnext", "segment"), scenes()
+    checked: list[int] = []
+    check = model.head.check_targets
+
+    def spy(targets: Mapping[str, Tensor]) -> None:
+        checked.append(len(targets["target"]))
+        check(targets)
+
+    monkeypatch.setattr(model.head, "check_targets", spy)
+    good = [np.zeros((100, 64), np.uint8)]
+    model.loss(images[1:], good)
+    assert not checked  # on a CPU the loss looks itself
+    monkeypatch.setattr(type(model), "_device", torch.device("meta"))
+    model.loss(images[1:], good)
+    assert sum(checked) == len(model.batch(images[1:]).places)
+    with pytest.raises(DataError, match="class 3 is out of range"):
+        model.loss(images[1:], [np.full((100, 64), 3, np.uint8)])
 
 
 def test_bad_config() -> None:

@@ -34,7 +34,7 @@ from gigaxt.nn.region_encoder import RegionEncoderConfig
 from gigaxt.nn.stages import Answers, FrozenMaps, LossSums, TokensOnly
 from gigaxt.nn.stages import RegionTokens as RegionTokens
 from gigaxt.replay import draw_seed
-from gigaxt.scenes import SceneBatch
+from gigaxt.scenes import Chunk, SceneBatch
 from gigaxt.streaming import Streaming, stream
 from gigaxt.targets.base import SceneTarget, target_for
 from gigaxt.token_cache import TokenCache
@@ -274,8 +274,14 @@ class GigaXT(nn.Module):
     def _sums(self, images: Cases, targets: Any, seed: int, *, linear: bool) -> tuple[Tensor, ...]:
         head = self._dense_head
         batch = self.batch(images, [target_for(head, target) for target in targets])
-        decode = LossSums(self._dense_head, self.encode)
-        return self._decode(batch, decode, batch.load_targets, "sum", linear, seed)
+
+        def load_targets(chunk: Chunk) -> dict[str, Tensor]:
+            targets = batch.load_targets(chunk)
+            if self._device.type != "cpu" and hasattr(head, "check_targets"):
+                head.check_targets(targets)
+            return targets
+
+        return self._decode(batch, LossSums(head, self.encode), load_targets, "sum", linear, seed)
 
     def _dense_answers(self, images: Cases, seed: int) -> Any:
         batch = self.batch(images)

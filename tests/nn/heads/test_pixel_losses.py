@@ -249,6 +249,9 @@ def test_values_that_are_no_targets(target: str, value: float, message: str) -> 
     truth[(0, 0, 0) if target == "single" else (0, 0, 0, 0)] = value
     with pytest.raises(DataError, match=message):
         loss.sums(answers, truth, valid)
+    with pytest.raises(DataError, match=message):
+        loss.check(truth, valid)
+    loss.check(truth, torch.zeros_like(valid))  # where nothing counts, anything may stand
     with pytest.raises(DataError, match="size"):
         loss.sums(answers, truth[..., :-1], valid)
 

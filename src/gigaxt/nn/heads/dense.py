@@ -71,6 +71,18 @@ class DenseHead(MapsHead):
             DataError: targets that do not fit.
         """
 
+    def check_targets(self, targets: Mapping[str, Tensor]) -> None:
+        """Refuse values that are no targets, where a chunk is loaded: on the host, so that no device is waited for.
+
+        Called where the model is on a device of its own; there `loss_sums` should not look at values.
+
+        Args:
+            targets: as `loss_sums` gets them, on the host.
+
+        Raises:
+            DataError: values that are no targets.
+        """
+
     @abstractmethod
     def loss(self, sums: Sequence[Tensor]) -> Tensor:
         """The scalar loss from the sums over all regions."""

@@ -40,6 +40,18 @@ class PixelLoss(ABC):
         self.config, self.mix = config, config.mix
 
     @abstractmethod
+    def check(self, target: Tensor, valid: Tensor) -> None:
+        """Refuse values that are no targets.
+
+        Args:
+            target: see `sums`.
+            valid: see `sums`.
+
+        Raises:
+            DataError: names the first of them.
+        """
+
+    @abstractmethod
     def sums(self, answers: Tensor, target: Tensor, valid: Tensor) -> Sums:
         """The sums of some regions.
 
@@ -49,7 +61,8 @@ class PixelLoss(ABC):
             valid: (n, H, W) bool, False for padding and nodata, whatever the target says there.
 
         Raises:
-            DataError: values that are no targets, or shapes that do not fit.
+            DataError: shapes that do not fit; on a CPU also values that are no targets (elsewhere the check would wait
+                for the device: see `DenseHead.check_targets`).
         """
 
     def loss(self, sums: Sequence[Tensor]) -> Tensor:
@@ -78,7 +91,7 @@ class PixelLoss(ABC):
         return like.new_ones(self.config.classes) if weights is None else like.new_tensor(weights)
 
     def _checked(self, answers: Tensor, target: Tensor, valid: Tensor, bands: tuple[int, ...]) -> Tensor:
-        """The answers in at least float32, if target (n, *bands, H, W) and validity have their size."""
+        """The answers in at least float32, if target (n, *bands, H, W) and validity have their size, and fit."""
         n, *size = (len(answers), *answers.shape[2:])
         if tuple(target.shape) != (n, *bands, *size) or tuple(valid.shape) != (n, *size):
             what = f"{bands[0]} bands" if bands else "a mask"
@@ -86,6 +99,8 @@ class PixelLoss(ABC):
                 f"target: expected {what} of the logits' size {tuple(size)} with a validity of that size, "
                 f"got {tuple(target.shape)} and {tuple(valid.shape)}"
             )
+        if target.device.type == "cpu":
+            self.check(target, valid)
         return at_least_float32(answers)
 
     def _focal(self, log_p: Tensor) -> Tensor:
@@ -100,12 +115,16 @@ class OneClassLoss(PixelLoss):
 
     score_sums = "confusion"
 
+    def check(self, target: Tensor, valid: Tensor) -> None:
+        """See `PixelLoss.check`."""
+        counted = valid & (target != self.config.ignore)
+        check_class_indices(target.long().masked_fill(~counted, 0), self.config.classes)
+
     def sums(self, answers: Tensor, target: Tensor, valid: Tensor) -> Sums:
         """See `PixelLoss.sums`; scores are made of the confusion matrix (classes, classes), true class as row."""
         logits = self._checked(answers, target, valid, ())
         counted = valid & (target != self.config.ignore)
         target = target.long().masked_fill(~counted, 0)
-        check_class_indices(target, self.config.classes)
         class_weights = self._weights(logits)
         weights = class_weights[target] * counted  # (n, H, W)
         total = logits.new_zeros((), dtype=torch.float64)
@@ -134,16 +153,19 @@ class LabelsLoss(PixelLoss):
 
     score_sums = "counts"
 
-    def sums(self, answers: Tensor, target: Tensor, valid: Tensor) -> Sums:
-        """See `PixelLoss.sums`; scores are made of pixels (4, labels): yes and right, yes and wrong, missed, left."""
-        logits = self._checked(answers, target, valid, (self.config.classes,))
-        known = valid[:, None] & (target != self.config.ignore)
-        wrong = known & (target != 0) & (target != 1)
+    def check(self, target: Tensor, valid: Tensor) -> None:
+        """See `PixelLoss.check`."""
+        wrong = valid[:, None] & (target != self.config.ignore) & (target != 0) & (target != 1)
         if bool(wrong.any()):
             raise DataError(
                 f"target: expected labels 0 and 1, got {target[wrong][0].item():g}; correct the mask, or mark what is "
                 f"not known with the `ignore` value ({self.config.ignore})"
             )
+
+    def sums(self, answers: Tensor, target: Tensor, valid: Tensor) -> Sums:
+        """See `PixelLoss.sums`; scores are made of pixels (4, labels): yes and right, yes and wrong, missed, left."""
+        logits = self._checked(answers, target, valid, (self.config.classes,))
+        known = valid[:, None] & (target != self.config.ignore)
         true = known & (target == 1)
         weights = self._weights(logits)[:, None, None] * known  # (n, labels, H, W)
         total = logits.new_zeros((), dtype=torch.float64)
@@ -167,13 +189,16 @@ class NumbersLoss(PixelLoss):
 
     score_sums = "moments"
 
+    def check(self, target: Tensor, valid: Tensor) -> None:
+        """See `PixelLoss.check`."""
+        if bool((valid[:, None] & torch.isinf(target)).any()):
+            raise DataError("target: expected finite numbers, got infinity; correct the raster, or its nodata value")
+
     def sums(self, answers: Tensor, target: Tensor, valid: Tensor) -> Sums:
         """See `PixelLoss.sums`; scores are made of moments (5, numbers): pixels, sums of e^2, |e|, t and t^2."""
         answers = self._checked(answers, target, valid, (self.config.classes,))
         known = valid[:, None] & ~torch.isnan(target)
         exact = torch.where(known, target, 0).double()
-        if bool(torch.isinf(exact).any()):
-            raise DataError("target: expected finite numbers, got infinity; correct the raster, or its nodata value")
         error = torch.where(known, answers - exact.to(answers.dtype), 0)
         std = self.config.target_std
         unit = error if std is None else error / error.new_tensor(std)[:, None, None]

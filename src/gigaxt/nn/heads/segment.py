@@ -84,6 +84,10 @@ class SegmentHead(DenseHead):
             return as_mask(target)
         return as_bands(target, self.config.classes, numbers=self.config.target == "regression")
 
+    def check_targets(self, targets: Mapping[str, Tensor]) -> None:
+        """See `DenseHead.check_targets`."""
+        self.pixels.check(targets["target"], targets["valid"])
+
     def loss_sums(self, answers: Answers, targets: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """See `gigaxt.nn.heads.pixel_losses`.
 
