@@ -5,7 +5,7 @@ the batch size and memory layout that are fastest here. Ours is a whole step of 
 context, head, loss, backward. With a context, its own forward and backward pass on tokens in memory is added to the
 floor. Beside it the published training step, rebuilt from what is known of it: Swin-T of the shipped config 512/256
 through `gigaxt.from_xt_release`, random weights, all regions in one batch, a plain loop in float32 without compilation;
-with the anomaly detection that its trainer leaves on, and without.
+with the anomaly detection that its trainer leaves on, and without; and the same model as this library trains it.
 
 All contenders take turns in one process; medians of `--repetitions` turns of the ratio to the floor in the same turn:
 wall time, and CPU time of all threads (which says nothing on a GPU).
@@ -139,6 +139,12 @@ class Bench:
             return lambda: self._train(model, self.images, lambda: torch.autocast(self.device.type, torch.float16))
         return lambda: self._train(model, self.images, lambda: torch.autograd.set_detect_anomaly(anomalies))
 
+    def published_streamed(self, streaming: gigaxt.Streaming) -> Step:
+        """The same model, its context and head included, as this library trains it."""
+        model = published_model().train().to(self.device)
+        model.streaming = streaming
+        return lambda: self._train(model, self.images, self.autocast)
+
     def _train(self, model: gigaxt.GigaXT, given: Any, around: Callable[[], AbstractContextManager[Any]]) -> None:
         model.zero_grad()
         with around():
@@ -199,6 +205,8 @@ def contenders(bench: Bench, batch: int) -> dict[str, Callable[[], Step]]:
         f"{bench.options.context}, command line's streaming": partial(bench.ours, context, default),
     }
     if not bench.options.without_published:
+        makers["published's model, kept"] = partial(bench.published_streamed, kept)
+        makers["published's model, nothing kept"] = partial(bench.published_streamed, nothing)
         makers["published"] = bench.published
         if bench.device.type == "cuda":
             makers["published, float16 autocast"] = partial(bench.published, float16=True)

@@ -24,7 +24,7 @@ run 60 benchmarks/bench_overhead.py --device cuda --side 8192 --chunk 256 --read
 run 45 benchmarks/bench_overhead.py --device cuda --side 4096 --chunk 64 --readers 4 --amp bf16 --heads classify \
     --only "all kept" --backbones swinv2_tiny_window16_256 convnext_tiny --name overhead_kept --keep
 run 40 benchmarks/bench_small_images.py --device cuda --images 1 --side 4096 --batches 128 --amp bf16 --repetitions 2 \
-    --only "none, kept, uint8 images" "none, nothing kept, uint8 images" published "published, float16 autocast" --keep
+    --only "published's model, kept" "published's model, nothing kept" published "published, float16 autocast" --keep
 run 40 benchmarks/bench_swin_attention.py --device cuda --regions 64 --amp off bf16 --keep
 if [ "${1:-}" = more ]; then
     run 600 benchmarks/bench_scale.py 131072:4 --chunk 256 --readers 4 --name scale_131072 --keep

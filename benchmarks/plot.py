@@ -16,7 +16,11 @@ from report import newest
 TARGET = Path(__file__).parents[1] / "docs" / "images" / "memory_and_time.png"
 
 
-SERIES = {"memory": "8 x 8 tokens a region", "memory_4x4": "4 x 4 tokens a region"}
+SERIES = {
+    "memory": "8 x 8 tokens a region",
+    "memory_segment": "8 x 8 tokens a region",
+    "memory_4x4": "4 x 4 tokens a region",
+}
 """Results that are drawn, and what they are called."""
 
 
