@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import nn
 
+from gigaxt.allocator import give_back_freed_memory
 from gigaxt.errors import CheckpointError, DataError, GigaxtError, ImageError, TrainingError
 from gigaxt.image.file_cache import file_cache, files_cached
 from gigaxt.nn.xt import ModelConfig
@@ -80,6 +81,7 @@ def _train(config: RunConfig, out: Path, console: Console | None, on_step: OnSte
         run = Run(config, folder, task, device, signals)
         run.restore()
         run.fit(console, on_step)
+    give_back_freed_memory()
     with answers(folder, task, device) as answer:
         # Who is asked to stop may be killed soon: then without new answers.
         write_report(folder, config, task, run.state, answer if signals.caught is None else None)
@@ -322,14 +324,17 @@ class Run(Trainee):
                 raise Stopping
             self.log.evaluating(done, len(samples))
 
-        return tallied(
+        give_back_freed_memory()
+        tally = tallied(
             self.evaluated_model,
             samples,
             self.task,
             batch=self.settings.batch,
             skipped=self.skipped,
             on_image=before_image,
-        ).compute()
+        )
+        give_back_freed_memory()
+        return tally.compute()
 
     # Small things
 

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 
-from gigaxt.allocator import keep_freed_memory
+from gigaxt.allocator import give_back_freed_memory, keep_freed_memory
 from gigaxt.config import from_dict, to_dict
 from gigaxt.errors import GigaxtError, TrainingError
 from gigaxt.image.file_cache import files_cached
@@ -157,9 +157,11 @@ def _rehearse(job: Job, folder: Path) -> Found:
         graph, hosted, maps = _kept_bytes(run, batch)
         step_s, first_s, passes = _steps(run, regions)
         cached = sum(path.stat().st_size for path in (folder / "tokens").glob("*"))
+        give_back_freed_memory()  # here and there, as the loop does
         evaluate_s = _evaluate(run)
         run.save()
         run.save_model()
+        give_back_freed_memory()
         write_report(folder_of_run, config, task, run.state, None)  # its drawing counts, too
         reserved = torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0
         return Found(
