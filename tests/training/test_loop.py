@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from gigaxt.nn.heads import SegmentConfig
 from gigaxt.training import RunResult, loop, train
 from gigaxt.training.checkpoint import checkpoints, load_checkpoint
 from gigaxt.training.data import epoch_order
-from gigaxt.training.log import TIME_COLUMNS, read_metrics
+from gigaxt.training.log import TIME_COLUMNS, RunLog, read_metrics
 
 STEPS_PER_EPOCH = 4  # seven images, two a step
 
@@ -150,6 +151,22 @@ def test_steps_after_the_checkpoint_are_done_again(
     monkeypatch.setattr(loop.Run, "step", original)
     train(config, tmp_path / "died")
     assert numbers(tmp_path / "died") == numbers(tmp_path / "whole")
+
+
+def test_a_log_that_cannot_be_written_loses_no_step(
+    csv: Path, models: list[TinyModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = RunLog.train
+
+    def full(self: RunLog, step: int, *args: Any) -> None:
+        if step == 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, step, *args)
+
+    monkeypatch.setattr(RunLog, "train", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(tiny_config(csv, checkpoint_minutes=60), tmp_path / "run")
+    assert checkpoints(tmp_path / "run/checkpoints")[-1].name == "step-00000007"
 
 
 def test_an_evaluation_that_was_given_up_is_made_by_the_next_run(

@@ -165,7 +165,7 @@ class Run(Trainee):
                     self.finish_without_val()
             except CheckpointError:
                 raise  # nothing can be written, the previous checkpoint stays
-            except GigaxtError:
+            except (GigaxtError, OSError):  # OSError: the log cannot be written, for example
                 if saved != (state.step, state.evaluated):  # the steps before the failed one are good
                     self.save()
                 raise
