@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from gigaxt.amounts import amount
 from gigaxt.cli.flags import parse
 from gigaxt.cli.outputs import make_folder
 from gigaxt.errors import ConfigError
@@ -81,10 +82,7 @@ def main(args: Sequence[str]) -> int:
     print("\n".join(report.lines()))
     if not report.ok:
         wrong = len(report.missing) + len(report.unreadable) + len(report.mismatched)
-        print(
-            f"error: {arguments.csv}: {wrong} {'file' if wrong == 1 else 'files'} to put right, listed above",
-            file=sys.stderr,
-        )
+        print(f"error: {arguments.csv}: {amount(wrong, 'file')} to put right, listed above", file=sys.stderr)
     write_run(arguments, report)
     return 0 if report.ok else 2
 

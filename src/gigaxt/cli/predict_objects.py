@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from gigaxt.amounts import amount
 from gigaxt.cells import read_cells
 from gigaxt.cli.image_lists import scene_outputs
 from gigaxt.cli.outputs import check_not_input, input_files, make_folder
@@ -56,7 +57,7 @@ def predict_objects(
     elif suffix == ".csv":
         counts: list[int] = []
         write_csv(out, ((image, objects) for _, image, objects in _counted(found, counts)), names)
-        print(f"{out}: {sum(counts):,} objects of {len(counts):,} {'image' if len(counts) == 1 else 'images'}")
+        print(f"{out}: {sum(counts):,} objects of {amount(len(counts), 'image')}")
     else:
         place = dict(zip(images, paths, strict=True))
         for path, image, objects in found:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gigaxt.amounts import amount
 from gigaxt.cli.image_lists import scene_outputs
 from gigaxt.cli.outputs import check_not_input, input_files, make_folder
 from gigaxt.errors import ConfigError
@@ -60,8 +61,7 @@ def predict_points(
         count = write_points(out, model, images, score=arguments.score, skipped=skipped, progress=steps, found=look)
     for picture in drawn:
         print(f"{picture}: the points over the image")
-    read = len(images) - len(skipped or ())
-    print(f"{out}: {count:,} objects of {read} {'image' if read == 1 else 'images'}, {steps.summary}")
+    print(f"{out}: {count:,} objects of {amount(len(images) - len(skipped or ()), 'image')}, {steps.summary}")
 
 
 def draw(model: GigaXT, image: Image, objects: Objects, path: Path) -> Path:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gigaxt.amounts import amount
 from gigaxt.datasets.boxes import BoxClasses
 from gigaxt.datasets.instances import FITS, NO_MASK
 from gigaxt.datasets.labels import LABEL
@@ -131,7 +132,7 @@ class CheckReport:
         """The report as plain text, one line each."""
         manifest = self.manifest
         kind = manifest.task if manifest.target == "single" else f"{manifest.task}, {manifest.target}"
-        lines = [f"{manifest.path}: {len(manifest.rows)} {'row' if len(manifest.rows) == 1 else 'rows'}, {kind}"]
+        lines = [f"{manifest.path}: {amount(len(manifest.rows), 'row')}, {kind}"]
         lines += _count_lines(manifest)
         lines += self._image_lines()
         lines += self._mask_lines()
@@ -374,7 +375,7 @@ def _tally(values: Iterable[object]) -> str:
     counts = Counter(map(str, values)).most_common()
     if len(counts) == 1:
         return counts[0][0]
-    return ", ".join(f"{value} ({count} {'image' if count == 1 else 'images'})" for value, count in counts)
+    return ", ".join(f"{value} ({amount(count, 'image')})" for value, count in counts)
 
 
 def _images(count: int) -> str:

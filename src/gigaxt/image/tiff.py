@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gigaxt.amounts import amount
 from gigaxt.image.base import Image, Level, Mask, Pixels, Window
 from gigaxt.image.files import File
 from gigaxt.image.tiff_index import build_index, compression_name
@@ -75,7 +76,7 @@ class TiffImage(Image):
         codec = compression_name(plane.compression)
         if plane.segment_width == plane.width and plane.across == 1:
             rows = min(plane.segment_height, plane.height)
-            return f"strips of {rows} {'row' if rows == 1 else 'rows'}, {codec}"
+            return f"strips of {amount(rows, 'row')}, {codec}"
         return f"tiles of {plane.segment_width} x {plane.segment_height} px, {codec}"
 
     def _read_inside(self, x: int, y: int, w: int, h: int, level: int) -> Pixels:

@@ -53,10 +53,6 @@ class WindowGrid:
         return kept
 
     @cached_property
-    def _all_kept(self) -> bool:
-        return bool(self.kept.all())
-
-    @cached_property
     def needed(self) -> Mask:
         """(rows, cols) of windows: those that cover part of a kept region."""
         sums = np.pad(self.kept.cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # of all regions above and to the left
@@ -69,10 +65,8 @@ class WindowGrid:
 
     def kept_pixels(self, x: int, y: int, w: int, h: int) -> Mask:
         """(h, w): which pixels of a part of the image lie in regions that are kept."""
-        if self._all_kept:
-            return np.ones((h, w), np.bool_)
         rows, cols = np.arange(y, y + h) // self.core, np.arange(x, x + w) // self.core
-        return self.kept[rows[:, None], cols]
+        return self.kept.take(rows, axis=0).take(cols, axis=1)  # a fifth of the time of indexing by both at once
 
     def token_rows(self, row: int, halo_tokens: int = 0) -> NDArray[np.int64]:
         """Where the context of a row of windows and their halos is found, or -1; see `RegionGrid.token_numbers`.

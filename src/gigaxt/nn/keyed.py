@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from timm.layers.drop import DropPath, drop_path
@@ -110,7 +110,7 @@ def key_dropout(module: M) -> M:
         for name, child in list(parent._modules.items()):  # named_children would pass over a second place of a layer
             if child in replacements:
                 setattr(parent, name, replacements[child])
-    return replacements.get(module, module)  # type: ignore[return-value]  # a dropout itself comes back as its keyed form
+    return cast(M, replacements.get(module, module))  # a dropout itself comes back as its keyed form
 
 
 class KeyedDropout(nn.Module):
@@ -271,7 +271,7 @@ def _keyed(module: nn.Module, layer: int) -> nn.Module | None:
 def _unfuse_attention(module: nn.Module) -> None:
     """Make a timm attention with a dropout rate use its dropout module, not the kernel's own."""
     if getattr(module, "fused_attn", False) and getattr(getattr(module, "attn_drop", None), "p", 0.0) > 0.0:
-        module.fused_attn = False  # type: ignore[assignment]  # a plain flag of timm's attention classes
+        cast(Any, module).fused_attn = False  # a plain flag of timm's attention classes
 
 
 def _refuse_unkeyable(name: str, module: nn.Module) -> None:

@@ -6,7 +6,7 @@ import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -92,7 +92,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def _load_through_timm(whole: nn.Module, spec: BackboneSpec, weights: dict[str, Tensor]) -> None:
-    config = dict(whole.pretrained_cfg)  # type: ignore[arg-type]  # timm sets it on every model
+    config = dict(cast(Mapping[str, Any], whole.pretrained_cfg))  # timm sets it on every model
     # The classifier keys would be dropped in silence; as unexpected ones they are reported.
     config |= {"source": None, "state_dict": weights, "custom_load": False, "classifier": None, "label_offset": 0}
     first = config.get("first_conv")

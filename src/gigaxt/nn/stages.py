@@ -96,22 +96,26 @@ class RegionTokens(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-class FrozenMaps(nn.Module):
-    """Loaded regions to a frozen encoder's features and maps. Its parameters are the encoder's: none learns."""
+class _Frozen(nn.Module):
+    """Its parameters are the encoder's: none learns."""
 
     def __init__(self, encode: RegionTokens) -> None:
         super().__init__()
         self.encoder, self._features = encode.encoder, encode.features
+
+
+class FrozenMaps(_Frozen):
+    """Loaded regions to a frozen encoder's features and maps."""
 
     def forward(self, loaded: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `RegionTokens.features`."""
         return self._features(loaded)
 
 
-class Features(FrozenMaps):
+class Features(_Frozen):
     """The same, without the maps."""
 
-    def forward(self, loaded: Mapping[str, Tensor]) -> Tensor:  # type: ignore[override]  # the first of the two
+    def forward(self, loaded: Mapping[str, Tensor]) -> Tensor:
         """(n, t * t, encoder.dim)."""
         return self._features(loaded)[0]
 
@@ -125,7 +129,8 @@ class TokensOnly(nn.Module):
 
     def forward(self, loaded: Mapping[str, Tensor]) -> Tensor:
         """(n, t * t, dim); see `RegionTokens`."""
-        return self.encode(loaded)[0]  # type: ignore[no-any-return]  # nn.Module calls are untyped
+        tokens: Tensor = self.encode(loaded)[0]
+        return tokens
 
 
 class Answers(nn.Module):

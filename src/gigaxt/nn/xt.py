@@ -277,6 +277,7 @@ class GigaXT(nn.Module):
 
         def load_targets(chunk: Chunk) -> dict[str, Tensor]:
             targets = batch.load_targets(chunk)
+            # A ready head need not be a `DenseHead`; on a CPU the loss itself looks.
             if self._device.type != "cpu" and hasattr(head, "check_targets"):
                 head.check_targets(targets)
             return targets

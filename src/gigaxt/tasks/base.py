@@ -9,6 +9,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 from torch import Tensor
 
+from gigaxt.amounts import amount
 from gigaxt.datasets.manifest import Manifest
 from gigaxt.datasets.row import Row
 from gigaxt.image.base import Image
@@ -67,8 +68,8 @@ class Evaluation:
     @property
     def size(self) -> str:
         """How much was evaluated, in words."""
-        images = f"{self.images} {'image' if self.images == 1 else 'images'}"
-        return images if self.cases is None else f"{self.cases} {'case' if self.cases == 1 else 'cases'} of {images}"
+        images = amount(self.images, "image")
+        return images if self.cases is None else f"{amount(self.cases, 'case')} of {images}"
 
     def interval(self, name: str) -> str:
         """The interval of a metric, in words; empty where it has none."""

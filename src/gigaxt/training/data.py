@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gigaxt.amounts import amount
 from gigaxt.augment import colour_augmented, dihedral, draw_augmentation, draw_crop
 from gigaxt.datasets.row import Case, Row
 from gigaxt.errors import ConfigError, DataError, ImageError
@@ -105,8 +106,8 @@ class Samples:
     def size(self) -> str:
         """How many, in words."""
         count = sum(map(len, self.cases))
-        images = f"{count} {'image' if count == 1 else 'images'}"
-        return images if count == len(self) else f"{len(self)} {'case' if len(self) == 1 else 'cases'} of {images}"
+        images = amount(count, "image")
+        return images if count == len(self) else f"{amount(len(self), 'case')} of {images}"
 
     def plain(self, index: int) -> Sample:
         """The sample as it is on disk.
