@@ -20,10 +20,10 @@ from gigaxt.nn.swin_attention import FusedWindowAttention, fuse_window_attention
 from gigaxt.replay import counted_saves
 
 
-@pytest.fixture(params=["blocks", "kernel"])
+@pytest.fixture(params=["heads", "windows", "kernel"])
 def everywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way of CPUs, two heads at once, and that of CUDA, which PyTorch does in plain arithmetic on the CPU."""
-    monkeypatch.setattr(swin_attention, "SCORES_AT_ONCE", 2 * 24**2)
+    """The way of CPUs, two of three heads or four windows at once, and that of CUDA, by plain arithmetic on the CPU."""
+    monkeypatch.setattr(swin_attention, "SCORES_AT_ONCE", {"windows": 13}.get(request.param, 2) * 24**2)
     monkeypatch.setattr(swin_attention, "_kernel_takes_bias", lambda x: request.param == "kernel")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.models.swin_transformer_v2 import WindowAttention
@@ -58,37 +58,44 @@ class FusedWindowAttention(WindowAttention):
             found: Tensor = super().forward(x, mask)
             return found
         windows, cells, dim = x.shape
-        w = 1 if mask is None else len(mask)  # windows that differ in their mask
         parts = (self.q_bias, cast(Tensor, self.k_bias), self.v_bias)  # all None without `qkv_bias`
         qkv_bias = None if self.q_bias is None else torch.cat(parts)
-        # (b * w, cells, 3 * dim) -> (b, w, cells, 3, heads, d) -> (3, b, w, heads, cells, d), then each of the
-        # three -> (b, w * heads, cells, d). Windows stand beside heads, so that one mask serves all images, unrepeated.
-        qkv = F.linear(x, self.qkv.weight, qkv_bias).view(windows // w, w, cells, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3).unbind(0)
-        scale = self.logit_scale.clamp(max=math.log(LARGEST_SCALE)).exp().repeat(w, 1, 1)  # (w * heads, 1, 1)
-        bias = self.position_bias()
-        if mask is not None:
-            bias = (bias + mask.unsqueeze(1)).flatten(0, 1)  # (w, heads, cells, cells) -> (w * heads, cells, cells)
-        q, k = F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1)
-        attended = attend(q.to(v.dtype), k.to(v.dtype), v, bias.to(v.dtype))
-        # (b, w * heads, cells, d) -> (b, w, heads, cells, d) -> (b, w, cells, heads, d) -> (b * w, cells, dim)
-        attended = attended.unflatten(1, (w, self.num_heads)).transpose(2, 3).reshape(windows, cells, dim)
+        # (windows, cells, 3 * dim) -> (windows, cells, 3, heads, d) -> three of (windows, heads, cells, d)
+        qkv = F.linear(x, self.qkv.weight, qkv_bias).unflatten(2, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        scale = self.logit_scale.clamp(max=math.log(LARGEST_SCALE)).exp()  # (heads, 1, 1)
+        q, k = q * (scale * _one_over_norm(q)).to(v.dtype), k * _one_over_norm(k).to(v.dtype)
+        attended = attend(q, k, v, self.position_bias(), mask)
+        attended = attended.transpose(1, 2).reshape(windows, cells, dim)  # from (windows, heads, cells, d)
         out: Tensor = self.proj_drop(self.proj(attended))
         return out
 
     def position_bias(self) -> Tensor:
         """(heads, cells, cells), 0 to 16: of each pair of cells of a window, by where they lie to each other."""
         table = LARGEST_BIAS * self.cpb_mlp(self.relative_coords_table).flatten(0, -2).sigmoid()  # (places, heads)
-        pairs = cast(Tensor, table[self.relative_position_index])  # (cells, cells, heads)
-        return pairs.permute(2, 0, 1).contiguous()
+        table = table.to(at_least_float32(table.dtype)).T.contiguous()  # adds up its gradient four times as fast so
+        pairs = cast(Tensor, self.relative_position_index)  # (cells, cells)
+        return table.index_select(1, pairs.flatten()).unflatten(1, pairs.shape)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q k^T + bias) v, with a gradient of the bias: (b, heads, cells, d) each, bias (heads, cells, cells)."""
+def _one_over_norm(x: Tensor) -> Tensor:
+    """(..., d) -> (..., 1), in float32 or better; where x is nearly zero as `F.normalize` has it."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=at_least_float32(x.dtype))
+    return norm.clamp(min=1e-12).reciprocal()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T + bias + mask) v of each window, with a gradient of the bias.
+
+    Args:
+        q, k, v: (images * w, heads, cells, d), the w windows of an image side by side.
+        bias: (heads, cells, cells), the same for all windows.
+        mask: (w, cells, cells), which takes no gradient; None: none.
+    """
     # A compiler is given the plain form: it cannot look into the other.
     if _kernel_takes_bias(q) or torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(q, k, v, bias.unsqueeze(0), scale=1.0)
-    found: Tensor = _BlockedAttention.apply(q, k, v, bias)
+        return _attend_in_one(q, k, v, bias, mask)
+    found: Tensor = _BlockedAttention.apply(q, k, v, bias, mask)
     return found
 
 
@@ -97,47 +104,93 @@ def _kernel_takes_bias(q: Tensor) -> bool:
     return q.is_cuda or q.is_meta  # of meta tensors, which hold no numbers, only shapes are asked
 
 
+def _attend_in_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    """`attend` by one call, which is given bias and mask of all windows of an image."""
+    w = 1 if mask is None else len(mask)
+    if mask is not None:
+        bias = (bias + mask.unsqueeze(1)).flatten(0, 1)  # (w, heads, cells, cells) -> (w * heads, cells, cells)
+    # (images * w, heads, cells, d) -> (images, w * heads, cells, d): one bias serves all images, unrepeated.
+    q, k, v = (x.unflatten(0, (-1, w)).flatten(1, 2) for x in (q, k, v))
+    attended = F.scaled_dot_product_attention(q, k, v, bias.to(v.dtype).unsqueeze(0), scale=1.0)
+    return attended.unflatten(1, (w, -1)).flatten(0, 1)
+
+
 class _BlockedAttention(torch.autograd.Function):
-    """`attend`, some heads of one image at a time. Scores are computed again in the backward pass."""
+    """`attend`, some windows or heads at a time. Scores are computed again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        q, k, v, bias = (t.contiguous() for t in inputs)
-        ctx.save_for_backward(q, k, v, bias)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        ctx.save_for_backward(q, k, v, bias, mask)
+        bias = bias.detach()  # the flash kernel for CPUs takes no bias that asks for a gradient
         with torch.autocast(q.device.type, enabled=False):
-            # Detached, because the flash kernel for CPUs takes no bias that asks for a gradient.
-            return F.scaled_dot_product_attention(q, k, v, bias.detach().unsqueeze(0), scale=1.0)
+            if mask is None:
+                return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype).unsqueeze(0), scale=1.0)
+            attended = torch.empty_like(v)
+            for block in _blocks(bias.shape, len(q)):
+                at, added = block.at, block.bias_and_mask(bias, mask).to(q.dtype)
+                attended[at] = F.scaled_dot_product_attention(q[at], k[at], v[at], added, scale=1.0)
+            return attended
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, bias = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, mask = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            return _gradients(q, k, v, bias, grad.contiguous())
+            return *_gradients(q, k, v, bias, mask, grad.contiguous()), None
 
 
-def _gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+def _gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, grad: Tensor) -> tuple[Tensor, ...]:
     """Of q, k, v and bias. Softmax and sums in float32 or better: scores of up to 116 lose too much in bfloat16."""
-    grad_q, grad_k, grad_v = (torch.empty_like(t) for t in (q, k, v))
-    wide_bias = bias.to(at_least_float32(bias.dtype))
-    grad_bias = torch.zeros_like(wide_bias)
-    for block, i in _blocks(bias.shape, len(q)):
-        own = i, block  # of each (heads of the block, cells, d)
-        weights = torch.bmm(q[own], k[own].mT).to(wide_bias.dtype).add_(wide_bias[block]).softmax(-1)
+    found = [torch.empty_like(t) for t in (q, k, v)]
+    wide = at_least_float32(bias.dtype)
+    grad_bias = torch.zeros_like(bias, dtype=wide)
+    windows = len(q)
+    q, k, v, grad, grad_q, grad_k, grad_v = (t.flatten(0, 1) for t in (q, k, v, grad, *found))  # (windows * heads, ..)
+    for block in _blocks(bias.shape, windows):
+        own = block.flat
+        weights = torch.bmm(q[own], k[own].mT).to(wide)  # (n * heads of the block, cells, cells), as all below
+        weights.unflatten(0, (block.windows, -1)).add_(block.bias_and_mask(bias, mask))
+        weights = weights.softmax(-1)
         torch.bmm(weights.to(q.dtype).mT, grad[own], out=grad_v[own])
-        of_weights = torch.bmm(grad[own], v[own].mT).to(weights.dtype)
-        of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-        grad_bias[block] += of_scores
+        of_weights = torch.bmm(grad[own], v[own].mT).to(wide)
+        of_scores = torch._softmax_backward_data(of_weights, weights, -1, wide)
+        of_bias = of_scores if block.windows == 1 else of_scores.unflatten(0, (block.windows, -1)).sum(0)
+        grad_bias[block.at[1]] += of_bias
         of_scores = of_scores.to(q.dtype)
         torch.bmm(of_scores, k[own], out=grad_q[own])
         torch.bmm(of_scores.mT, q[own], out=grad_k[own])
-    return grad_q, grad_k, grad_v, grad_bias.to(bias.dtype)
+    return *found, grad_bias.to(bias.dtype)
 
 
-def _blocks(shape: torch.Size, images: int) -> Iterator[tuple[slice, int]]:
-    """(heads, image) of each block; `shape` (heads, cells, cells) is that of the bias, which stays for all images."""
+class _Block(NamedTuple):
+    """Neighbouring windows with all their heads, or some heads of one window."""
+
+    at: tuple[slice, slice]
+    """Windows and heads."""
+    flat: slice
+    """The same where windows and heads are one dimension."""
+
+    @property
+    def windows(self) -> int:
+        return int(self.at[0].stop - self.at[0].start)
+
+    def bias_and_mask(self, bias: Tensor, mask: Tensor | None) -> Tensor:
+        """What is added to the scores: (heads, cells, cells), or with a mask (windows, heads, cells, cells)."""
+        own = bias[self.at[1]]
+        if mask is None:
+            return own
+        of_image = torch.arange(self.at[0].start, self.at[0].stop) % len(mask)
+        return own + mask[of_image].unsqueeze(1)
+
+
+def _blocks(shape: torch.Size, windows: int) -> Iterator[_Block]:
+    """Blocks of at most `SCORES_AT_ONCE` numbers, or of one head; `shape` (heads, cells, cells) is that of the bias."""
     heads, cells, _ = shape
     most = max(1, SCORES_AT_ONCE // cells**2)
-    for first in range(0, heads, most):
-        for image in range(images):
-            yield slice(first, first + most), image
+    side, of_each = max(1, most // heads), min(most, heads)
+    for first in range(0, windows, side):
+        last = min(first + side, windows)
+        for head in range(0, heads, of_each):
+            end = min(head + of_each, heads)
+            yield _Block((slice(first, last), slice(head, end)), slice(first * heads + head, (last - 1) * heads + end))
