@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gigaxt
 from gigaxt.errors import ConfigError
@@ -165,6 +168,51 @@ def test_autocast_of_the_forward_pass() -> None:
     for a, b in zip(grads(Streaming()), grads(Streaming(budget_gib=None)), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)
     assert grads(Streaming())[0].dtype == torch.float32
+
+
+class CastsOfWeights(TorchDispatchMode):
+    """Casts of a weight of this shape, and those that still live."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.casts = shape, list[weakref.ref[Tensor]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and found.dtype == torch.bfloat16 and found.shape == self.shape:
+            self.casts.append(weakref.ref(found))
+        return found
+
+    @property
+    def alive(self) -> int:
+        return sum(cast() is not None for cast in self.casts)
+
+
+@pytest.mark.parametrize("one_block", [False, True], ids=["", "autocast around all steps"])
+@pytest.mark.parametrize("budget_gib", [0.0, 200 / 2**30, 1.0], ids=["nothing kept", "some kept", "all kept"])
+def test_autocast_casts_weights_once_a_pass(budget_gib: float, one_block: bool) -> None:
+    torch.manual_seed(0)
+    module, pixels = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.randn(10, 12)
+    chunks = [slice(i, i + 2) for i in range(0, 10, 2)]
+
+    def autocast() -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    def step(streaming: Streaming) -> list[Tensor]:
+        module.zero_grad()
+        with autocast():
+            out = stream(module, lambda c: pixels[c], chunks, streaming=streaming)
+        out.float().square().sum().backward()
+        return [p.grad.clone() for p in module.parameters() if p.grad is not None]
+
+    plain = step(Streaming(budget_gib=None))
+    with autocast() if one_block else nullcontext(), CastsOfWeights((3, 12)) as counted:
+        for _ in range(2):
+            for a, b in zip(step(Streaming(budget_gib=budget_gib)), plain, strict=True):
+                torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)
+        assert counted.alive == 0
+    # In each step one with a graph and one without in the forward pass, and one in the backward pass, where needed.
+    assert len(counted.casts) == 2 * (1 if budget_gib == 1.0 else 3)
 
 
 def test_changed_parameter_between_the_passes_is_noticed() -> None:

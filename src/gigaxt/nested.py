@@ -87,8 +87,11 @@ def stream_nested(
     job = _Job(encode, decode, load, load_targets, chunks, reduce, linear, seed, streaming or Streaming())
     parameters = [*encode.parameters(), *decode.parameters()]
     if not torch.is_grad_enabled():
-        tokens = job.encode_all(training=False)
-        return job.decode_all(join_tokens(tokens), training=False)
+        with job.autocast.one_pass():
+            tokens = job.encode_all(training=False)
+        context = join_tokens(tokens)
+        with job.autocast.one_pass():
+            return job.decode_all(context, training=False)
     if job.streaming.budget_gib is None:
         return job.run_ordinarily(join_tokens)
     refuse_unstreamable(encode)
@@ -106,13 +109,15 @@ class _Encode(torch.autograd.Function):
         ctx.save_for_backward(*parameters)  # so that a change in place between the passes is noticed
         ctx.set_materialize_grads(False)
         # The link makes the decode stage depend on this one even where `join` cuts the tokens' gradient.
-        return job.encode_all(training=True), parameters[0].new_zeros(())
+        with job.autocast.one_pass():
+            return job.encode_all(training=True), parameters[0].new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, tokens_grad: Tensor | None, link_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors  # raises if a parameter was changed in place
-        return None, *ctx.job.encode_backward(tokens_grad)
+        with ctx.job.autocast.one_pass():
+            return None, *ctx.job.encode_backward(tokens_grad)
 
 
 class _Decode(torch.autograd.Function):
@@ -123,7 +128,8 @@ class _Decode(torch.autograd.Function):
         ctx.job, ctx.link = job, link
         ctx.save_for_backward(context)
         ctx.set_materialize_grads(False)
-        outputs = job.decode_all(context, training=True)
+        with job.autocast.one_pass():
+            outputs = job.decode_all(context, training=True)
         blocked = outputs[1:] if job.linear else outputs
         ctx.mark_non_differentiable(*(t for t in blocked if job.linear or not t.is_floating_point()))
         return outputs
@@ -132,7 +138,8 @@ class _Decode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors  # raises if the context was changed in place
-        return None, ctx.job.decode_backward(grads), torch.zeros_like(ctx.link)
+        with ctx.job.autocast.one_pass():
+            return None, ctx.job.decode_backward(grads), torch.zeros_like(ctx.link)
 
 
 @dataclass

@@ -8,7 +8,6 @@ and output; a reduction over all tokens only the state; a map only the output.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -83,6 +82,7 @@ def scan(
         host=host,
         counts=(len(inputs), len(shared), len(state)),
         device=inputs[0].device,
+        autocast=Autocast.now(inputs[0].device),
     )
     if purse is None:
         return _plain_loop(plan, tuple(inputs), tuple(shared), tuple(state))
@@ -95,8 +95,8 @@ def scan(
 def _scan_recomputed(plan: _Plan, inputs: State, shared: State, state: State) -> tuple[Tensor | None, State]:
     if not torch.is_grad_enabled():
         plan.purse, plan.host = NOTHING, None
-    plan.autocast = Autocast.now(inputs[0].device)
-    output, *final = _Scan.apply(plan, *inputs, *shared, *state, *plan.module.parameters())
+    with plan.autocast.one_pass():
+        output, *final = _Scan.apply(plan, *inputs, *shared, *state, *plan.module.parameters())
     return output, tuple(final)
 
 
@@ -114,7 +114,7 @@ class _Plan:
     counts: tuple[int, int, int]
     """Of inputs, shared, state."""
     device: torch.device
-    autocast: Autocast | None = None
+    autocast: Autocast
 
     def window(self, i: int) -> tuple[int, int]:
         """Segment `i` with its halo; may reach beyond the ends of the sequence."""
@@ -140,10 +140,6 @@ class _Plan:
             whole[:, first:last] += piece
         else:
             whole[:, first:last] = piece
-
-    def restored(self) -> AbstractContextManager[object]:
-        """The autocast state of the forward pass."""
-        return nullcontext() if self.autocast is None else self.autocast.restored()
 
 
 @dataclass
@@ -176,7 +172,7 @@ class _Scan(torch.autograd.Function):
                     graphs[i] = graph
                 del graph
             else:
-                with plan.restored():
+                with plan.autocast.restored():
                     call = aliases if i else aliases.call_checked
                     outputs = call(*plan.cut(inputs, i), *shared, *state)
             if outputs[0] is not None:
@@ -210,19 +206,20 @@ class _Scan(torch.autograd.Function):
             torch.zeros_like(t, device=plan.device) if need else None for t, need in zip(inputs, needs, strict=False)
         ]
         sums = Sums([*shared, *parameters])
-        for i in reversed(range(len(plan.bounds))):
-            graph = ctx.graphs.pop(i, None) or _record(plan, aliases, i, (inputs, shared, states[i]), needs)
-            if i == len(plan.bounds) - 1:
-                refuse_foreign_leaves([t for t in graph.outputs if t is not None], graph.leaves)
-            start, stop = plan.bounds[i]
-            incoming = None if grad_whole is None else plan.turned(grad_whole[:, start:stop])
-            grads = _segment_grads(graph, [incoming, *grad_state])
-            of_inputs, of_shared, grad_state, of_parameters = _split(plan, grads)
-            for whole, grad in zip(grad_inputs, of_inputs, strict=True):
-                if whole is not None and grad is not None:
-                    plan.add(whole, i, grad)
-            sums.add([*of_shared, *of_parameters])
-            del graph, grads, of_inputs, of_shared, of_parameters  # else they would stand beside the next segment's
+        with plan.autocast.one_pass():
+            for i in reversed(range(len(plan.bounds))):
+                graph = ctx.graphs.pop(i, None) or _record(plan, aliases, i, (inputs, shared, states[i]), needs)
+                if i == len(plan.bounds) - 1:
+                    refuse_foreign_leaves([t for t in graph.outputs if t is not None], graph.leaves)
+                start, stop = plan.bounds[i]
+                incoming = None if grad_whole is None else plan.turned(grad_whole[:, start:stop])
+                grads = _segment_grads(graph, [incoming, *grad_state])
+                of_inputs, of_shared, grad_state, of_parameters = _split(plan, grads)
+                for whole, grad in zip(grad_inputs, of_inputs, strict=True):
+                    if whole is not None and grad is not None:
+                        plan.add(whole, i, grad)
+                sums.add([*of_shared, *of_parameters])
+                del graph, grads, of_inputs, of_shared, of_parameters  # else they would stand beside the next segment's
         totals = sums.results()
         return None, *grad_inputs, *totals[: len(shared)], *grad_state, *totals[len(shared) :]
 
@@ -269,7 +266,7 @@ def _record(
     if i > 0:  # earlier segments may hold parameters and inputs that want the state's gradient
         wanted[len(inputs) + len(shared) :] = [t.is_floating_point() for t in state]
     leaves = [t.detach().requires_grad_(want) for t, want in zip(pieces, wanted, strict=True)]
-    with torch.enable_grad(), plan.restored():
+    with torch.enable_grad(), plan.autocast.restored():
         outputs = (aliases if i else aliases.call_checked)(*leaves)
     return _Graph([*leaves, *aliases], tuple(outputs))
 

@@ -36,33 +36,52 @@ class Autocast:
         return cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
     def restored(self) -> torch.autocast:
-        """A context manager. Without the weight cache: a cast cached without a graph would cut later gradients."""
-        return torch.autocast(self.device_type, self.dtype, enabled=self.enabled, cache_enabled=False)
+        """A context manager."""
+        return torch.autocast(self.device_type, self.dtype, enabled=self.enabled)
+
+    @contextlib.contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Around all chunks of a pass: weights are cast for the first of them, and the casts used by the others.
+
+        Autocast is off in it but where it is `restored`, and forgets its casts when the outermost block ends: this one,
+        or one of the caller's around many steps, which is why they are let go at the end. `Aliases` see to it that a
+        cast without a graph never serves where one is wanted.
+        """
+        with torch.autocast(self.device_type, enabled=False):
+            try:
+                yield
+            finally:
+                torch.clear_autocast_cache()
 
 
 class Aliases:
     """Detached aliases of a module's parameters, and calls of the module on them.
 
     Iterating gives one alias for each of `module.parameters()`, in that order; frozen parameters have frozen aliases.
+    Calls without a graph have aliases of their own: autocast keeps what it casts, and a cast that was made without a
+    graph would cut the gradient of a later call.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._of = {id(p): p.detach().requires_grad_(p.requires_grad) for p in module.parameters()}
+        self._of, without_graph = _detached(module), _detached(module)
         # Not torch.func.functional_call: with a submodule under two names it leaves an alias behind in the module.
-        self._slots = [
-            (child._parameters, name, self._of[id(p)])
-            for child in module.modules()
-            for name, p in child._parameters.items()
-            if p is not None
-        ]
+        self._slots, self._slots_without_graph = (
+            [
+                (child._parameters, name, aliases[id(p)])
+                for child in module.modules()
+                for name, p in child._parameters.items()
+                if p is not None
+            ]
+            for aliases in (self._of, without_graph)
+        )
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self._of.values())
 
     def __call__(self, *args: Any) -> Any:
         """The module's output on `args`."""
-        with _swapped(self._slots):
+        with _swapped(self._slots_now):
             return self.module(*args)
 
     def call_checked(self, *args: Any) -> Any:
@@ -78,7 +97,7 @@ class Aliases:
         ]
         versions = [copy._version for _, _, copy in copies]
         random_state = torch.get_rng_state()
-        with _swapped([*self._slots, *copies]):
+        with _swapped([*self._slots_now, *copies]):
             result = self.module(*args)
             changed = [
                 name
@@ -96,6 +115,15 @@ class Aliases:
                 "replace its random layers with gigaxt.key_dropout(module)"
             )
         return result
+
+    @property
+    def _slots_now(self) -> list[tuple[dict[str, Any], str, Tensor]]:
+        return self._slots if torch.is_grad_enabled() else self._slots_without_graph
+
+
+def _detached(module: nn.Module) -> dict[int, Tensor]:
+    """An alias for each parameter, by its id."""
+    return {id(p): p.detach().requires_grad_(p.requires_grad) for p in module.parameters()}
 
 
 @contextlib.contextmanager

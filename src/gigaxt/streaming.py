@@ -92,7 +92,7 @@ def stream(
         job.inputs_shape = inputs.shape
         outputs = _Stream.apply(job, *(t for group in inputs for t in group))
     else:
-        with torch.no_grad():
+        with torch.no_grad(), job.autocast.one_pass():
             outputs = job.forward(inputs, training=False)
     return outputs[0] if job.single else tuple(outputs)
 
@@ -133,14 +133,16 @@ class _Stream(torch.autograd.Function):
         # Saved although the job holds aliases of them: so autograd notices a change in place between the passes.
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        outputs = job.forward(_Inputs.of(tensors, job.inputs_shape), training=True)
+        with job.autocast.one_pass():
+            outputs = job.forward(_Inputs.of(tensors, job.inputs_shape), training=True)
         ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *ctx.job.backward(_Inputs.of(ctx.saved_tensors, ctx.job.inputs_shape), grads)
+        with ctx.job.autocast.one_pass():
+            return None, *ctx.job.backward(_Inputs.of(ctx.saved_tensors, ctx.job.inputs_shape), grads)
 
 
 class _Job:

@@ -75,20 +75,24 @@ class FusedWindowAttention(WindowAttention):
         table = LARGEST_BIAS * self.cpb_mlp(self.relative_coords_table).flatten(0, -2).sigmoid()  # (places, heads)
         table = table.to(at_least_float32(table.dtype)).T.contiguous()  # adds up its gradient four times as fast so
         pairs = cast(Tensor, self.relative_position_index)  # (cells, cells)
-        return table.index_select(1, pairs.flatten()).unflatten(1, pairs.shape)
+        bias: Tensor = table.index_select(1, pairs.flatten()).unflatten(1, pairs.shape)
+        return bias
 
 
 def _one_over_norm(x: Tensor) -> Tensor:
     """(..., d) -> (..., 1), in float32 or better; where x is nearly zero as `F.normalize` has it."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=at_least_float32(x.dtype))
-    return norm.clamp(min=1e-12).reciprocal()
+    one_over: Tensor = norm.clamp(min=1e-12).reciprocal()
+    return one_over
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T + bias + mask) v of each window, with a gradient of the bias.
 
     Args:
-        q, k, v: (images * w, heads, cells, d), the w windows of an image side by side.
+        q: (images * w, heads, cells, d), the w windows of an image side by side.
+        k: as q.
+        v: as q.
         bias: (heads, cells, cells), the same for all windows.
         mask: (w, cells, cells), which takes no gradient; None: none.
     """
@@ -112,7 +116,8 @@ def _attend_in_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor |
     # (images * w, heads, cells, d) -> (images, w * heads, cells, d): one bias serves all images, unrepeated.
     q, k, v = (x.unflatten(0, (-1, w)).flatten(1, 2) for x in (q, k, v))
     attended = F.scaled_dot_product_attention(q, k, v, bias.to(v.dtype).unsqueeze(0), scale=1.0)
-    return attended.unflatten(1, (w, -1)).flatten(0, 1)
+    of_windows: Tensor = attended.unflatten(1, (w, -1)).flatten(0, 1)
+    return of_windows
 
 
 class _BlockedAttention(torch.autograd.Function):

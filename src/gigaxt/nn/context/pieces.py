@@ -59,7 +59,8 @@ def _map_recomputed(
         purse=purse if torch.is_grad_enabled() else Purse(0),
         autocast=Autocast.now(x.device),
     )
-    result: Tensor = _Map.apply(job, x, shared, *module.parameters())
+    with job.autocast.one_pass():
+        result: Tensor = _Map.apply(job, x, shared, *module.parameters())
     return result
 
 
@@ -125,13 +126,14 @@ class _Map(torch.autograd.Function):
         aliases, needs = Aliases(job.module), ctx.needs_input_grad[1:3]
         grad_x = torch.zeros_like(x) if needs[0] else None
         sums = Sums([shared, *parameters])
-        for i, piece in enumerate(job.pieces):
-            graph = ctx.graphs.pop(i, None) or job.record(aliases, i, x, shared, needs)
-            if i == 0:
-                refuse_foreign_leaves([graph.found], graph.leaves)
-            of_part, *others = grad([graph.found], graph.leaves, [grad_y.index_select(0, piece.own)])
-            if grad_x is not None and of_part is not None:
-                grad_x.index_add_(0, piece.tokens, of_part)  # no token twice: the order of additions is fixed
-            sums.add(others)
-            del graph, of_part, others  # else they would stand beside the next piece's
+        with job.autocast.one_pass():
+            for i, piece in enumerate(job.pieces):
+                graph = ctx.graphs.pop(i, None) or job.record(aliases, i, x, shared, needs)
+                if i == 0:
+                    refuse_foreign_leaves([graph.found], graph.leaves)
+                of_part, *others = grad([graph.found], graph.leaves, [grad_y.index_select(0, piece.own)])
+                if grad_x is not None and of_part is not None:
+                    grad_x.index_add_(0, piece.tokens, of_part)  # no token twice: the order of additions is fixed
+                sums.add(others)
+                del graph, of_part, others  # else they would stand beside the next piece's
         return None, grad_x, *sums.results()
