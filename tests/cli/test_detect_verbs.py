@@ -12,6 +12,7 @@ import pytest
 from PIL import Image as Pillow
 
 from gigaxt.cli import main
+from gigaxt.cli.predict_objects import image_ids
 from gigaxt.draw import CASE_COLOURS
 from gigaxt.metrics import coco_score
 
@@ -99,6 +100,22 @@ def test_from_coco_json_to_predictions(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([*predict, str(tmp_path / "found")]) == 0
     features = json.loads((tmp_path / "found" / "0.geojson").read_text())["features"]
     assert features[0]["properties"]["classification"]["name"] in ("bright", "dark")
+
+
+def test_image_ids_are_those_of_the_coco_file(tmp_path: Path) -> None:
+    make_images(tmp_path)
+    truth = json.loads((tmp_path / "truth.json").read_text())
+    for image in truth["images"]:
+        image["id"] = f"0{image['id']}"
+    for annotation in truth["annotations"]:
+        annotation["image_id"] = f"0{annotation['image_id']}"
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    (tmp_path / "broken.json").write_text("{")
+    table = tmp_path / "data.csv"
+    table.write_text("image,boxes,image_id\n0.png,truth.json,\n1.png,truth.json,011\n2.png,,12\nx.png,truth.json,\n")
+    assert image_ids([table]) == {tmp_path / "0.png": "010", tmp_path / "1.png": "011", tmp_path / "2.png": 12}
+    table.write_text("image,boxes,image_id\n0.png,broken.json,\n1.png,broken.json,11\n2.png,areas.geojson,x\n")
+    assert image_ids([table, tmp_path / "0.png"]) == {tmp_path / "1.png": 11, tmp_path / "2.png": "x"}
 
 
 def test_without_a_val_split_the_threshold_is_chosen_on_the_training_data(

@@ -79,11 +79,11 @@ def _distinct_names(images: Sequence[Path]) -> list[str]:
     for image in images:
         alike[_stem(image)].append(image.resolve())
     names = [_longer_name(image.resolve(), alike[_stem(image)]) for image in images]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise ConfigError(
-                f"{images[names.index(name)]} and {images[i]} are one image, or have one name: leave one out"
-            )
+    first: dict[str, Path] = {}
+    for name, image in zip(names, images, strict=True):
+        if name in first:
+            raise ConfigError(f"{first[name]} and {image} are one image, or have one name: leave one out")
+        first[name] = image
     return names
 
 

@@ -66,16 +66,32 @@ def predict_objects(
 
 
 def image_ids(paths: Sequence[Path]) -> dict[Path, int | str]:
-    """The `image_id` of images in CSVs that have such a column; whole numbers as such."""
+    """The ids of images in CSVs: those of the COCO JSON in `boxes`, else those in `image_id`, whole numbers as such."""
     ids: dict[Path, int | str] = {}
     for path in paths:
-        if path.suffix.lower() != ".csv":
-            continue
-        for _, cells in read_cells(path)[1]:
-            if cells.get("image") and cells.get("image_id"):
-                id_ = cells["image_id"]
-                ids[path.parent / cells["image"]] = int(id_) if id_.lstrip("-").isdigit() else id_
+        for _, cells in read_cells(path)[1] if path.suffix.lower() == ".csv" else ():
+            if not cells.get("image"):
+                continue
+            image, id_ = path.parent / cells["image"], cells.get("image_id", "")
+            of_file = _id_in_coco(path.parent / cells["boxes"], image, id_) if cells.get("boxes") else None
+            if of_file is not None:
+                ids[image] = of_file
+            elif id_:
+                ids[image] = int(id_) if id_.lstrip("-").isdigit() else id_
     return ids
+
+
+def _id_in_coco(path: Path, image: Path, image_id: str) -> int | str | None:
+    """The id of an image in a COCO JSON; None where that is none, or does not know the image."""
+    from gigaxt.datasets.coco import read_coco
+
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return None
+    try:
+        id_: int | str = read_coco(path).find(image, image_id).id
+    except DataError:  # what is to be predicted need not have been annotated
+        return None
+    return id_
 
 
 def _found(
