@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -112,12 +113,12 @@ class Reader:
     Args:
         load: from a chunk to its rows.
         device: where they go.
-        seed: of keyed dropout.
+        seed: of keyed dropout; None where the modules are in evaluation mode, and nothing is drawn.
         streaming: where it is noted how many rows at once the device can do.
     """
 
     def __init__(
-        self, load: Callable[[Any], Any], device: torch.device, seed: int, streaming: Streaming | None = None
+        self, load: Callable[[Any], Any], device: torch.device, seed: int | None, streaming: Streaming | None = None
     ) -> None:
         self.load, self.device, self.seed, self.streaming = load, device, seed, streaming or Streaming()
         self.most_rows = self.streaming.most_regions or 2**62
@@ -145,7 +146,7 @@ class Reader:
             stop = min(start + self.most_rows, count)
             part = rows if stop - start == count else rows.part(start, stop)
             try:
-                with dropout_key(self.seed, part.ids):
+                with nullcontext() if self.seed is None else dropout_key(self.seed, part.ids):
                     results.append((part, work(part)))
             except torch.OutOfMemoryError:
                 if stop - start == 1:

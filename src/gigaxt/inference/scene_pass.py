@@ -55,11 +55,6 @@ class WindowChunk:
     row: int
     cols: Sequence[int]
 
-    @property
-    def region_ids(self) -> Tensor:
-        """(n,) int64; what distinguishes the windows of a scene."""
-        return torch.tensor(self.cols) + self.row * len(self.scene.windows.xs)
-
     def __str__(self) -> str:
         windows = self.scene.windows
         where = ", ".join(f"({windows.xs[col]}, {windows.ys[self.row]})" for col in self.cols)
@@ -140,7 +135,7 @@ class ScenePass:
         for row in rows:  # a chunk never spans two rows, so that a row's numbers do not depend on which rows are asked
             cols = np.flatnonzero(self.windows.needed[row]).tolist()
             chunks += [WindowChunk(self, row, cols[i : i + n]) for i in range(0, len(cols), n)]
-        reader = Reader(self._load_windows, self.device, 0, self.model.streaming)
+        reader = Reader(self._load_windows, self.device, None, self.model.streaming)
         decode = Answers(cast("DenseHead", self.model.head), self.model.encode)
         row, context = -1, None
         for loaded in reader.rows(chunks):
@@ -169,7 +164,7 @@ class ScenePass:
         chunks = [
             Chunk(self.batch, first, min(first + n, stop)) for start, stop in missing for first in range(start, stop, n)
         ]
-        reader = Reader(self.batch.load, self.device, 0, self.model.streaming)
+        reader = Reader(self.batch.load, self.device, None, self.model.streaming)
         found: list[Tensor] = []
 
         def encode(part: Rows) -> Tensor:

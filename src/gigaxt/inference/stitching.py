@@ -48,9 +48,8 @@ class Stitcher:
         self.row_weights, self.col_weights = (
             torch.from_numpy(weights).to(dtype) for weights in windows.axis_weights(stride)
         )
-        columns = (len(windows.xs) - 1) * self.step + 2 * self.side  # one window more than there is
+        columns = (len(windows.xs) - 1) * self.step + self.side
         self.below = torch.zeros(channels, self.side - self.step, columns, dtype=dtype)
-        self.window = torch.zeros(channels, self.side, self.side, dtype=dtype)
 
     def blocks(self, rows: Sequence[int], answers: Iterator[WindowMaps]) -> Iterator[Block]:
         """Complete blocks, row by row, each row's from left to right.
@@ -64,23 +63,25 @@ class Stitcher:
 
     def _row(self, row: int, answers: Iterator[WindowMaps]) -> Iterator[Block]:
         side, step, shared = self.side, self.step, self.side - self.step
-        self.window.zero_()
-        self.window[:, :shared] = self.below[:, :, :side]
+        left = self.below.new_zeros(len(self.below), side, shared)  # what the windows before add to the next one's
         for col, needed in enumerate(self.windows.needed[row]):
             found = next(answers) if needed else None
-            if found is not None:
+            if found is None:
+                window = self.below.new_zeros(len(self.below), side, side)
+            else:
                 assert (found.row, found.col) == (row, col)
-                self.window.addcmul_(found.maps, self.row_weights[row][:, None] * self.col_weights[col])
-            yield self._block(row, col, found)
-            left, last = col * step, col + 1 == len(self.windows.xs)
+                window = found.maps * (self.row_weights[row][:, None] * self.col_weights[col])
+            window[:, :, :shared] += left
+            x, last = col * step, col + 1 == len(self.windows.xs)
+            # Of the rows above, but for those columns where `left` has them.
+            start = 0 if col == 0 else shared
+            window[:, :shared, start:] += self.below[:, :, x + start : x + side]
+            yield self._block(row, col, found, window)
             done = side if last else step
-            self.below[:, :, left : left + done] = self.window[:, step:, :done]
-            # The window moves on by a step; from the right the columns come in that the rows above have left.
-            self.window[:, :, :shared] = self.window[:, :, step:].clone()
-            self.window[:, :, shared:] = 0
-            self.window[:, :shared, shared:] = self.below[:, :, left + side : left + side + step]
+            self.below[:, :, x : x + done] = window[:, step:, :done]
+            left = window[:, :, step:]
 
-    def _block(self, row: int, col: int, found: WindowMaps | None) -> Block:
+    def _block(self, row: int, col: int, found: WindowMaps | None, window: Tensor) -> Block:
         windows, grid = self.windows, self.windows.grid
         x, y = int(windows.xs[col]), int(windows.ys[row])
         w = grid.width - x if col + 1 == len(windows.xs) else min(windows.step, grid.width - x)
@@ -89,4 +90,4 @@ class Stitcher:
             return Block(row, x, y, None, np.zeros((h, w), np.bool_))
         valid = found.valid[:h, :w] & windows.kept_pixels(x, y, w, h)
         rows, cols = -(-h // self.stride), -(-w // self.stride)
-        return Block(row, x, y, self.window[:, :rows, :cols].clone(), valid)
+        return Block(row, x, y, window[:, :rows, :cols], valid)

@@ -44,6 +44,12 @@ def test_logits_have_the_size_of_the_pixels(first_stride: int, size: tuple[int, 
     assert logits.dtype == torch.float64
 
 
+def test_logits_lie_class_by_class() -> None:
+    maps, context = inputs(4, 64, 64)
+    maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
+    assert head().double()(maps, context).is_contiguous()
+
+
 def test_regions_do_not_mix() -> None:
     maps, context = inputs(4, 64, 64, n=3)
     module = head().double()

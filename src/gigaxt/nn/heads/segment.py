@@ -61,7 +61,10 @@ class SegmentHead(DenseHead):
             x = level(features, context, x)
         assert x is not None
         logits = self._in_units(self.classifier(x, context))
-        return logits if self.stride == 1 else resize(logits, [side * self.stride for side in logits.shape[2:]])
+        if self.stride == 1:
+            return logits
+        # Class by class, not channels last: all that follows (softmax, losses, blending) is faster so on a CPU.
+        return resize(logits.contiguous(), [side * self.stride for side in logits.shape[2:]])
 
     def _in_units(self, y: Tensor) -> Tensor:
         """Numbers, which are learnt in units of `target_std` around `target_mean`, in their own; logits as they are.
