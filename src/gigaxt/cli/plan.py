@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from gigaxt.training.rehearsal import Found
 
 
+WORTH_BFLOAT16 = 0.8
+"""Share of the time from which on bfloat16 is recommended: less is not worth its rounding."""
+
+
 @dataclass(kw_only=True)
 class PlanArguments:
     """What a run will need: memory, disk, time. Trains two real steps on the images of most regions, and keeps nothing.
@@ -198,6 +202,11 @@ def advice(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
     fits = not lines
     if slow := slow_precision(torch.device(found.device), config.train.amp):
         lines.append(f"- {slow}")
+    if 0.0 < found.bf16_s < WORTH_BFLOAT16 * (least := min(found.chunk_s.values())):
+        lines.append(
+            f"- train.amp: bf16 takes {found.bf16_s / least:.0%} of the region encoder's time here: "
+            f"{1e3 * found.bf16_s:.3g} instead of {1e3 * least:.3g} ms a region"
+        )
     if plan.reads_too_slowly:
         lines += ["- reading is the limit", *slow_reading(plan, config)]
     lines.append("fits" if fits else "see above")

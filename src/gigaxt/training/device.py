@@ -62,13 +62,20 @@ def check_budgets(streaming: Streaming, device: torch.device, *, context_gib: fl
 
 def autocast(device: torch.device, amp: Literal["auto", "off", "bf16"]) -> AbstractContextManager[Any]:
     """bfloat16 autocast as `amp` says; `auto`: on CUDA devices that have it."""
-    fits = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    fits = device.type == "cuda" and has_bfloat16(device)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16" or (amp == "auto" and fits))
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies in bfloat16, rather than by way of float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def slow_precision(device: torch.device, amp: Literal["auto", "off", "bf16"]) -> str | None:
     """What to tell who asked for a precision that makes this device slower instead of faster; None: it does not."""
-    if amp != "bf16" or device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if amp != "bf16" or device.type != "cpu" or has_bfloat16(device):
         return None
     return "this CPU has no fast bfloat16: with amp bf16 a step can take ten times as long as with amp off"
 

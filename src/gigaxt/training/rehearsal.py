@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from rich.console import Console
@@ -34,7 +34,7 @@ from gigaxt.targets.base import SceneTarget
 from gigaxt.training.checkpoint import KEEP
 from gigaxt.training.config import DataConfig, RunConfig, run_config
 from gigaxt.training.data import Sample, Samples, derive_seed
-from gigaxt.training.device import autocast, pick_device
+from gigaxt.training.device import autocast, has_bfloat16, pick_device
 from gigaxt.training.log import RunLog
 from gigaxt.training.loop import Run
 from gigaxt.training.reading_speed import Reading, time_reading
@@ -106,6 +106,8 @@ class Found:
     """Of one region, by all reading threads, from the disk as far as the system can be made to go there."""
     read_s: float
     """The same from the system's cache, or that of `data.cache`."""
+    bf16_s: float = 0.0
+    """Of `chunk_s` the fastest with bfloat16 autocast, where the run has none and the device could; 0: not timed."""
     hosted_gib: float = 0.0
     """What one region's activations take if a device keeps them on the host."""
     first_step_s: float = 0.0
@@ -163,7 +165,9 @@ def _rehearse(job: Job, folder: Path) -> Found:
         run.save_model()
         give_back_freed_memory()
         write_report(folder_of_run, config, task, run.state, None)  # its drawing counts, too
+        host_gib = peak_resident_gib()  # before chunks are tried that the run will not have
         reserved = torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0
+        chunk_s = _time_chunks(run, batch) if job.probe else {}
         return Found(
             images=[image.name for sample in run.heaviest for image in sample.images],
             size_px=(batch.scenes[0].grid.height, batch.scenes[0].grid.width),
@@ -176,7 +180,7 @@ def _rehearse(job: Job, folder: Path) -> Found:
             steps=run.steps_per_epoch,
             step_s=step_s,
             evaluate_s=evaluate_s,
-            host_gib=peak_resident_gib(),
+            host_gib=host_gib,
             device_gib=reserved,
             graph_gib=graph / GIB,
             hosted_gib=hosted / GIB,
@@ -185,7 +189,8 @@ def _rehearse(job: Job, folder: Path) -> Found:
             streaming=to_dict(_model(run).streaming),
             disk_gib=_disk_gib(run),
             device=str(device),
-            chunk_s=_time_chunks(run, batch) if job.probe else {},
+            chunk_s=chunk_s,
+            bf16_s=_time_in_bfloat16(run, batch, chunk_s),
             cold_read_s=reading.cold_s,
             read_s=reading.again_s,
             decode_s=reading.decode_s,
@@ -308,35 +313,49 @@ def _kept_bytes(run: Run, batch: SceneBatch) -> tuple[int, int, int]:
 
 def _time_chunks(run: Run, batch: SceneBatch) -> dict[str, float]:
     """Time a region of one pass forward and backward, for chunks that grow until that is of no use any more."""
-    model = _model(run)
     found: dict[str, float] = {}
-    reader = Reader(batch.load, run.device, 0)
+    size, best = 1, float("inf")
+    while size <= batch.full_size:
+        seconds = _time_chunk(run, batch, size, run.settings.amp)
+        if seconds is None:
+            return found
+        found[str(size)] = seconds
+        if seconds > BETTER * best and size > 4:
+            return found
+        best, size = min(best, seconds), 2 * size
+    return found
+
+
+def _time_in_bfloat16(run: Run, batch: SceneBatch, chunk_s: dict[str, float]) -> float:
+    """The fastest of the chunks with bfloat16 autocast, a region; 0 where the run has it, or the device has not."""
+    if run.settings.amp != "off" and (run.settings.amp == "bf16" or run.device.type == "cuda"):
+        return 0.0
+    if not chunk_s or not has_bfloat16(run.device):
+        return 0.0
+    return _time_chunk(run, batch, int(min(chunk_s, key=lambda size: chunk_s[size])), "bf16") or 0.0
+
+
+def _time_chunk(run: Run, batch: SceneBatch, size: int, amp: Literal["auto", "off", "bf16"]) -> float | None:
+    """Time a region of one pass forward and backward over a chunk; None: memory does not suffice for it."""
+    model, reader = _model(run), Reader(batch.load, run.device, 0)
+    (rows,) = reader.rows(batch.chunks(size)[:1])
 
     def work(part: Any) -> None:
-        with autocast(run.device, run.settings.amp):
+        with autocast(run.device, amp):
             tokens = model.encode(part.loaded)[0]
         if tokens.requires_grad:
             tokens.sum().backward()
 
-    size, best = 1, float("inf")
-    while size <= batch.full_size:
-        (rows,) = reader.rows(batch.chunks(size)[:1])
-        times = []
-        for _ in range(3):
-            started = time.monotonic()
-            try:
-                reader.run(rows, work)
-            except torch.OutOfMemoryError:
-                return found
-            _wait(run.device)
-            times.append((time.monotonic() - started) / size)
-        if reader.most_rows < size:
-            return found
-        found[str(size)] = min(times)
-        if found[str(size)] > BETTER * best and size > 4:
-            return found
-        best, size = min(best, found[str(size)]), 2 * size
-    return found
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
+        try:
+            reader.run(rows, work)
+        except torch.OutOfMemoryError:
+            return None
+        _wait(run.device)
+        times.append((time.monotonic() - started) / size)
+    return min(times) if reader.most_rows >= size else None
 
 
 def _disk_gib(run: Run) -> float:
