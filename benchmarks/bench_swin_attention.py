@@ -35,7 +35,7 @@ def kept_mib(encoder: RegionEncoder, pixels: torch.Tensor, amp: str, fused: bool
     bf16 = torch.autocast(pixels.device.type, torch.bfloat16, enabled=amp == "bf16")
     with counted_saves([*encoder.parameters(), *encoder.buffers()]) as saved, bf16:
         encoder(pixels)
-    return round(saved() / len(pixels) / 2**20, 1)
+    return round(saved.bytes / len(pixels) / 2**20, 1)
 
 
 def timed(encoder: RegionEncoder, pixels: torch.Tensor, amp: str, fused: bool) -> tuple[float, float]:
