@@ -78,6 +78,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_union(args, value, where)
     if origin is Literal:
+        value = "off" if value is False else value  # as YAML 1.1 reads the word
         if value not in args:
             raise ConfigError(f"{where}: {value!r} is none of {', '.join(map(repr, args))}{_hint(value, args)}")
         return value

@@ -23,6 +23,13 @@ def test_a_config_survives_yaml(tmp_path: Path) -> None:
     assert config.train.streaming.budget_gib is None
 
 
+@pytest.mark.parametrize("word", ["off", "Off", "'off'"])
+def test_the_word_off_in_yaml(word: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"data": {"csv": "data.csv"}, "model": MODEL}) + f"train: {{amp: {word}}}\n")
+    assert run_config(read_yaml(path)).train.amp == "off"
+
+
 def test_paths_are_relative_to_the_yaml(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("data: {csv: sub/data.csv}")
