@@ -295,6 +295,26 @@ def test_autocast_of_the_forward_pass_is_restored() -> None:
     assert len(seen) == 2 * x.shape[1]  # forward, and again in the backward pass
 
 
+def test_autocast_keeps_no_casts_of_segments() -> None:
+    """Each takes 128 KiB as bfloat16."""
+    held: list[int] = []
+
+    class Narrow(nn.Linear):
+        def forward(self, x: Tensor, shared: Tensor) -> tuple[Tensor]:
+            held.append(memory.now)
+            return (super().forward(x) + super().forward(shared).detach(),)
+
+    module, x = Narrow(1 << 16, 1), torch.ones(1, 6, 1 << 16, requires_grad=True)
+    shared = torch.ones(1, 1, 1 << 16, requires_grad=True)
+    with LiveMemory([x, shared, *module.parameters()]) as memory, torch.autocast("cpu", torch.bfloat16):
+        y, _ = scan(module, (x,), shared=(shared,), segment=1)
+        assert y is not None
+        y.sum().backward()
+    assert len(held) == 12
+    for one_pass in (held[:6], held[6:]):
+        assert max(one_pass[3:]) < one_pass[2] + (1 << 15)
+
+
 def test_low_precision_sums_are_added_in_float32() -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:

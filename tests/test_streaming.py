@@ -215,6 +215,26 @@ def test_autocast_casts_weights_once_a_pass(budget_gib: float, one_block: bool) 
     assert len(counted.casts) == 2 * (1 if budget_gib == 1.0 else 3)
 
 
+def test_autocast_keeps_no_casts_of_what_a_chunk_is_given() -> None:
+    """Each chunk's rows and what all chunks share take 128 KiB as bfloat16."""
+    held: list[int] = []
+
+    class Narrow(nn.Linear):
+        def forward(self, x: Tensor, own: Tensor, shared: Tensor) -> Tensor:
+            held.append(memory.now)
+            found: Tensor = super().forward(own) + super().forward(shared)
+            return found
+
+    module, wide = Narrow(1 << 16, 1), torch.ones(7, 1 << 16, requires_grad=True)
+    with LiveMemory([wide, *module.parameters()]) as memory, torch.autocast("cpu", torch.bfloat16):
+        chunks = [slice(i, i + 1) for i in range(6)]
+        out = stream(module, lambda c: torch.ones(1, 1), chunks, sliced=(wide[:6],), shared=(wide[6:],))
+        out.sum().backward()
+    assert len(held) == 12
+    for one_pass in (held[:6], held[6:]):
+        assert max(one_pass[3:]) < one_pass[2] + (1 << 15)
+
+
 def test_changed_parameter_between_the_passes_is_noticed() -> None:
     module, pixels, own, shared = problem()
     out, _ = stream(module, lambda c: pixels[c], CHUNKS["three"], sliced=(own,), shared=(shared,))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from gigaxt.errors import ConfigError
 from gigaxt.host_copies import pinned_size
@@ -82,7 +82,7 @@ class Aliases:
     def __call__(self, *args: Any) -> Any:
         """The module's output on `args`."""
         with _swapped(self._slots_now):
-            return self.module(*args)
+            return self.module(*_without_leaves(args))
 
     def call_checked(self, *args: Any) -> Any:
         """As a plain call, but refuses a module that changes its buffers or draws from global random state.
@@ -98,7 +98,7 @@ class Aliases:
         versions = [copy._version for _, _, copy in copies]
         random_state = torch.get_rng_state()
         with _swapped([*self._slots_now, *copies]):
-            result = self.module(*args)
+            result = self.module(*_without_leaves(args))
             changed = [
                 name
                 for (owner, name, copy), version in zip(copies, versions, strict=True)
@@ -124,6 +124,14 @@ class Aliases:
 def _detached(module: nn.Module) -> dict[int, Tensor]:
     """An alias for each parameter, by its id."""
     return {id(p): p.detach().requires_grad_(p.requires_grad) for p in module.parameters()}
+
+
+def _without_leaves(args: Any) -> Any:
+    """`args` with views for leaves that require grad.
+
+    Autocast takes such a leaf for a weight, and would keep it and its cast to the end of the pass, chunk for chunk.
+    """
+    return tree_map_only(Tensor, lambda t: t.view_as(t) if t.requires_grad and t.is_leaf else t, args)
 
 
 @contextlib.contextmanager
