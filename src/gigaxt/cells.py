@@ -14,6 +14,8 @@ from gigaxt.errors import DataError
 def read_cells(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """Read a comma-separated UTF-8 file with a header.
 
+    Columns without a name are left out, and so are empty cells beyond the last one: spreadsheets write both.
+
     Returns:
         Column names in lower case; for each line that is not blank its number (the header is line 1) and its cells by
         column, stripped.
@@ -26,20 +28,23 @@ def read_cells(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
     header = [name.strip().lower() for name in header]
     if not any(header):
         raise DataError(f"{path}: the file is empty; expected a header such as `image,label`")
+    named = [name for name in header if name]
     if len(header) == 1 and (found := re.search(r"[;\t|]", header[0])):
         raise DataError(f"{path}: columns are separated by {found.group()!r}; expected commas")
-    twice = [name for name, count in Counter(header).items() if count > 1]
+    twice = [name for name, count in Counter(named).items() if count > 1]
     if twice:
         raise DataError(f"{path}: column `{twice[0]}` occurs twice in the header")
     lines = []
     for line, cells in records:
+        while len(cells) > len(header) and not cells[-1].strip():
+            cells.pop()
         if len(cells) != len(header):
             raise DataError(
                 f"{path} line {line}: expected {len(header)} cells as in the header, got {len(cells)}; "
                 f'put quotes ("...") around cells that hold a comma'
             )
-        lines.append((line, {name: cell.strip() for name, cell in zip(header, cells, strict=True)}))
-    return header, lines
+        lines.append((line, {name: cell.strip() for name, cell in zip(header, cells, strict=True) if name}))
+    return named, lines
 
 
 def _records(path: Path) -> Iterator[tuple[int, list[str]]]:

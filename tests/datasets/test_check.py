@@ -252,6 +252,16 @@ def test_labels_with_decimals(tmp_path: Path) -> None:
         assert any("--target regression" in line for line in said) == expected
 
 
+def test_names_of_classes_that_mean_the_same_or_nothing(tmp_path: Path) -> None:
+    for name in "ijklm":
+        tifffile.imwrite(tmp_path / f"{name}.tif", np.arange(64 * 48, dtype=np.uint16).reshape(64, 48))
+    csv = table(tmp_path / "d.csv", "image,label\ni.tif,1\nj.tif,1.0\nk.tif,Cat\nl.tif,cat\nm.tif,NaN\n")
+    said = check_manifest(csv).proposals()
+    assert "classes 1, 1.0 differ in spelling alone and are learnt as 2: write them alike" in said
+    assert "classes Cat, cat differ in spelling alone and are learnt as 2: write them alike" in said
+    assert "NaN is learnt as a class: leave out the rows whose class is not known" in said
+
+
 def test_an_image_in_several_rows(tmp_path: Path) -> None:
     for name in ("i", "j"):
         tifffile.imwrite(tmp_path / f"{name}.tif", np.arange(64 * 48, dtype=np.uint16).reshape(64, 48))

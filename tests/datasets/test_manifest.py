@@ -172,6 +172,21 @@ def test_the_same_image_twice_stays_in_one_split(tmp_path: Path) -> None:
         assert first.split == second.split
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "image,label,,\na.tif,x,,\nb.tif,y,, \n",
+        "image,label\na.tif,x,,\nb.tif,y\n",
+        ",image,label\n0,a.tif,x\n1,b.tif,y\n",
+    ],
+    ids=["columns without a name", "empty cells beyond the last", "an index as pandas writes it"],
+)
+def test_what_spreadsheets_add_is_left_out(write, text: str) -> None:
+    manifest = Manifest.read(write(text))
+    assert [(row.image.name, row.label) for row in manifest.rows] == [("a.tif", "x"), ("b.tif", "y")]
+    assert manifest.columns == ("image", "label")
+
+
 ERRORS = {
     "empty file": ("", "the file is empty; expected a header"),
     "header only": ("image,label\n\n", "expected a line for each image below the header, got none"),
@@ -190,6 +205,7 @@ ERRORS = {
     "unknown split": ("image,label,split\na,b,trian\n", "line 2: split is 'trian'; did you mean `train`"),
     "empty split": ("image,label,split\na,b,\n", "line 2: split is ''; expected one of train, val, test"),
     "too many cells": ("image,label\na,b\nb,c,d\n", "line 3: expected 2 cells as in the header, got 3"),
+    "too many cells, not the last": ("image,label\nb,c,,d\n", "line 2: expected 2 cells as in the header, got 4"),
     "too few cells": ("image,label\na\n", "line 2: expected 2 cells as in the header, got 1"),
     "after a quoted line break": ('image,label\n"a\nb",x\nc\n', "line 4: expected 2 cells"),
     "open quote": ('image,label\na,"b\n', "line 2: not readable as CSV"),

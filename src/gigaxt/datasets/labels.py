@@ -179,6 +179,23 @@ def class_order(
     return tuple(sorted(names, key=lambda name: ids[name]))
 
 
+def class_name_advice(names: Iterable[str]) -> list[str]:
+    """What is odd about names of classes: those that mean the same, and those that mean that nothing is known."""
+    names = list(names)
+    alike: dict[object, list[str]] = {}
+    for name in names:
+        alike.setdefault(float(name) if _is_number(name) else name.casefold(), []).append(name)
+    found = [
+        f"classes {', '.join(same)} differ in spelling alone and are learnt as {len(same)}: write them alike"
+        for same in alike.values()
+        if len(same) > 1
+    ]
+    unknown = [name for name in names if name.casefold() in ("nan", "na", "n/a", "#n/a", "null")]
+    if unknown:
+        found.append(f"{', '.join(unknown)} is learnt as a class: leave out the rows whose class is not known")
+    return found
+
+
 def is_integer(text: str) -> bool:
     """Whether a label is a whole number."""
     return re.fullmatch(r"[+-]?[0-9]{1,18}", text) is not None

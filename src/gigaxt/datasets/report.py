@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gigaxt.amounts import amount
 from gigaxt.datasets.boxes import BoxClasses
 from gigaxt.datasets.instances import FITS, NO_MASK
-from gigaxt.datasets.labels import LABEL
+from gigaxt.datasets.labels import LABEL, class_name_advice
 from gigaxt.datasets.manifest import Manifest
 from gigaxt.datasets.mask_facts import UNLABELLED, MaskFacts, mask_advice, numbers_line, shares
 from gigaxt.datasets.row import Case, Row
@@ -357,6 +357,8 @@ def _class_proposals(manifest: Manifest) -> list[str]:
         found.append("classes differ more than tenfold in number: set head.class_weights")
     if manifest.target == "single" and any(_is_decimal(name) for name in manifest.classes):
         found.append("labels such as 1.5 are taken as names of classes: --target regression learns them as numbers")
+    if manifest.answer_columns == LABEL:
+        found += class_name_advice(manifest.classes)
     if len(manifest.classes) == 1 and manifest.target == "single":
         found.append("there is one class: add examples of another")
     return found
