@@ -132,6 +132,20 @@ def test_under_autocast(shift: tuple[int, int]) -> None:
         assert error <= 2 * timms_error, f"{name}: {error:.1e}, timm's {timms_error:.1e}"
 
 
+@pytest.mark.usefixtures("everywhere")
+def test_queries_and_keys_near_zero_in_float16() -> None:
+    """What they are multiplied by is more than float16 holds: nothing of a window without data is NaN."""
+    block = make_block((2, 3), torch.float32, qkv_bias=False)
+    fused = copy.deepcopy(block)
+    fuse_window_attention(fused)
+    x = make_cells(2, torch.float32)
+    x[0], x[1] = 0.0, 1e-3 * x[1]
+    exact = block.attn(x, block.attn_mask)
+    with torch.autocast("cpu", torch.float16):
+        found = fused.attn(x, block.attn_mask)
+    assert (found - exact).norm() <= 1e-2 * exact.norm()
+
+
 ENCODER: dict[str, Any] = {
     "name": "swinv2_tiny_window16_256",
     "region": 64,

@@ -64,7 +64,8 @@ class FusedWindowAttention(WindowAttention):
         qkv = F.linear(x, self.qkv.weight, qkv_bias).unflatten(2, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         scale = self.logit_scale.clamp(max=math.log(LARGEST_SCALE)).exp()  # (heads, 1, 1)
-        q, k = q * (scale * _one_over_norm(q)).to(v.dtype), k * _one_over_norm(k).to(v.dtype)
+        # Rounded last: one over a small norm is infinite in float16.
+        q, k = (q * (scale * _one_over_norm(q))).to(v.dtype), (k * _one_over_norm(k)).to(v.dtype)
         attended = attend(q, k, v, self.position_bias(), mask)
         attended = attended.transpose(1, 2).reshape(windows, cells, dim)  # from (windows, heads, cells, d)
         out: Tensor = self.proj_drop(self.proj(attended))
