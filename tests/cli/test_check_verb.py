@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import shlex
 from pathlib import Path
 
@@ -79,6 +80,29 @@ def test_foreground_and_overlays(folder: Path, capsys: pytest.CaptureFixture[str
     assert "foreground keeps" in out
     assert "pictures: 4 in pictures" in out
     assert len(list(Path("pictures").glob("*.png"))) == 4
+
+
+def test_a_picture_that_cannot_be_written_is_no_fault_of_its_image(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(picture: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("gigaxt.draw.save_png", full)
+    assert main(["check", "data.csv", "--overlays", "pictures"]) == 2
+    captured = capsys.readouterr()
+    assert ": cannot write the picture: No space left on device; free some space or choose" in captured.err
+    assert "unreadable" not in captured.out
+    assert not list(Path("pictures").iterdir())
+
+
+def test_a_picture_of_an_image_with_a_very_long_name(folder: Path) -> None:
+    name = "ä" * 120 + ".tif"  # 244 bytes, of 255 that there may be
+    Path("0.tif").rename(name)
+    Path("long.csv").write_text(f"image,label\n{name},a\n", encoding="utf-8")
+    assert main(["check", "long.csv", "--overlays", "pictures"]) == 0
+    assert len(list(Path("pictures").glob("line00002_*.png"))) == 1
 
 
 @pytest.mark.parametrize(

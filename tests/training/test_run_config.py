@@ -94,6 +94,15 @@ def test_what_is_no_yaml_is_refused(tmp_path: Path, text: str, message: str) -> 
         read_yaml(tmp_path / "none.yaml")
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("train: {epochs: 1}\nmodel:\n  head: {classes: 2}\ntrain: {lr: 0.1}\n")
+    with pytest.raises(ConfigError, match=r"run.yaml: .* at line 4: `train` stands there again, first in line 1"):
+        read_yaml(path)
+    path.write_text("a: &a {x: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, x: 3}\n")  # a merged key may be set anew
+    assert read_yaml(path)["c"] == {"x": 3}
+
+
 def test_differences_name_dotted_keys() -> None:
     old = {"train": {"lr": 1, "device": "cpu", "augment": {"colour": 0}}, "model": {"a": 1}}
     new = {"train": {"lr": 2, "device": "cuda", "augment": {"colour": 1}}, "model": {"a": 1, "b": 2}}

@@ -27,7 +27,7 @@ from gigaxt.datasets.report import CheckReport, ImageFacts, Problem, shared_band
 from gigaxt.datasets.row import Row, Task
 from gigaxt.datasets.run_config import write_config
 from gigaxt.datasets.statistics import WINDOW, BandStatistics, spread_windows
-from gigaxt.errors import DataError, GigaxtError
+from gigaxt.errors import ConfigError, DataError, GigaxtError
 from gigaxt.image.base import Image
 from gigaxt.nn.heads.points import PointsConfig
 from gigaxt.nn.heads.segment_config import SegmentConfig
@@ -35,6 +35,7 @@ from gigaxt.pixel_answers import with_mask
 from gigaxt.targets.masks import open_mask
 
 if TYPE_CHECKING:
+    from gigaxt.draw import Picture
     from gigaxt.foreground import Foreground
 
 __all__ = ["CheckReport", "check_manifest", "write_config"]
@@ -196,7 +197,7 @@ class _Looker:
             keep = None if self.foreground is None else self.foreground.keep(image, WINDOW)
             for x, y, w, h in spread_windows(image.height, image.width, self.windows, keep):
                 statistics.add(*image.read_valid(x, y, w, h), nodata=image.nodata)
-            self._draw(row, image, mask, keep, finding)
+            picture = self._picture(row, image, mask, keep, finding)
         except DataError as error:  # no foreground, or one that does not fit
             finding.empty.append(Problem(row.line, row.image, str(error).removeprefix(f"{image.name}: ")))
             return
@@ -207,15 +208,16 @@ class _Looker:
         finding.statistics = statistics
         if not statistics.count.any():
             finding.empty.append(Problem(row.line, row.image, "no valid pixel in what was read"))
+        if picture is not None and self.overlay_folder is not None:
+            finding.overlay = _saved(picture, self.overlay_folder, row)
 
-    def _draw(
+    def _picture(
         self, row: Row, image: Image, mask: Image | None, keep: NDArray[np.bool_] | None, finding: _Finding
-    ) -> None:
+    ) -> Picture | None:
         from gigaxt import draw
 
         if self.overlay_folder is None or row.line not in self.drawn_lines:
-            return
-        path = self.overlay_folder / f"line{row.line:05d}_{row.image.stem}.png"
+            return None
         picture = draw.thumbnail(image)
         if keep is not None:
             picture = draw.outline_regions(picture, keep, WINDOW * picture.shape[1] / image.width)
@@ -226,7 +228,22 @@ class _Looker:
                 picture = draw_boxes(picture, row, image, self.classes)
             if self.points is not None:
                 picture = draw_points(picture, self.manifest, row, image, self.points)
-        finding.overlay = draw.save_png(picture, path)
+        return picture
+
+
+def _saved(picture: Picture, folder: Path, row: Row) -> Path:
+    """Where a row's picture was written to: a disk that is full is no fault of the image."""
+    from gigaxt import draw
+
+    stem = row.image.stem.encode()[:200].decode(errors="ignore")  # names of files may have 255 bytes
+    path = folder / f"line{row.line:05d}_{stem}.png"
+    try:
+        return draw.save_png(picture, path)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise ConfigError(
+            f"{path}: cannot write the picture: {error.strerror or error}; free some space or choose another folder"
+        ) from error
 
 
 def _shown(head: SegmentConfig, facts: MaskFacts) -> SegmentConfig:

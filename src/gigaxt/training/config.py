@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from yaml.error import MarkedYAMLError
 
 from gigaxt.config import from_dict, merged, nearest, to_dict
 from gigaxt.datasets.split import Fold, check_fold
@@ -307,10 +308,26 @@ def _files(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     return found
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key stands twice: the first one would count for nothing, and nothing would tell."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue
+            if key.value in lines:
+                problem = f"`{key.value}` stands there again, first in line {lines[key.value]}; keep one"
+                raise MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            lines[key.value] = key.start_mark.line + 1
+        return node
+
+
 def _read_one(path: Path, above: str) -> dict[str, Any]:
     """The keys of one file, with its paths made absolute; `above` begins messages."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         cause = getattr(error, "strerror", None) or error
         raise ConfigError(f"{above}{path}: cannot read the config: {cause}") from error
