@@ -282,6 +282,16 @@ def test_change_in_place_is_noticed() -> None:
             loss.backward()
 
 
+def test_the_plain_loop_runs_on_devices_without_autocast() -> None:
+    class Linear(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            return (super().forward(x),)
+
+    y, _ = scan(Linear(3, 2, device="meta"), (torch.empty(1, 5, 3, device="meta"),), segment=2, purse=None)
+    assert y is not None
+    assert y.shape == (1, 5, 2)
+
+
 def test_autocast_of_the_forward_pass_is_restored() -> None:
     case, seen = Case(), []
     case.module.float()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -82,7 +83,6 @@ def scan(
         host=host,
         counts=(len(inputs), len(shared), len(state)),
         device=inputs[0].device,
-        autocast=Autocast.now(inputs[0].device),
     )
     if purse is None:
         return _plain_loop(plan, tuple(inputs), tuple(shared), tuple(state))
@@ -114,7 +114,11 @@ class _Plan:
     counts: tuple[int, int, int]
     """Of inputs, shared, state."""
     device: torch.device
-    autocast: Autocast
+
+    @cached_property
+    def autocast(self) -> Autocast:
+        """The state at the forward pass, which asks first; the plain loop never does, and runs on any device."""
+        return Autocast.now(self.device)
 
     def window(self, i: int) -> tuple[int, int]:
         """Segment `i` with its halo; may reach beyond the ends of the sequence."""
