@@ -72,3 +72,8 @@ def test_csvs_are_read_as_manifests_are(tmp_path: Path, text: bytes, message: st
     (tmp_path / "d.csv").write_bytes(text)
     with pytest.raises(DataError, match=message):
         list(expand([tmp_path / "d.csv"]))
+
+
+def test_a_path_that_is_too_long_is_no_image() -> None:
+    with pytest.raises(ImageError, match="expected an image, a folder or a CSV, but there is nothing"):
+        list(expand([Path("x" * 300 + ".tif")]))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gigaxt.datasets.manifest import Manifest
+from gigaxt.datasets.manifest import Manifest, absence
 from gigaxt.errors import ConfigError, DataError
 
 
@@ -185,6 +185,14 @@ def test_what_spreadsheets_add_is_left_out(write, text: str) -> None:
     manifest = Manifest.read(write(text))
     assert [(row.image.name, row.label) for row in manifest.rows] == [("a.tif", "x"), ("b.tif", "y")]
     assert manifest.columns == ("image", "label")
+
+
+def test_a_path_that_is_too_long_is_a_missing_file(write) -> None:
+    manifest = Manifest.read(write(f"image,label\n{'x' * 300}.tif,a\n"))
+    [(row, path)] = manifest.missing_files()
+    assert (row.line, absence(path)) == (2, "File name too long")
+    with pytest.raises(DataError, match="1 of its files do not exist"):
+        manifest.check_files()
 
 
 ERRORS = {

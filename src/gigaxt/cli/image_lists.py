@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gigaxt.cells import read_cells
+from gigaxt.datasets.manifest import absence
 from gigaxt.errors import ConfigError, DataError, ImageError
 
 TIFF_SUFFIXES = (".tif", ".tiff")
@@ -22,13 +23,14 @@ def expand(paths: Sequence[Path]) -> Iterator[Path]:
     if not paths:
         raise DataError("expected at least one image: gigaxt predict runs/a scene.tif --out mask.tif")
     for path in paths:
+        there = not absence(path)
         if path.suffix.lower() == ".csv":
             yield from dict.fromkeys(image for image, _ in _lines_of_csv(path))
-        elif path.is_dir() and not _is_image_folder(path):
+        elif there and path.is_dir() and not _is_image_folder(path):
             yield from _images_of_folder(path)
-        elif not path.exists() and any(character in str(path) for character in "*?["):
+        elif not there and any(character in str(path) for character in "*?["):
             yield from _matches(path)
-        elif not path.exists():
+        elif not there:
             raise ImageError(path, "expected an image, a folder or a CSV, but there is nothing")
         else:
             yield path

@@ -20,7 +20,7 @@ from gigaxt.datasets.box_facts import count_boxes, draw_boxes
 from gigaxt.datasets.boxes import BoxClasses, box_classes
 from gigaxt.datasets.instances import count_masks
 from gigaxt.datasets.labels import Target
-from gigaxt.datasets.manifest import Manifest
+from gigaxt.datasets.manifest import Manifest, absence
 from gigaxt.datasets.mask_facts import MaskFacts, look_at_mask, mask_head
 from gigaxt.datasets.point_facts import count_points, draw_points, suggested_head
 from gigaxt.datasets.report import CheckReport, ImageFacts, Problem, shared_bands
@@ -78,7 +78,7 @@ def check_manifest(
         DataError: the CSV itself does not fit. What is wrong with the files it names is in the report.
     """
     manifest = Manifest.read(csv, task=task, target=target, label_columns=label_columns)
-    missing = [Problem(row.line, path, "does not exist") for row, path in manifest.missing_files()]
+    missing = [Problem(row.line, path, absence(path)) for row, path in manifest.missing_files()]
     gone = {problem.line for problem in missing}
     rows = list(
         {(row.image, row.target_path): row for row in reversed(manifest.rows) if row.line not in gone}.values()

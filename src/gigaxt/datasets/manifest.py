@@ -197,7 +197,7 @@ class Manifest:
 
     def missing_files(self) -> list[tuple[Row, Path]]:
         """Images and target files that are not there, with their rows."""
-        return [(row, path) for row in self.rows for path in row.files if not path.exists()]
+        return [(row, path) for row in self.rows for path in row.files if absence(path)]
 
     def check_files(self) -> None:
         """Raise where images or target files are not there.
@@ -231,6 +231,17 @@ class Manifest:
                 f"{self.path} line {row.line}: {row.image} has sha256 {digest[:12]}..., expected "
                 f"{row.sha256[:12]}...: the file is damaged or another one"
             )
+
+
+def absence(path: Path) -> str:
+    """Why there is no file, such as a name that is too long or a folder that may not be read; empty where there is."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a name with a zero byte
+        return "does not exist"
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _cases(rows: Iterable[Row], task: Task) -> list[Case]:
