@@ -203,6 +203,7 @@ ERRORS = {
         "image,lable\na,b\n",
         "expected a column `label` or `mask` or `boxes` or `points`, got none; did you mean `lable`",
     ),
+    "labels in columns of their own": ("image,er,her2\na,0,1\n", "known: er, her2; --label-columns names those with"),
     "only images": ("image,split\na,train\n", "expected a column `label` or `mask` or `boxes` or `points`, got none"),
     "label and mask": ("image,label,mask\na,b,c\n", "has `label` and `mask`"),
     "column twice": ("image,label,label\na,b,c\n", "column `label` occurs twice"),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from array_image import ArrayImage
 from gigaxt.errors import ConfigError, ImageError
+from gigaxt.image.part_file import PartFile
 from gigaxt.image.reduce import halve
 from gigaxt.image.tiff_geo import is_geographic
 from gigaxt.image.writer import TiffWriter
@@ -475,3 +476,8 @@ with TiffWriter({str(tmp_path / "a.tif")!r}, 64, 64, tile=64) as writer:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert read_levels(tmp_path / "a.tif")[0].min() == 1
+
+
+def test_a_name_that_is_too_long_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"cannot be created \(File name too long\)"):
+        PartFile(tmp_path / ("x" * 300 + ".geojson"))

@@ -86,7 +86,7 @@ def task_of(path: Path, header: Sequence[str], task: Task | None, columns: tuple
         return task
     if not found:
         others = [name for name in header if name not in ("image", *OPTIONAL_COLUMNS)]
-        hint = nearest("label", others) if others else ""
+        hint = f"{nearest('label', others)}; --label-columns names those with a label each" if others else ""
         if default_target(header, ()) == "survival":
             hint = "; `time` and `event` are of target survival"
         raise DataError(f"{path}: expected a column {_or(TARGET_COLUMNS)}, got none{hint}")

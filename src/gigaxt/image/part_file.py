@@ -32,11 +32,11 @@ class PartFile:
         self._part = path.parent / f"{path.name}.part"  # `.` has no name, and is refused below
         self._lock = threading.Lock()
         self._failure: ImageError | None = None
-        if not path.parent.is_dir():
-            raise ImageError(path, f"expected an existing folder, got {path.parent}: make it first")
-        if path.is_dir():
-            raise ImageError(path, "expected the name of a file, got a folder")
         try:
+            if not path.parent.is_dir():
+                raise ImageError(path, f"expected an existing folder, got {path.parent}: make it first")
+            if path.is_dir():
+                raise ImageError(path, "expected the name of a file, got a folder")
             self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise ImageError(self._part, f"cannot be created ({error.strerror})") from error
