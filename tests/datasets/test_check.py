@@ -243,6 +243,15 @@ def test_advice(tmp_path: Path) -> None:
     assert "class b does not occur in train: it cannot be learnt" in report.proposals()
 
 
+def test_indices_of_a_palette_are_no_brightness(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        picture = Pillow.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8), "L").convert("P")
+        picture.save(tmp_path / f"{name}.png")
+    (tmp_path / "data.csv").write_text("image,label\na.png,x\nb.png,y\n")
+    lines = "\n".join(check_manifest(tmp_path / "data.csv").lines())
+    assert "indices of a palette would be learnt as brightness (2 images): model.input.rgb: true" in lines
+
+
 def test_labels_with_decimals(tmp_path: Path) -> None:
     for name in ("i", "j"):
         tifffile.imwrite(tmp_path / f"{name}.tif", np.arange(64 * 48, dtype=np.uint16).reshape(64, 48))

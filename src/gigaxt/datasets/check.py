@@ -280,6 +280,7 @@ def _facts(row: Row, image: Image, keep: NDArray[np.bool_] | None) -> ImageFacts
         mpp=image.mpp,
         gsd_m=image.gsd_m,
         band_names=image.band_names,
+        has_palette=getattr(image, "has_palette", False),
         kept=None if keep is None else float(keep.mean()),
     )
 

@@ -54,6 +54,8 @@ class ImageFacts:
     gsd_m: tuple[float, float] | None
     """Metres per pixel as (x, y)."""
     band_names: tuple[str, ...]
+    has_palette: bool
+    """Its pixels are indices of colours."""
     kept: float | None
     """Share of regions that the foreground keeps; None without one."""
 
@@ -261,6 +263,11 @@ class CheckReport:
             rgb = "; model.input.rgb reads the others as RGB too" if self.rgb_helps else ""
             bands_found = _tally(fact.channels for fact in self.images)
             found.append(f"images have {bands_found} bands: a model takes one number{rgb}")
+        if indexed := sum(fact.has_palette for fact in self.images):
+            found.append(
+                f"indices of a palette would be learnt as brightness ({amount(indexed, 'image')}): model.input.rgb: "
+                "true reads their colours; in_channels is 3 then, and mean and std have three numbers, or are left out"
+            )
         if len({fact.dtype for fact in self.images}) > 1:
             found.append("images have different number types: check that they are in the same units")
         if len({fact.band_names for fact in self.images}) > 1 and len(bands) == 1 and not self.bands:

@@ -58,6 +58,8 @@ class PillowImage(Image):
         self.width, self.height = size.width, size.height
         mode, self.orientation = self._describe()
         self._rgb = rgb and not self._deep and mode not in ("I", "F") and not mode.startswith("I;16")
+        self.has_palette = mode == "P" and not self._rgb
+        """Whether pixels are indices of colours."""
         mode = "RGB" if self._rgb else mode
         self.channels = size.samples if self._deep else len(PIL.Image.new(mode, (1, 1)).getbands())
         wide = self._deep or mode.startswith("I;16")
