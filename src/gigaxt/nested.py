@@ -36,11 +36,12 @@ from gigaxt.replay import (
     first_look,
     grad,
     gradient_of,
+    one_pass,
     refuse_foreign_leaves,
     refuse_unstreamable,
 )
 from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, join
-from gigaxt.turns import Turn, load_turn
+from gigaxt.turns import load_turn, make_turns
 
 C = TypeVar("C")
 Maps = tuple[Tensor, ...]
@@ -87,11 +88,8 @@ def stream_nested(
     job = _Job(encode, decode, load, load_targets, chunks, reduce, linear, seed, streaming or Streaming())
     parameters = [*encode.parameters(), *decode.parameters()]
     if not torch.is_grad_enabled():
-        with job.autocast.one_pass():
-            tokens = job.encode_all(training=False)
-        context = join_tokens(tokens)
-        with job.autocast.one_pass():
-            return job.decode_all(context, training=False)
+        tokens = job.encode_all(training=False)
+        return job.decode_all(join_tokens(tokens), training=False)
     if job.streaming.budget_gib is None:
         return job.run_ordinarily(join_tokens)
     refuse_unstreamable(encode)
@@ -109,15 +107,13 @@ class _Encode(torch.autograd.Function):
         ctx.save_for_backward(*parameters)  # so that a change in place between the passes is noticed
         ctx.set_materialize_grads(False)
         # The link makes the decode stage depend on this one even where `join` cuts the tokens' gradient.
-        with job.autocast.one_pass():
-            return job.encode_all(training=True), parameters[0].new_zeros(())
+        return job.encode_all(training=True), parameters[0].new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, tokens_grad: Tensor | None, link_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors  # raises if a parameter was changed in place
-        with ctx.job.autocast.one_pass():
-            return None, *ctx.job.encode_backward(tokens_grad)
+        return None, *ctx.job.encode_backward(tokens_grad)
 
 
 class _Decode(torch.autograd.Function):
@@ -128,8 +124,7 @@ class _Decode(torch.autograd.Function):
         ctx.job, ctx.link = job, link
         ctx.save_for_backward(context)
         ctx.set_materialize_grads(False)
-        with job.autocast.one_pass():
-            outputs = job.decode_all(context, training=True)
+        outputs = job.decode_all(context, training=True)
         blocked = outputs[1:] if job.linear else outputs
         ctx.mark_non_differentiable(*(t for t in blocked if job.linear or not t.is_floating_point()))
         return outputs
@@ -138,8 +133,7 @@ class _Decode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors  # raises if the context was changed in place
-        with ctx.job.autocast.one_pass():
-            return None, ctx.job.decode_backward(grads), torch.zeros_like(ctx.link)
+        return None, ctx.job.decode_backward(grads), torch.zeros_like(ctx.link)
 
 
 @dataclass
@@ -216,6 +210,7 @@ class _Job:
         ]
         return tuple(join(column, self.outputs.reduce) for column in zip(*results, strict=True))
 
+    @one_pass
     def encode_all(self, *, training: bool) -> Tensor:
         """The tokens of all regions; graphs or feature maps are kept where they fit."""
         device, host = Purse(self.streaming.budget_gib or 0), Purse(self.streaming.host_gib)
@@ -244,6 +239,7 @@ class _Job:
             del results, tokens, maps, found  # else their graph would stand beside the next chunk's
         return self.tokens.results(sum(self.counts))[0]
 
+    @one_pass
     def decode_all(self, context: Tensor, *, training: bool) -> tuple[Tensor, ...]:
         """The outputs; when training a linear loss its gradients too, for an incoming gradient of one."""
         if context.shape[0] != sum(self.counts):
@@ -254,6 +250,7 @@ class _Job:
             self.outputs.add(part, decoded.outputs, len(self.chunks))
         return self.outputs.results(sum(self.counts))
 
+    @one_pass
     def decode_backward(self, grads: Sequence[Tensor | None]) -> Tensor | None:
         """The gradient of the context. Those of the outputs are remembered for `encode_backward`."""
         if self.output_grads is not None:
@@ -270,6 +267,7 @@ class _Job:
         scale = grads[0] if self.linear else None
         return context_grad if scale is None else context_grad.mul_(scale.to(context_grad.dtype))
 
+    @one_pass
     def encode_backward(self, tokens_grad: Tensor | None) -> list[Tensor | None]:
         """Gradients of the parameters of both modules."""
         grads = self.output_grads or ()
@@ -399,6 +397,4 @@ class _Job:
 
     def _rows(self, wanted: Callable[[int], tuple[bool, bool]]) -> Iterator[Rows]:
         """All chunks, with (pixels, targets) loaded as `wanted` says."""
-        counts = self.counts or [0] * len(self.chunks)
-        turns = [Turn(chunk, n, *wanted(i)) for i, (chunk, n) in enumerate(zip(self.chunks, counts, strict=True))]
-        return self.reader.rows(turns)
+        return self.reader.rows(make_turns(self.chunks, self.counts, wanted))

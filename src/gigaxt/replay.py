@@ -8,9 +8,10 @@ second one (buffers, global random state, tensors that are no inputs) is found o
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from gigaxt.errors import ConfigError
 from gigaxt.host_copies import pinned_size
 from gigaxt.rows import Rows, at_least_float32
+
+J = TypeVar("J", bound="_HasAutocast")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass
@@ -52,6 +57,21 @@ class Autocast:
                 yield
             finally:
                 torch.clear_autocast_cache()
+
+
+class _HasAutocast(Protocol):
+    autocast: Autocast
+
+
+def one_pass(method: Callable[Concatenate[J, P], T]) -> Callable[Concatenate[J, P], T]:
+    """A method that runs all chunks, as one pass: see `Autocast.one_pass`."""
+
+    @functools.wraps(method)
+    def run(self: J, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self.autocast.one_pass():
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class Aliases:

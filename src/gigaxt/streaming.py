@@ -31,6 +31,7 @@ from gigaxt.replay import (
     first_look,
     grad,
     gradient_of,
+    one_pass,
     refuse_unstreamable,
 )
 from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, join, merged
@@ -92,7 +93,7 @@ def stream(
         job.inputs_shape = inputs.shape
         outputs = _Stream.apply(job, *(t for group in inputs for t in group))
     else:
-        with torch.no_grad(), job.autocast.one_pass():
+        with torch.no_grad():
             outputs = job.forward(inputs, training=False)
     return outputs[0] if job.single else tuple(outputs)
 
@@ -133,16 +134,14 @@ class _Stream(torch.autograd.Function):
         # Saved although the job holds aliases of them: so autograd notices a change in place between the passes.
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        with job.autocast.one_pass():
-            outputs = job.forward(_Inputs.of(tensors, job.inputs_shape), training=True)
+        outputs = job.forward(_Inputs.of(tensors, job.inputs_shape), training=True)
         ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        with ctx.job.autocast.one_pass():
-            return None, *ctx.job.backward(_Inputs.of(ctx.saved_tensors, ctx.job.inputs_shape), grads)
+        return None, *ctx.job.backward(_Inputs.of(ctx.saved_tensors, ctx.job.inputs_shape), grads)
 
 
 class _Job:
@@ -182,6 +181,7 @@ class _Job:
         columns = zip(*(outputs for _, outputs in results), strict=True)
         return tuple(join(column, self.joined.reduce) for column in columns)
 
+    @one_pass
     def forward(self, inputs: _Inputs, *, training: bool) -> tuple[Tensor, ...]:
         """Run all chunks; when training, keep the graphs that fit the budget."""
         on_cpu = self.reader.device.type == "cpu"
@@ -228,6 +228,7 @@ class _Job:
         for part, result in results:
             self.joined.add(part, result.outputs, chunks)
 
+    @one_pass
     def backward(self, inputs: _Inputs, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients of the inputs for `grads` of the outputs."""
         sums = Sums([*inputs.parameters, *inputs.shared])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,12 @@ class Turn(NamedTuple):
 
     def __str__(self) -> str:
         return str(self.chunk)
+
+
+def make_turns(chunks: Sequence[Any], counts: Sequence[int], wanted: Callable[[int], tuple[bool, bool]]) -> list[Turn]:
+    """A turn of each chunk, with (pixels, targets) as `wanted` says; `counts`: of regions, or empty where not known."""
+    counts = counts or [0] * len(chunks)
+    return [Turn(chunk, n, *wanted(i)) for i, (chunk, n) in enumerate(zip(chunks, counts, strict=True))]
 
 
 def load_turn(load: Callable[[Any], Any], load_targets: Callable[[Any], Any] | None, turn: Turn) -> Any:

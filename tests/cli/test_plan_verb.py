@@ -230,8 +230,7 @@ def test_a_token_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_times_with_a_token_cache(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cached = {"step_s": 20.0, "first_step_s": 400.0, "token_cache_gib": 60.0, "passes": 0.0}
-    rehearsed(monkeypatch, replace(FOUND, **cached))  # type: ignore[arg-type]
+    rehearsed(monkeypatch, replace(FOUND, step_s=20.0, first_step_s=400.0, token_cache_gib=60.0, passes=0.0))
     assert main(["plan", str(config)]) == 0
     out = capsys.readouterr().out
     for text in (

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from gigaxt.amounts import amount
 from gigaxt.cli.flags import parse
 from gigaxt.cli.image_lists import cases_of, expand, scene_outputs
 from gigaxt.cli.outputs import check_not_input, input_files, make_folder
@@ -129,10 +130,10 @@ def predict_scores(
     make_folder(out.parent)
     cases = cases_of(arguments.images, images)
     answers = len({case or i for i, case in enumerate(cases or [""] * len(images))})
-    what = "images" if answers == len(images) else "cases"
-    with Steps(out.name, what) as steps:
+    what = "image" if answers == len(images) else "case"
+    with Steps(out.name, f"{what}s") as steps:
         predict(model, images, out, cases=cases, skipped=skipped, progress=steps)
-    print(f"{out}: scores of {answers - len(skipped or ())} {what}, {steps.summary}")
+    print(f"{out}: scores of {amount(answers - len(skipped or ()), what)}, {steps.summary}")
 
 
 def predict_masks(

@@ -62,8 +62,12 @@ def check_budgets(streaming: Streaming, device: torch.device, *, context_gib: fl
 
 def autocast(device: torch.device, amp: Literal["auto", "off", "bf16"]) -> AbstractContextManager[Any]:
     """bfloat16 autocast as `amp` says; `auto`: on CUDA devices that have it."""
-    fits = device.type == "cuda" and has_bfloat16(device)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16" or (amp == "auto" and fits))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=in_bfloat16(device, amp))
+
+
+def in_bfloat16(device: torch.device, amp: Literal["auto", "off", "bf16"]) -> bool:
+    """Whether `autocast` is on."""
+    return amp == "bf16" or (amp == "auto" and device.type == "cuda" and has_bfloat16(device))
 
 
 def has_bfloat16(device: torch.device) -> bool:

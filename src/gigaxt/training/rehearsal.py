@@ -34,7 +34,7 @@ from gigaxt.targets.base import SceneTarget
 from gigaxt.training.checkpoint import KEEP
 from gigaxt.training.config import DataConfig, RunConfig, run_config
 from gigaxt.training.data import Sample, Samples, derive_seed
-from gigaxt.training.device import autocast, has_bfloat16, pick_device
+from gigaxt.training.device import autocast, has_bfloat16, in_bfloat16, pick_device
 from gigaxt.training.log import RunLog
 from gigaxt.training.loop import Run
 from gigaxt.training.reading_speed import Reading, time_reading
@@ -328,9 +328,7 @@ def _time_chunks(run: Run, batch: SceneBatch) -> dict[str, float]:
 
 def _time_in_bfloat16(run: Run, batch: SceneBatch, chunk_s: dict[str, float]) -> float:
     """The fastest of the chunks with bfloat16 autocast, a region; 0 where the run has it, or the device has not."""
-    if run.settings.amp != "off" and (run.settings.amp == "bf16" or run.device.type == "cuda"):
-        return 0.0
-    if not chunk_s or not has_bfloat16(run.device):
+    if not chunk_s or in_bfloat16(run.device, run.settings.amp) or not has_bfloat16(run.device):
         return 0.0
     return _time_chunk(run, batch, int(min(chunk_s, key=lambda size: chunk_s[size])), "bf16") or 0.0
 
