@@ -170,7 +170,11 @@ def compare(backbone: str, head: str, options: argparse.Namespace, folder: Path)
     def streamed(name: str) -> Times:
         budget, host = BUDGETS[name]
         model.streaming = gigaxt.Streaming(
-            budget_gib=budget, host_gib=host, chunk_regions=chunk, readers=options.readers
+            budget_gib=budget,
+            host_gib=host,
+            chunk_regions=chunk,
+            readers=options.readers,
+            cuda_graphs=options.graphs,
         )
         return timed(lambda: model.loss([image], target).backward())
 
@@ -217,6 +221,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=8, help="regions encoded at once, by the floor too")
     parser.add_argument("--readers", type=int, default=2, help="threads that read ahead")
     parser.add_argument("--amp", choices=["off", "bf16"], default="off")
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs of chunks that are not kept")
     parser.add_argument("--name", default="overhead", help="of the result file")
     parser.add_argument("--allocator", choices=["kept", "default"], default="kept")
     options = parser.parse_args()
@@ -225,6 +230,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = [compare(name, head, options, Path(folder)) for name in options.backbones for head in options.heads]
     settings = {"chunk_regions": options.chunk, "readers": options.readers, "amp": options.amp}
+    settings["graphs"] = options.graphs
     machine = {"threads": torch.get_num_threads(), "allocator": options.allocator}
     result = {**settings, **machine, "rows": rows}
     publish(options.name, result, keep=options.keep)

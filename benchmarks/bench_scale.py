@@ -80,7 +80,10 @@ def build(options: argparse.Namespace, tokens: int) -> Any:
     }
     model = gigaxt.build_model(gigaxt.ModelConfig.from_dict(config)).to(options.device).train()
     model.streaming = gigaxt.Streaming(
-        budget_gib=options.budget_gib, chunk_regions=options.chunk, readers=options.readers
+        budget_gib=options.budget_gib,
+        chunk_regions=options.chunk,
+        readers=options.readers,
+        cuda_graphs=options.graphs,
     )
     if options.compile:
         model.encode.encoder.compile()
@@ -210,6 +213,7 @@ def main() -> None:
     parser.add_argument("--readers", type=int, default=4, help="threads that read ahead")
     parser.add_argument("--steps", type=int, default=1, help="on the scene")
     parser.add_argument("--compile", action="store_true", help="the region encoder")
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs of its chunks")
     parser.add_argument("--profile", action="store_true", help="also tell how busy the device was")
     parser.add_argument("--name", default="scale", help="of the result file")
     parser.add_argument("--keep", action="store_true", help="write the result file")

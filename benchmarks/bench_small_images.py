@@ -143,6 +143,8 @@ class Bench:
         """The same model, its context and head included, as this library trains it."""
         model = published_model().train().to(self.device)
         model.streaming = streaming
+        if self.options.compile:
+            model.encode.encoder.compile()
         return lambda: self._train(model, self.images, self.autocast)
 
     def _train(self, model: gigaxt.GigaXT, given: Any, around: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -193,7 +195,7 @@ def contenders(bench: Bench, batch: int) -> dict[str, Callable[[], Step]]:
     """What makes each contender, by name."""
     kept = gigaxt.Streaming(budget_gib=None, chunk_regions=batch)
     default = TrainConfig().streaming
-    nothing = gigaxt.Streaming(chunk_regions=batch, readers=4)
+    nothing = gigaxt.Streaming(chunk_regions=batch, readers=4, cuda_graphs=bench.options.graphs)
     none = {"kind": "none", "dim": bench.options.dim}
     context = {"kind": bench.options.context, "dim": bench.options.dim, "depth": 2}
     makers: dict[str, Callable[[], Step]] = {
@@ -258,6 +260,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", choices=("off", "bf16"), default="off")
     parser.add_argument("--compile", action="store_true", help="torch.compile of the floor's backbone and of ours")
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs in ours, where nothing is kept")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--without-published", action="store_true")
     parser.add_argument("--only", nargs="+", help="these contenders, beside the floor")

@@ -16,6 +16,7 @@ import tifffile
 import torch
 
 import gigaxt
+from gigaxt import cuda_graphs
 from gigaxt.nn.context import ContextConfig, build_context
 from gigaxt.training import run_config, train
 from tiny_models import classifier, segmenter, tiny_model
@@ -24,6 +25,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 WAYS = {
     "nothing kept": {"budget_gib": 0.0},
+    "CUDA graphs": {"budget_gib": 0.0, "cuda_graphs": True},
     "some kept on the device": {"budget_gib": 2e-3},
     "kept on the host": {"budget_gib": 0.0, "host_gib": 4.0},
     "all kept": {"budget_gib": 4.0},
@@ -65,6 +67,37 @@ def loss_and_gradients(head: dict[str, Any], scene: Path, device: str, **streami
 def test_loss_and_gradients_equal_the_cpu(head: str, way: str, scene: Path) -> None:
     on_cpu = loss_and_gradients(HEADS[head], scene, "cpu")
     close(loss_and_gradients(HEADS[head], scene, "cuda", **WAYS[way]), on_cpu)
+
+
+@pytest.mark.parametrize("backbone", ["swinv2_tiny_window16_256", "convnext_tiny", "hiera_tiny_224"])
+@pytest.mark.parametrize("amp", [False, True])
+def test_steps_with_cuda_graphs(backbone: str, amp: bool, tmp_path: Path) -> None:
+    """Weights change in between; the fifth chunk is short. To rounding: sums of bfloat16 come in any order."""
+    path, region = tmp_path / "scene.tif", 224 if "224" in backbone else 256
+    pixels = np.random.default_rng(0).integers(0, 255, (3 * region, 6 * region, 3), dtype=np.uint8)
+    tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb", compression="zlib")
+    config = {
+        "region_encoder": {"name": backbone, "region": region, "options": {"drop_path_rate": 0.1}},
+        "context": {"kind": "none", "dim": 16},
+        "head": {"kind": "classify", "classes": 3},
+    }
+    found = []
+    for graphs in (False, True):
+        torch.manual_seed(0)
+        model = gigaxt.build_model(gigaxt.ModelConfig.from_dict(config)).train().cuda()
+        model.streaming = gigaxt.Streaming(chunk_regions=4, cuda_graphs=graphs)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for step in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+                loss = model.loss([gigaxt.open_image(path)], [step], seed=step)
+            loss.backward()
+            optimizer.step()
+        recorded = cuda_graphs._known.get(next(model.encode.parameters()))
+        assert (recorded is not None and set(recorded._made) == {"outputs", "gradients"}) == graphs
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= (0.05 if amp else 1e-3) * b.norm() + 1e-6
 
 
 def test_what_layers_keep_may_wait_on_the_host() -> None:

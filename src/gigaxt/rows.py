@@ -36,6 +36,9 @@ class Streaming:
     readers: int = READERS
     """Threads that read and decode chunks ahead, and how many chunks they are ahead at most. More of them help where
     the storage answers slowly, or where there are idle cores; each holds one more chunk in memory."""
+    cuda_graphs: bool = False
+    """On CUDA: record a chunk's kernels once and launch them all together (see `cuda_graphs.py`), in training, where
+    activations are not kept."""
     most_regions: int | None = field(default=None, init=False, repr=False, compare=False)
     """No setting: how many regions at once the device could do after it had run out of memory. Noted by the streams,
     so that the next one does not try more again; None: it has not run out."""

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from gigaxt.cuda_graphs import Recordings, recordings_of
 from gigaxt.errors import ConfigError
 from gigaxt.host_copies import offloaded
+from gigaxt.nn.keyed import keyed_by, region_keys
 from gigaxt.replay import (
     Aliases,
     Autocast,
@@ -91,6 +93,8 @@ def stream(
     elif needs_grad:
         refuse_unstreamable(module)
         job.inputs_shape = inputs.shape
+        if job.streaming.cuda_graphs and not shared:
+            job.recordings = recordings_of(module, job.autocast)
         outputs = _Stream.apply(job, *(t for group in inputs for t in group))
     else:
         with torch.no_grad():
@@ -148,6 +152,8 @@ class _Job:
     """One streamed call: what both passes need, and what the first leaves for the second."""
 
     inputs_shape = (0, 0, 0)
+    recordings: Recordings | None = None
+    """Of chunks that are not kept; None: each is run."""
 
     def __init__(
         self,
@@ -189,6 +195,11 @@ class _Job:
         host = Purse(0 if on_cpu else self.streaming.host_gib)
         # Bytes that a region's graph saves, on the device and on the host: of the first rows, so the same in every run.
         per_row: tuple[int, int] | None = None
+        at_once = WITHOUT_GRAPH.get(self.reader.device.type, 1)
+        if self.recordings is not None:
+            at_once = 1
+            if self.recordings.looked is not None:  # a chunk's graph would stand beside what is recorded
+                per_row, self.single = self.recordings.looked
         waiting: list[Rows] = []
         total = 0
         for i, rows in enumerate(self.reader.rows(self.chunks)):
@@ -199,7 +210,7 @@ class _Job:
             total = rows.stop
             if not (look or on_device or on_host):
                 waiting.append(rows)
-                if len(waiting) == WITHOUT_GRAPH.get(self.reader.device.type, 1):
+                if len(waiting) == at_once:
                     self._run_waiting(waiting, inputs)
                 continue
             self._run_waiting(waiting, inputs)
@@ -209,18 +220,26 @@ class _Job:
             if look:
                 per_row = _saved_per_row(*results[0])
                 keep = len(results) == 1 and device.take(per_row[0] * rows.count)
+                if self.recordings is not None:
+                    self.recordings.looked = per_row, self.single
             self._join(results, len(self.chunks))
             if keep:
                 self.kept[i] = [(replace(part, loaded=None), result) for part, result in results]
             del results  # else its graph would stand beside the next chunk's; no other name may hold it either
         self._run_waiting(waiting, inputs)
+        if self.recordings is not None:
+            self.recordings.end_pass("outputs", len(self.chunks))
         _check_rows(inputs.sliced, total)
         return self.joined.results(total)
 
     def _run_waiting(self, waiting: list[Rows], inputs: _Inputs) -> None:
         """Run chunks of which nothing but the outputs is kept, and let them go."""
+
+        def work(rows: Rows) -> _Run:
+            return _Run(self._recorded("outputs", self._outputs, rows, inputs), [])
+
         for rows in merged(waiting):
-            results = self.reader.run(rows, partial(self._run_rows, inputs=inputs, graph=False))
+            results = self.reader.run(rows, work)
             self._join(results, -(-len(self.chunks) // len(waiting)))
         waiting.clear()
 
@@ -237,8 +256,9 @@ class _Job:
         reread = self.reader.rows([self.chunks[i] for i in missing], [self.starts[i] for i in missing])
 
         def gradients(rows: Rows, run: _Run | None = None) -> list[Tensor | None]:
-            run = run or self._run_rows(rows, inputs=inputs, graph=True)
             share = gradient_of(rows, grads, self.joined.per_row)
+            if run is None:
+                return list(self._recorded("gradients", self._gradients, rows, inputs, share))
             return grad(run.outputs, [*self.aliases, *run.leaves], share)
 
         p, n = len(inputs.parameters), len(inputs.sliced)
@@ -254,8 +274,32 @@ class _Job:
                         rows.of([whole])[0].copy_(part)
                 sums.add([*gradient[:p], *gradient[p + n :]])
                 del rows, gradient
+        if self.recordings is not None:
+            self.recordings.end_pass("gradients", len(self.chunks))
         totals = sums.results()
         return [*totals[:p], *slices, *totals[p:]]
+
+    def _recorded(
+        self, name: str, work: Callable[..., Any], rows: Rows, inputs: _Inputs, share: Sequence[Tensor | None] = ()
+    ) -> Any:
+        """`work(rows, inputs, share)`, by a CUDA graph where there is one."""
+        if self.recordings is None:
+            return work(rows, inputs, share)
+
+        def on(tensors: Any) -> Any:
+            loaded, keys, sliced, share = tensors
+            with keyed_by(keys):  # rows of their own, whose tensors begin with them
+                return work(replace(rows, loaded=loaded, start=0), inputs._replace(sliced=tuple(sliced)), share)
+
+        tensors = rows.loaded, region_keys(self.reader.device), rows.of(inputs.sliced), list(share)
+        return self.recordings.run(name, on, tensors)
+
+    def _outputs(self, rows: Rows, inputs: _Inputs, _: Any) -> tuple[Tensor, ...]:
+        return self._run_rows(rows, inputs=inputs, graph=False).outputs
+
+    def _gradients(self, rows: Rows, inputs: _Inputs, share: Sequence[Tensor | None]) -> list[Tensor | None]:
+        run = self._run_rows(rows, inputs=inputs, graph=True)
+        return grad(run.outputs, [*self.aliases, *run.leaves], share)
 
     def _run_rows(
         self, rows: Rows, *, inputs: _Inputs, graph: bool, look: bool = False, on_host: bool = False, whole: int = 0

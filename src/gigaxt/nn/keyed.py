@@ -34,14 +34,18 @@ LAYERS_AT_ONCE = 64  # keys are made for this many layers in one go: on a GPU a 
 
 
 class _Key:
-    """The step seed and the regions of the forward pass that is running."""
+    """The step seed and the regions of the forward pass that is running, mixed: (n,) int64."""
 
-    def __init__(self, seed: int, region_ids: Tensor) -> None:
-        self.count = len(region_ids)
-        # Made of the seed at once: a number read inside a compiled module would be a constant there, compiled anew
-        # for every step.
-        self._regions = _mix64(region_ids + _signed64(_mix_int(seed)))
+    def __init__(self, regions: Tensor) -> None:
+        self.count, self._regions = len(regions), regions
         self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The mixed regions on `device`."""
+        regions = self._regions
+        if device.type == "cuda" and regions.is_cpu:  # pageable, the copy would wait for all that the device has to do
+            regions = regions.pin_memory()
+        return regions.to(device, non_blocking=True)
 
     def bits(self, layer: int, count: int, device: torch.device) -> Tensor:
         """(n, count) int32, any of them equally likely: `count` numbers for each region."""
@@ -53,10 +57,7 @@ class _Key:
         block, row = divmod(layer, LAYERS_AT_ONCE)
         table = self._tables.get((block, device))
         if table is None:
-            regions = self._regions
-            if device.type == "cuda":  # from pageable memory the copy would wait for all that the device has to do
-                regions = regions.pin_memory()
-            regions = regions.to(device, non_blocking=True)
+            regions = self.on(device)
             layers = torch.arange(block * LAYERS_AT_ONCE, (block + 1) * LAYERS_AT_ONCE, device=device)
             keys = _mix64(regions[None, :] + layers[:, None] * _GOLDEN64)  # (layers, n)
             table = self._tables[block, device] = keys, _bits(keys.flatten(), 1).view_as(keys)
@@ -80,11 +81,26 @@ def dropout_key(seed: int, region_ids: Tensor) -> Iterator[None]:
         raise TrainingError(
             f"region_ids: expected int64 of shape (n,), got {region_ids.dtype} {tuple(region_ids.shape)}"
         )
-    token = _active.set(_Key(seed, region_ids))
+    # Of the seed and the ids at once: a number read inside a compiled module would be a constant there, compiled anew
+    # for every step.
+    with keyed_by(_mix64(region_ids + _signed64(_mix_int(seed)))):
+        yield
+
+
+@contextlib.contextmanager
+def keyed_by(keys: Tensor | None) -> Iterator[None]:
+    """As `dropout_key`, by what `region_keys` gave; None: nothing changes."""
+    token = _active.set(_active.get() if keys is None else _Key(keys))
     try:
         yield
     finally:
         _active.reset(token)
+
+
+def region_keys(device: torch.device) -> Tensor | None:
+    """What the forward pass that is running is keyed by, on `device`: (n,) int64; None: by nothing."""
+    key = _active.get()
+    return None if key is None else key.on(device)
 
 
 def key_dropout(module: M) -> M:

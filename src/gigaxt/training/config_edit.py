@@ -23,6 +23,7 @@ def write_streaming(path: Path, streaming: Streaming) -> None:
         "host_gib": streaming.host_gib,
         "chunk_regions": streaming.chunk_regions,
         **({} if streaming.readers == Streaming().readers else {"readers": streaming.readers}),
+        **({"cuda_graphs": True} if streaming.cuda_graphs else {}),
     }
     wanted["train"] = {**(wanted.get("train") or {}), "streaming": settings}
     new = _edited(old, yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=1000).strip())

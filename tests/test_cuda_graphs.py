@@ -1,0 +1,205 @@
+"""Chunks as CUDA graphs, on a CPU: a stand-in for the graph shows what is recorded, replayed and let go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+import gigaxt
+from gigaxt import cuda_graphs
+from gigaxt.nn.keyed import key_dropout
+from gigaxt.streaming import stream
+
+
+class Again:
+    """As a CUDA graph has it: inputs and outputs at fixed places, of which a replay reads and writes the contents."""
+
+    made: ClassVar[list[Again]] = []
+
+    def __init__(self, work: Any, inputs: Any, beside: Again | None = None) -> None:
+        leaves, self.tree = tree_flatten(inputs)
+        self.inputs = [
+            cuda_graphs._place_for(t).detach().fill_(77).requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
+            for t in leaves
+        ]
+        self.work, self.beside, self.outputs, self.replays = work, beside, None, 0
+        Again.made.append(self)
+
+    def replay(self, inputs: Any) -> Any:
+        for own, leaf in zip(self.inputs, tree_flatten(inputs)[0], strict=True):
+            if isinstance(own, Tensor):
+                own.copy_(leaf)
+        found = [None if t is None else t.detach() for t in self.work(tree_unflatten(self.inputs, self.tree))]
+        if self.outputs is None:
+            self.outputs = [None if t is None else t.clone() for t in found]
+        for own, new in zip(self.outputs, found, strict=True):
+            if own is not None:
+                own.copy_(new)
+        self.replays += 1
+        return self.outputs
+
+
+@pytest.fixture(autouse=True)
+def recorded_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(cuda_graphs, "RECORDED_ON", ("cpu",))
+    monkeypatch.setattr(cuda_graphs, "Recording", Again)
+    Again.made = []
+    yield
+    cuda_graphs._known.clear()
+
+
+class Net(nn.Module):
+    """Rows and their slices to two outputs; stochastic depth and dropout included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.drop, self.factor = nn.Dropout(0.4), 1.0
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, loaded: dict[str, Tensor], added: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.drop(self.first(loaded["x"]).tanh())
+        return self.second(x) * self.frozen * self.factor, x.sum(1) + added
+
+
+PIXELS = torch.randn(11, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def net() -> Net:
+    torch.manual_seed(1)
+    return key_dropout(Net().double().train())
+
+
+class Around(nn.Module):
+    """As models make them for every step."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, loaded: dict[str, Tensor], added: Tensor) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self.net(loaded, added)
+        return found
+
+
+def step(module: Net, *, graphs: bool, rows: int = 11, seed: int = 4, **streaming: Any) -> list[Tensor]:
+    """Outputs and gradients; in chunks of 3, the last of 2."""
+    module.zero_grad()
+    added = torch.arange(float(rows), dtype=torch.float64, requires_grad=True)
+    chunks = [slice(i, min(i + 3, rows)) for i in range(0, rows, 3)]
+    settings = gigaxt.Streaming(cuda_graphs=graphs, **streaming)
+    pixels = PIXELS.repeat(-(-rows // 11), 1)
+    a, b = stream(Around(module), lambda c: {"x": pixels[c]}, chunks, sliced=[added], seed=seed, streaming=settings)
+    (a.square().sum() + (a.mean() * b).square().sum()).backward()
+    grads = [p.grad for p in module.parameters() if p.requires_grad]
+    return [t.detach().clone() for t in (a, b, added.grad, *grads) if t is not None]
+
+
+def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_steps_equal_those_without_graphs() -> None:
+    """Also where weights changed in between, and other rows, slices, gradients and dropout came."""
+    recorded, plain = net(), net()
+    for seed in range(4):
+        assert_equal(step(recorded, graphs=True, seed=seed), step(plain, graphs=False, seed=seed))
+        with torch.no_grad():
+            for module in (recorded, plain):
+                for p in module.parameters():
+                    p.mul_(1.1)
+    outputs, gradients = Again.made  # once in all, although a part of the second chunk came first
+    assert gradients.beside is outputs
+    # Of three whole chunks a step; in the first step, one was looked at and one was run.
+    assert (outputs.replays, gradients.replays) == (1 + 3 * 3, 2 + 3 * 3)
+
+
+@pytest.mark.parametrize("way", [{"budget_gib": 1e-6}, {"budget_gib": 1.0}], ids=["some kept", "all kept"])
+def test_kept_chunks_are_not_recorded(way: dict[str, float]) -> None:
+    recorded, plain = net(), net()
+    for seed in range(3):
+        assert_equal(step(recorded, graphs=True, seed=seed, **way), step(plain, graphs=False, seed=seed, **way))
+    if way["budget_gib"] == 1.0:
+        assert not Again.made
+
+
+@pytest.mark.parametrize("change", ["evaluation", "a number", "a weight elsewhere", "frozen"])
+def test_another_state_is_recorded_anew(change: str) -> None:
+    recorded, plain = net(), net()
+    for _ in range(2):
+        step(recorded, graphs=True)
+    before = len(Again.made)
+    for module in (recorded, plain):
+        if change == "evaluation":
+            module.drop.eval()
+        elif change == "a number":
+            module.factor = 3.0
+        elif change == "a weight elsewhere":
+            module.second = nn.Linear(8, 3).double()
+            module.second.load_state_dict({"weight": torch.ones(3, 8), "bias": torch.ones(3)})
+        else:
+            module.second.requires_grad_(False)
+    for _ in range(2):
+        assert_equal(step(recorded, graphs=True), step(plain, graphs=False))
+    assert len(Again.made) == before + 2
+
+
+def test_hooks_keep_being_called() -> None:
+    module, called = net(), []
+    module.second.register_forward_hook(lambda *_: called.append(1))
+    step(module, graphs=True)
+    assert not Again.made
+    assert len(called) == 2 * 4
+
+
+def test_autocast_is_part_of_the_state() -> None:
+    recorded, plain = net().float(), net().float()
+    pixels = PIXELS.float()
+    for enabled in (False, True, False):
+        found = []
+        for module, graphs in ((recorded, True), (plain, False)):
+            module.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                a, _ = stream(
+                    module, lambda c: {"x": pixels[c]}, [slice(i, i + 3) for i in (0, 3, 6)],
+                    sliced=[torch.zeros(9)], seed=1, streaming=gigaxt.Streaming(cuda_graphs=graphs),
+                )  # fmt: skip
+            a.square().sum().backward()
+            found.append([a.detach(), *(p.grad for p in module.parameters() if p.grad is not None)])
+        for x, y in zip(*found, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+def test_graphs_of_many_chunks_go_with_their_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "KEPT_BELOW", 7)
+    recorded, plain = net(), net()
+    for rows, made in ((11, 2), (11, 2), (22, 2), (22, 4)):
+        assert_equal(step(recorded, graphs=True, rows=rows), step(plain, graphs=False, rows=rows))
+        assert len(Again.made) == made
+    assert Again.made[-1].beside is None  # the other one is gone by then
+
+
+def test_what_cannot_be_recorded_is_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(cuda_graphs, "Recording", refuse)
+    recorded, plain = net(), net()
+    for _ in range(3):
+        assert_equal(step(recorded, graphs=True), step(plain, graphs=False))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert said[0].endswith("cannot be recorded, run as before: operation not permitted when stream is capturing")
+
+
+def test_without_a_gpu_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "RECORDED_ON", ("cuda",))
+    assert_equal(step(net(), graphs=True), step(net(), graphs=False))
+    assert not Again.made
