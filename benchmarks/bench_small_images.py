@@ -139,11 +139,11 @@ class Bench:
             return lambda: self._train(model, self.images, lambda: torch.autocast(self.device.type, torch.float16))
         return lambda: self._train(model, self.images, lambda: torch.autograd.set_detect_anomaly(anomalies))
 
-    def published_streamed(self, streaming: gigaxt.Streaming) -> Step:
+    def published_streamed(self, streaming: gigaxt.Streaming, *, compiled: bool = False) -> Step:
         """The same model, its context and head included, as this library trains it."""
         model = published_model().train().to(self.device)
         model.streaming = streaming
-        if self.options.compile:
+        if compiled or self.options.compile:
             model.encode.encoder.compile()
         return lambda: self._train(model, self.images, self.autocast)
 
@@ -211,6 +211,7 @@ def contenders(bench: Bench, batch: int) -> dict[str, Callable[[], Step]]:
         makers["published's model, nothing kept"] = partial(bench.published_streamed, nothing)
         makers["published"] = bench.published
         if bench.device.type == "cuda":
+            makers["published's model, kept, compiled"] = partial(bench.published_streamed, kept, compiled=True)
             makers["published, float16 autocast"] = partial(bench.published, float16=True)
         makers["published, anomaly detection"] = partial(bench.published, anomalies=True)
     return {name: make for name, make in makers.items() if not bench.options.only or name in bench.options.only}

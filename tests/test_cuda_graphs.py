@@ -59,12 +59,12 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 3)
-        self.drop, self.factor = nn.Dropout(0.4), 1.0
+        self.drop, self.factor, self.scale = nn.Dropout(0.4), 1.0, torch.ones(3).double()
         self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
 
     def forward(self, loaded: dict[str, Tensor], added: Tensor) -> tuple[Tensor, Tensor]:
         x = self.drop(self.first(loaded["x"]).tanh())
-        return self.second(x) * self.frozen * self.factor, x.sum(1) + added
+        return self.second(x) * self.frozen * self.factor * self.scale, x.sum(1) + added
 
 
 PIXELS = torch.randn(11, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -130,7 +130,7 @@ def test_kept_chunks_are_not_recorded(way: dict[str, float]) -> None:
         assert not Again.made
 
 
-@pytest.mark.parametrize("change", ["evaluation", "a number", "a weight elsewhere", "frozen"])
+@pytest.mark.parametrize("change", ["evaluation", "a number", "a tensor", "a weight elsewhere", "frozen"])
 def test_another_state_is_recorded_anew(change: str) -> None:
     recorded, plain = net(), net()
     for _ in range(2):
@@ -141,6 +141,8 @@ def test_another_state_is_recorded_anew(change: str) -> None:
             module.drop.eval()
         elif change == "a number":
             module.factor = 3.0
+        elif change == "a tensor":
+            module.scale = module.scale * 2
         elif change == "a weight elsewhere":
             module.second = nn.Linear(8, 3).double()
             module.second.load_state_dict({"weight": torch.ones(3, 8), "bias": torch.ones(3)})

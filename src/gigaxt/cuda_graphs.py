@@ -140,10 +140,14 @@ def _place_for(leaf: Tensor) -> Tensor:
 def _state(module: nn.Module, autocast: Autocast) -> object:
     """What a graph of `module` depends on, apart from its inputs."""
     plain = bool, int, float, str, torch.dtype, type(None)
-    attributes = [
-        (type(child), [(name, value) for name, value in vars(child).items() if isinstance(value, plain)])
-        for child in module.modules()
-    ]
+    attributes: list[object] = []
+    for child in module.modules():
+        attributes.append(type(child))
+        for name, value in vars(child).items():
+            if isinstance(value, plain):
+                attributes.append((name, value))
+            elif isinstance(value, Tensor):  # no weight and no buffer, but read by the graph all the same
+                attributes.append((name, value.data_ptr()))
     weights = [(t.data_ptr(), t.shape, t.dtype, t.requires_grad) for t in (*module.parameters(), *module.buffers())]
     precision = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     return attributes, weights, (autocast.enabled, autocast.dtype), precision
