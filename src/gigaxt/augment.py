@@ -248,6 +248,12 @@ class Dihedral(Image):
         pixels, mask = self.base._read_valid_inside(*self._window_below(x, y, w, h, level), level, bands)
         return self._turned(pixels), self._turned(mask)
 
+    def _read_each(
+        self, out: Sequence[Pixels], windows: Sequence[Window], level: int, bands: tuple[int, ...] | None = None
+    ) -> None:
+        below = [self._window_below(*window, level) for window in windows]
+        self.base._read_each([turn(target, inverse(self.k)) for target in out], below, level, bands)
+
     def _expect(self, windows: Sequence[Window], level: int, bands: tuple[int, ...]) -> None:
         self.base._expect([self._window_below(*window, level) for window in windows], level, bands)
 
@@ -312,6 +318,11 @@ class ColourAugmented(Image):
         self, x: int, y: int, w: int, h: int, level: int, bands: tuple[int, ...] | None = None
     ) -> tuple[Pixels, Mask]:
         return self.base._read_valid_inside(x, y, w, h, level, bands)
+
+    def _read_each(
+        self, out: Sequence[Pixels], windows: Sequence[Window], level: int, bands: tuple[int, ...] | None = None
+    ) -> None:
+        self.base._read_each(out, windows, level, bands)
 
     def _expect(self, windows: Sequence[Window], level: int, bands: tuple[int, ...]) -> None:
         self.base._expect(windows, level, bands)

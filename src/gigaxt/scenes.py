@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from gigaxt.cases import Cases, by_case
 from gigaxt.errors import ConfigError, DataError
-from gigaxt.image.base import Image, Mask, Window
+from gigaxt.image.base import Image, Mask
 from gigaxt.image.open import PICTURE_SUFFIXES
 from gigaxt.image.views import resample
 from gigaxt.inputs import InputConfig, to_pixel_size, to_size
 from gigaxt.kept import kept_regions
 from gigaxt.prefetch import host_buffer
+from gigaxt.region_pixels import read_regions, stack_masks
 from gigaxt.regions import Place, RegionGrid
 from gigaxt.targets.base import SceneTarget, WindowTarget
 
@@ -254,20 +255,17 @@ class SceneBatch:
             Images there are also scale and shift (n, C), with input = pixels * scale + shift; and where not all pixels
             are valid, valid (n, region, region, 1 or C) bool, with an input of 0 elsewhere.
         """
-        self._expect(chunk)
-        loaded = [self._read(self.scenes[scene], place) for scene, _, place in chunk.places]
-        windows, masks = zip(*loaded, strict=True)
-        found = {
-            "pixels": _stack(windows),
-            "level": torch.tensor([place.level for _, _, place in chunk.places]),
-        }
-        valid = None if all(mask is None for mask in masks) else _stack([self._whole(mask) for mask in masks])
-        self._note_validity(chunk, valid)
-        scenes = [self.scenes[scene] for scene, _, _ in chunk.places]
-        if isinstance(scenes[0].image, TensorImage):
+        places = chunk.places
+        of_tensors = isinstance(self.scenes[0].image, TensorImage)
+        pixels, masks = self._cut_tensors(places) if of_tensors else self._read(places)
+        found = {"pixels": pixels, "level": torch.tensor([place.level for _, _, place in places])}
+        valid = None if all(mask is None for mask in masks) else stack_masks(masks, (self.region, self.region))
+        self._note_validity(chunk, [row for row, mask in enumerate(masks) if mask is not None], valid)
+        if of_tensors:
             return found
-        found["scale"] = torch.from_numpy(np.stack([scene.scale for scene in scenes]))
-        found["shift"] = torch.from_numpy(np.stack([scene.shift for scene in scenes]))
+        scenes = [scene for scene, _, _ in places]
+        found["scale"] = torch.from_numpy(np.stack([scene.scale for scene in self.scenes])[scenes])
+        found["shift"] = torch.from_numpy(np.stack([scene.shift for scene in self.scenes])[scenes])
         return found if valid is None else {**found, "valid": valid}
 
     def load_targets(self, chunk: Chunk) -> dict[str, Tensor]:
@@ -291,54 +289,49 @@ class SceneBatch:
     def _cut(self, start: int, stop: int, regions: int) -> list[Chunk]:
         return [Chunk(self, first, min(first + regions, stop)) for first in range(start, stop, regions)]
 
-    def _expect(self, chunk: Chunk) -> None:
-        """Have what the chunk's regions share in their files, or what lies together there, fetched together."""
-        together: dict[tuple[int, int], list[Window]] = {}
-        for scene, _, place in chunk.places:
-            together.setdefault((scene, place.level), []).append(self.scenes[scene].grid.window_xywh(place))
-        for (scene, level), windows in together.items():
-            image = self.scenes[scene].levels[level]
-            if isinstance(image, Image) and len(windows) > 1:
-                image.expect(windows)
+    def _read(self, places: Sequence[tuple[int, int, Place]]) -> tuple[Tensor, list[Mask | None]]:
+        """The regions' windows of Images (n, region, region, C), those of one level of a scene read together.
 
-    def _read(self, scene: Scene, place: Place) -> tuple[NDArray[np.generic] | Tensor, Mask | None]:
-        """A region's window (h, w, C), and which of its pixels are valid (h, w, 1 or C); None: all are."""
-        x, y, w, h = scene.grid.window_xywh(place)
-        image = scene.levels[place.level]
-        if isinstance(image, TensorImage):
+        With which pixels are valid, (region, region, 1 or C) each; None: all are.
+        """
+        together: dict[tuple[int, int], list[int]] = {}
+        for row, (number, _, place) in enumerate(places):
+            together.setdefault((number, place.level), []).append(row)
+        images = {key: cast(Image, self.scenes[key[0]].levels[key[1]]) for key in together}
+        dtype = np.result_type(*{image.dtype for image in images.values()})
+        pixels = host_buffer((len(places), self.region, self.region, self.scenes[0].image.channels), dtype)
+        out = list(pixels.numpy())
+        masks: list[Mask | None] = [None] * len(places)
+        for key, rows in together.items():
+            grid = self.scenes[key[0]].grid
+            windows = [grid.window_xywh(places[row][2]) for row in rows]
+            found = read_regions(images[key], windows, [out[row] for row in rows])
+            for row, mask in zip(rows, found, strict=True):
+                masks[row] = mask
+        return pixels, masks
+
+    def _cut_tensors(self, places: Sequence[tuple[int, int, Place]]) -> tuple[Tensor, list[Mask | None]]:
+        """As `_read`, of tensors in memory."""
+        windows: list[Tensor] = []
+        masks: list[Mask | None] = []
+        for number, _, place in places:
+            scene = self.scenes[number]
+            x, y, w, h = scene.grid.window_xywh(place)
+            image = cast(TensorImage, scene.levels[place.level])
             inside = x >= 0 and y >= 0 and x + w <= image.width and y + h <= image.height
-            if inside:
-                return image.tensor[:, y : y + h, x : x + w].permute(1, 2, 0), None
-            return _crop(image.tensor, x, y, w, h), scene.grid.pixel_validity(place)[..., None]
-        return read_region(image, x, y, w, h)
+            windows.append(
+                image.tensor[:, y : y + h, x : x + w].permute(1, 2, 0) if inside else _crop(image.tensor, x, y, w, h)
+            )
+            masks.append(None if inside else scene.grid.pixel_validity(place)[..., None])
+        return torch.stack(windows), masks
 
-    def _whole(self, mask: Mask | None) -> Mask:
-        return np.ones((self.region, self.region, 1), dtype=np.bool_) if mask is None else mask
-
-    def _note_validity(self, chunk: Chunk, valid: Tensor | None) -> None:
-        """A token is valid where its cell holds a valid pixel; all are where `valid` is None."""
-        if valid is None:
-            self.token_validity[chunk.rows] = True
-            return
-        halo, core = self.config.halo, self.region - 2 * self.config.halo
-        self.token_validity[chunk.rows] = valid_cells(valid[:, halo : halo + core, halo : halo + core], self.t)
-
-
-def read_region(image: Image, x: int, y: int, w: int, h: int) -> tuple[NDArray[np.generic], Mask | None]:
-    """Pixels (h, w, C) of a window and which are valid, (h, w, 1 or C); None: all are."""
-    inside = x >= 0 and y >= 0 and x + w <= image.width and y + h <= image.height
-    if inside and image.all_valid and not np.issubdtype(image.dtype, np.floating):
-        return image.read(x, y, w, h), None
-    pixels, mask = image.read_valid(x, y, w, h)
-    valid = mask[..., None]
-    if np.issubdtype(pixels.dtype, np.floating):
-        # A valid pixel may lack single bands. Integers are left alone: 0 is nodata and a colour in too many files. What
-        # is not finite is no number, whatever the file says: through the context it would spoil the whole scene.
-        present = np.isfinite(pixels)
-        if image.nodata is not None:
-            present &= pixels != pixels.dtype.type(image.nodata)
-        valid = valid & present
-    return pixels, None if valid.all() else valid
+    def _note_validity(self, chunk: Chunk, masked: list[int], valid: Tensor | None) -> None:
+        """A token is valid where its cell holds a valid pixel; all are in regions that are not `masked`."""
+        found = torch.ones(len(chunk.places), self.t**2, dtype=torch.bool)
+        if valid is not None:
+            halo, core = self.config.halo, self.region - 2 * self.config.halo
+            found[masked] = valid_cells(valid[masked, halo : halo + core, halo : halo + core], self.t)
+        self.token_validity[chunk.rows] = found
 
 
 def valid_cells(valid: Tensor, t: int) -> Tensor:
@@ -360,15 +353,3 @@ def _crop(tensor: Tensor, x: int, y: int, w: int, h: int) -> Tensor:
     window = tensor.new_zeros(h, w, tensor.shape[0])
     window[y0 - y : y1 - y, x0 - x : x1 - x] = tensor[:, y0:y1, x0:x1].permute(1, 2, 0)
     return window
-
-
-def _stack(arrays: Sequence[Any]) -> Tensor:
-    """Arrays or tensors of one shape, up to a last dimension of 1, as one tensor."""
-    if isinstance(arrays[0], Tensor):
-        return torch.stack(list(arrays))
-    dtype = np.result_type(*{a.dtype for a in arrays})
-    last = max(a.shape[-1] for a in arrays)
-    stacked = host_buffer((len(arrays), *arrays[0].shape[:-1], last), dtype)
-    for whole, part in zip(stacked.numpy(), arrays, strict=True):
-        whole[...] = part
-    return stacked

@@ -12,7 +12,7 @@ from gigaxt.errors import ImageError
 from gigaxt.image import open_image
 from gigaxt.image.base import Mask
 from gigaxt.image.memory import ArrayImage
-from gigaxt.scenes import read_region
+from gigaxt.region_pixels import read_regions
 
 
 def test_arrays() -> None:
@@ -76,6 +76,6 @@ def test_an_image_with_a_mask_of_its_own_is_not_taken_for_valid() -> None:
 
     image = Masked(np.ones((64, 64, 3), np.uint8))
     assert not image.all_valid
-    valid = read_region(image, 0, 0, 32, 32)[1]
+    (valid,) = read_regions(image, [(0, 0, 32, 32)], [np.empty((32, 32, 3), np.uint8)])
     assert valid is not None
     assert not valid.any()

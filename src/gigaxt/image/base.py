@@ -92,6 +92,38 @@ class Image(ABC):
         assert mask is not None
         return pixels, mask
 
+    def read_into(self, out: Sequence[Pixels], windows: Sequence[Window], level: int = 0) -> None:
+        """`read` of many windows at once, each into an array of its own.
+
+        What lies together in the file is fetched together, and what several windows share is decoded once. TIFF makes
+        use of it; other formats read one window after the other.
+
+        Args:
+            out: (h, w, channels) each, such as the rows of a stack; of the file's dtype or one that holds its values.
+            windows: (x, y, w, h) in px of `level`; may lie outside the image, where `out` gets what `read` gives.
+            level: which resolution.
+
+        Raises:
+            ImageError: as `read` does.
+        """
+        targets, inside = [], []
+        for target, window in zip(out, windows, strict=True):
+            x, y, w, h = window
+            self._check_window(w, h, level)
+            size = self.levels[level]
+            if target.shape != (h, w, self.channels):
+                raise ImageError(self.name, f"expected an array of {(h, w, self.channels)}, got {target.shape}")
+            if x < 0 or y < 0 or x + w > size.width or y + h > size.height:
+                target[...] = self._outside
+                part = self._clipped(*window, level)
+                if part is None:
+                    continue
+                target = target[part[1] - y : part[1] - y + part[3], part[0] - x : part[0] - x + part[2]]
+                window = part
+            targets.append(target)
+            inside.append(window)
+        self._read_each(targets, inside, level)
+
     def expect(self, windows: Sequence[Window], level: int = 0) -> None:
         """Announce windows that are read next, so that what lies together in the file is fetched together.
 
@@ -154,6 +186,16 @@ class Image(ABC):
         inside = self._read_inside(x, y, w, h, level) if bands is None else self._read_bands(bands, x, y, w, h, level)
         return inside, self._validity_of(inside, x, y, level)
 
+    def _read_each(
+        self, out: Sequence[Pixels], windows: Sequence[Window], level: int, bands: tuple[int, ...] | None = None
+    ) -> None:
+        """`_read_inside` (or `_read_bands`) of each window into its array; formats that can read them together do."""
+        if len(windows) > 1:
+            self._expect(windows, level, tuple(range(self.channels)) if bands is None else bands)
+        for target, window in zip(out, windows, strict=True):
+            read = self._read_inside(*window, level) if bands is None else self._read_bands(bands, *window, level)
+            copy_pixels(target, read)
+
     def _expect(self, windows: Sequence[Window], level: int, bands: tuple[int, ...]) -> None:
         """`expect` of some bands in windows inside `level`: fetch what they need, where the format has a way."""
         return
@@ -165,18 +207,14 @@ class Image(ABC):
         return (x0, y0, x1 - x0, y1 - y0) if x1 > x0 and y1 > y0 else None
 
     def _window(self, x: int, y: int, w: int, h: int, level: int, *, want_validity: bool) -> tuple[Pixels, Mask | None]:
-        if not 0 <= level < len(self.levels):
-            raise ImageError(self.name, f"expected a level from 0 to {len(self.levels) - 1}, got {level}")
-        if w < 1 or h < 1:
-            raise ImageError(self.name, f"expected a window of at least 1 x 1 px, got {w} x {h}")
+        self._check_window(w, h, level)
         size = self.levels[level]
         x0, y0 = max(x, 0), max(y, 0)
         x1, y1 = min(x + w, size.width), min(y + h, size.height)
         whole = (x0, y0, x1, y1) == (x, y, x + w, y + h)
         if whole:
             return self._part(x, y, w, h, level, want_validity=want_validity)
-        fill = 0 if self.nodata is None else self.nodata
-        pixels = np.full((h, w, self.channels), fill, dtype=self.dtype)
+        pixels = np.full((h, w, self.channels), self._outside, dtype=self.dtype)
         mask = np.zeros((h, w), dtype=np.bool_) if want_validity else None
         if x1 > x0 and y1 > y0:
             place = (slice(y0 - y, y1 - y), slice(x0 - x, x1 - x))
@@ -184,6 +222,17 @@ class Image(ABC):
             if mask is not None and inside is not None:
                 mask[place] = inside
         return pixels, mask
+
+    def _check_window(self, w: int, h: int, level: int) -> None:
+        if not 0 <= level < len(self.levels):
+            raise ImageError(self.name, f"expected a level from 0 to {len(self.levels) - 1}, got {level}")
+        if w < 1 or h < 1:
+            raise ImageError(self.name, f"expected a window of at least 1 x 1 px, got {w} x {h}")
+
+    @property
+    def _outside(self) -> NDArray[np.generic]:
+        """What pixels outside the image are, as the file would store it: of shape ()."""
+        return np.full((), 0 if self.nodata is None else self.nodata, dtype=self.dtype)
 
     def _part(self, x: int, y: int, w: int, h: int, level: int, *, want_validity: bool) -> tuple[Pixels, Mask | None]:
         if want_validity:
@@ -200,6 +249,19 @@ class Image(ABC):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} {self.width} x {self.height} px, {self.channels} x {self.dtype}>"
+
+
+def copy_pixels(target: Pixels, pixels: Pixels) -> None:
+    """`target[...] = pixels` of (h, w, bands), fast also where one of them is turned or a band lies apart.
+
+    NumPy's innermost loop is along the bands there, of which pictures have three: a band at a time takes a quarter.
+    """
+    bands, to, of = target.shape[2], target.strides, pixels.strides
+    if bands > 4 or (to[1] == bands * to[2] and of[1] == bands * of[2]):
+        target[...] = pixels
+        return
+    for band in range(bands):
+        target[..., band] = pixels[..., band]
 
 
 def not_nodata(pixels: Pixels, nodata: float) -> Mask:

@@ -84,12 +84,7 @@ class TiffImage(Image):
 
     def _read_bands(self, bands: tuple[int, ...], x: int, y: int, w: int, h: int, level: int) -> Pixels:
         out = np.empty((h, w, len(bands)), self.dtype)  # costs nothing until it is written
-        pieces: list[Piece] = []
-        for reader, wanted in self._readers(bands, level):
-            if reader.plane.stored is None:
-                pieces += reader.pieces(out, wanted, x, y)
-            else:
-                reader.read_rows(out, wanted, x, y)
+        pieces = self._pieces([out], [(x, y, w, h)], level, bands)
         if len(pieces) == 1 and pieces[0].target.shape == out.shape:
             tile = whole_segment(self._file, pieces[0])
             if tile is not None:
@@ -97,13 +92,32 @@ class TiffImage(Image):
         fill_pieces(self._file, pieces)
         return out
 
+    def _read_each(
+        self, out: Sequence[Pixels], windows: Sequence[Window], level: int, bands: tuple[int, ...] | None = None
+    ) -> None:
+        bands = tuple(range(self.channels)) if bands is None else bands
+        fill_pieces(self._file, self._pieces(out, windows, level, bands))
+
+    def _pieces(
+        self, out: Sequence[Pixels], windows: Sequence[Window], level: int, bands: tuple[int, ...]
+    ) -> list[Piece]:
+        """What to fill of `out` (h, w, bands each); what needs no decoding is filled here."""
+        pieces: list[Piece] = []
+        for reader, wanted in self._readers(bands, level):
+            if reader.plane.stored is None:
+                pieces += reader.pieces(out, windows, wanted)
+                continue
+            for target, (x, y, _, _) in zip(out, windows, strict=True):
+                reader.read_rows(target, wanted, x, y)
+        return pieces
+
     def _valid_inside(self, x: int, y: int, w: int, h: int, level: int) -> Mask | None:
         reader = self._mask_reader(level)
         if reader is None:
             return None
         out = np.empty((h, w, 1), reader.plane.dtype)
         if reader.plane.stored is None:
-            fill_pieces(self._file, list(reader.pieces(out, [(0, 0)], x, y)))
+            fill_pieces(self._file, reader.pieces([out], [(x, y, w, h)], [(0, 0)]))
         else:
             reader.read_rows(out, [(0, 0)], x, y)
         return np.not_equal(out[..., 0], 0)
@@ -113,15 +127,14 @@ class TiffImage(Image):
         mask = self._mask_reader(level)
         if mask is not None:
             readers.append((mask, [(0, 0)]))
-        nothing = np.empty((1, 1, 1), np.uint8)
-        pieces = [
-            piece
-            for x, y, w, h in windows
+        segments = [
+            segment
+            for window in windows
             for reader, wanted in readers
             if reader.plane.stored is None
-            for piece in reader.pieces(np.broadcast_to(nothing, (h, w, len(bands))), wanted, x, y)
+            for segment in reader.segments(window, wanted)
         ]
-        fetch_ahead(self._file, pieces)
+        fetch_ahead(self._file, segments)
 
     def _readers(self, bands: tuple[int, ...], level: int) -> list[tuple[PlaneReader, list[tuple[int, int]]]]:
         """The planes that hold some of `bands`, each with pairs of a band's place in `bands` and in the plane."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gigaxt.errors import ImageError
-from gigaxt.image.base import Pixels
+from gigaxt.image.base import Pixels, Window, copy_pixels
 from gigaxt.image.cache import FETCHED, SEGMENTS, Fetched
 from gigaxt.image.files import File
 from gigaxt.image.ranges import runs, span
@@ -22,19 +23,51 @@ MOST_AHEAD = 4 << 20
 Bands = slice | list[int]
 
 
-class Piece(NamedTuple):
-    """The part of one tile or strip ("segment") that a window needs."""
+class Segment(NamedTuple):
+    """One tile or strip of a plane."""
 
     reader: PlaneReader
     number: int
-    """Of the segment, in its plane."""
+    """In its plane."""
     key: Hashable
-    """What the stores know the segment by."""
-    extent: tuple[int, int]
-    """Its (offset, count) in the file; either is 0 where the file leaves it out."""
-    left: int
-    """Of the segment, px of the plane."""
-    top: int
+    """What the stores know it by."""
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Its (offset, count) in the file; either is 0 where the file leaves it out."""
+        plane = self.reader.plane
+        return int(plane.offsets[self.number]), int(plane.counts[self.number])
+
+    def decode(self, file: File, data: bytes | None, *, keep: bool) -> NDArray[Any]:
+        """All of it (rows, columns, bands) from its bytes, which are read here where they are None.
+
+        Args:
+            file: that it is in.
+            data: as they are in the file.
+            keep: for the windows to come.
+        """
+        plane = self.reader.plane
+        try:
+            pixels = plane.decode(file.read(*self.extent) if data is None else data, self.number)
+        except ImageError as error:
+            raise self.error(error.cause) from error
+        except Exception as error:  # codecs raise whatever they like, MemoryError included
+            raise self.error(f"{type(error).__name__}: {error}") from error
+        if keep:
+            SEGMENTS.put(self.key, pixels)
+        return pixels
+
+    def error(self, cause: str) -> ImageError:
+        """An error about it."""
+        plane = self.reader.plane
+        row, col = divmod(self.number % (plane.across * plane.down), plane.across)
+        return self.reader.error(cause, col * plane.segment_width, row * plane.segment_height)
+
+
+class Piece(NamedTuple):
+    """The part of a segment that a window needs."""
+
+    segment: Segment
     target: Pixels
     """Where it goes: a view of the window."""
     place: Bands
@@ -48,55 +81,59 @@ class Piece(NamedTuple):
 
     def fill(self) -> None:
         """The file leaves the segment out."""
-        self.target[..., self.place] = self.reader.fill
+        self.target[..., self.place] = self.segment.reader.fill
 
-    def copy(self, segment: NDArray[Any]) -> None:
+    def copy(self, decoded: NDArray[Any]) -> None:
         """Put its part of the decoded segment (rows, columns, bands) into place."""
-        part = segment[self.part]
+        part = decoded[self.part]
         if part.shape[:2] != self.target.shape[:2]:
-            size = f"{segment.shape[1]} x {segment.shape[0]} px"
-            raise self.reader.error(f"the tile ends early, at {size}", self.left, self.top)
-        self.target[..., self.place] = part[..., self.samples]
+            raise self.segment.error(f"the tile ends early, at {decoded.shape[1]} x {decoded.shape[0]} px")
+        if isinstance(self.place, slice):
+            copy_pixels(self.target[..., self.place], part[..., self.samples])
+        else:
+            self.target[..., self.place] = part[..., self.samples]
 
-    def decode(self, file: File, data: bytes | None, *, shared: bool = False) -> NDArray[Any]:
-        """The whole segment from its bytes, which are read here where they are None.
-
-        It is kept for the next window if this one needs only a part of it, or it is known to be `shared`.
-        """
-        plane = self.reader.plane
-        try:
-            segment = plane.decode(file.read(*self.extent) if data is None else data, self.number)
-        except ImageError as error:
-            raise self.reader.error(error.cause, self.left, self.top) from error
-        except Exception as error:  # codecs raise whatever they like, MemoryError included
-            raise self.reader.error(f"{type(error).__name__}: {error}", self.left, self.top) from error
-        if shared or (self.partly and plane.compression != NONE):
-            SEGMENTS.put(self.key, segment)
-        return segment
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether the segment should stay for the next window, which may need the rest of it."""
+        return self.partly and self.segment.reader.plane.compression != NONE
 
 
 def fill_pieces(file: File, pieces: Sequence[Piece]) -> None:
-    """Put all pieces into place. What is not at hand is read in runs of neighbours and decoded one by one.
+    """Put all pieces into place. What is not at hand is read in runs of neighbours, and each segment decoded once.
 
     Raises:
         ImageError: a segment cannot be read or decoded; names it.
     """
-    missing: list[Piece] = []
+    wanted: dict[Hashable, list[Piece]] = {}
     for piece in pieces:
-        if 0 in piece.extent:
-            piece.fill()
-            continue
-        segment = SEGMENTS.get(piece.key)
-        if segment is not None:
-            piece.copy(segment)
-            continue
-        fetched = FETCHED.take(piece.key)
-        if fetched is not None:
-            piece.copy(piece.decode(file, fetched.data, shared=fetched.shared))
+        wanted.setdefault(piece.segment.key, []).append(piece)
+    missing: dict[Segment, tuple[int, int]] = {}
+    for key, parts in wanted.items():
+        segment = parts[0].segment
+        extent = segment.extent
+        if 0 in extent:
+            for piece in parts:
+                piece.fill()
+        elif (decoded := SEGMENTS.get(key)) is not None:
+            _copy_all(parts, decoded)
+        elif (fetched := FETCHED.take(key)) is not None:
+            _decode_all(file, parts, fetched.data, shared=fetched.shared)
         else:
-            missing.append(piece)
-    for piece, data in _read_runs(file, missing):
-        piece.copy(piece.decode(file, data))
+            missing[segment] = extent
+    for segment, data in _read_runs(file, missing):
+        _decode_all(file, wanted[segment.key], data)
+
+
+def _decode_all(file: File, pieces: Sequence[Piece], data: bytes | None, *, shared: bool = False) -> None:
+    """Put pieces of one segment into place; it is kept if it is `shared` with other windows or a window may follow."""
+    keep = shared or any(piece.worth_keeping for piece in pieces)
+    _copy_all(pieces, pieces[0].segment.decode(file, data, keep=keep))
+
+
+def _copy_all(pieces: Sequence[Piece], decoded: NDArray[Any]) -> None:
+    for piece in pieces:
+        piece.copy(decoded)
 
 
 def whole_segment(file: File, piece: Piece) -> NDArray[Any] | None:
@@ -104,51 +141,84 @@ def whole_segment(file: File, piece: Piece) -> NDArray[Any] | None:
 
     Saves the copy, which takes a third as long as decoding a JPEG tile.
     """
-    if 0 in piece.extent or piece.partly or piece.samples != slice(None) or SEGMENTS.has(piece.key):
+    segment = piece.segment
+    if 0 in segment.extent or piece.partly or piece.samples != slice(None) or SEGMENTS.has(segment.key):
         return None
-    fetched = FETCHED.take(piece.key)
+    fetched = FETCHED.take(segment.key)
     if fetched is not None and fetched.shared:  # kept for others, who must not see it change
-        FETCHED.put(piece.key, fetched)
+        FETCHED.put(segment.key, fetched)
         return None
-    segment = piece.decode(file, None if fetched is None else fetched.data)
-    if segment.shape == piece.target.shape and segment.flags.writeable and segment.flags.c_contiguous:
-        return segment
-    piece.copy(segment)  # of a tile that ends beyond the image
+    decoded = segment.decode(file, None if fetched is None else fetched.data, keep=False)
+    if decoded.shape == piece.target.shape and decoded.flags.writeable and decoded.flags.c_contiguous:
+        return decoded
+    piece.copy(decoded)  # of a tile that ends beyond the image
     return piece.target
 
 
-def fetch_ahead(file: File, pieces: Sequence[Piece]) -> None:
-    """Read what several windows need in runs of neighbours, up to `MOST_AHEAD` bytes; it is decoded when it is used."""
-    wanted: dict[Hashable, Piece] = {}
-    shared: set[Hashable] = set()
+def fetch_ahead(file: File, segments: Sequence[Segment]) -> None:
+    """Read what several windows need in runs of neighbours, up to `MOST_AHEAD` bytes; it is decoded when it is used.
+
+    Args:
+        file: that they are in.
+        segments: those of each window, one window after the other.
+    """
+    wanted: dict[Segment, tuple[int, int]] = {}
+    shared: set[Segment] = set()
     left = MOST_AHEAD
-    for piece in pieces:
-        if piece.key in wanted:
-            shared.add(piece.key)
-        elif 0 not in piece.extent and not SEGMENTS.has(piece.key) and not FETCHED.has(piece.key):
-            left -= piece.extent[1]
+    for segment in segments:
+        if segment in wanted:
+            shared.add(segment)
+            continue
+        extent = segment.extent
+        if 0 not in extent and not SEGMENTS.has(segment.key) and not FETCHED.has(segment.key):
+            left -= extent[1]
             if left >= 0:
-                wanted[piece.key] = piece
+                wanted[segment] = extent
     if len(wanted) < 2 and not shared:
         return
-    for piece, data in _read_runs(file, list(wanted.values())):
+    for segment, data in _read_runs(file, wanted):
         if data is not None:
-            FETCHED.put(piece.key, Fetched(data, piece.key in shared))
+            FETCHED.put(segment.key, Fetched(data, segment in shared))
 
 
-def _read_runs(file: File, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, bytes | None]]:
-    """Each piece with its bytes, in the order of the file; None: the read failed, and a read of its own shall tell."""
-    parts = [piece.extent for piece in pieces]
+def _read_runs(file: File, extents: Mapping[Segment, tuple[int, int]]) -> Iterator[tuple[Segment, bytes | None]]:
+    """Each segment with its bytes, in the order of the file; None: the read failed, a read of its own shall tell."""
+    segments, parts = list(extents), list(extents.values())
     for run in runs(parts):
         start, count = span(parts, run)
         try:
             block = file.read(start, count)
         except (ImageError, OSError):
-            yield from ((pieces[index], None) for index in run)
+            yield from ((segments[index], None) for index in run)
             continue
         for index in run:
             offset, size = parts[index]
-            yield pieces[index], block if size == count else block[offset - start : offset - start + size]
+            yield segments[index], block if size == count else block[offset - start : offset - start + size]
+
+
+class _Cut(NamedTuple):
+    """Where a window and a segment overlap along one axis."""
+
+    number: int
+    """Of the row or column of segments."""
+    target: slice
+    """Px of the window."""
+    part: slice
+    """Px of the segment."""
+    partly: bool
+    """Whether more of the segment lies in the image."""
+
+
+@lru_cache(maxsize=4096)  # the regions of a lattice share their rows and columns
+def _cuts(start: int, length: int, segment: int, size: int) -> tuple[_Cut, ...]:
+    """The segments of `segment` px each that `length` px from `start` on touch, of an axis of `size` px."""
+    found = []
+    for number in range(start // segment, -(-(start + length) // segment)):
+        first = number * segment
+        low, high = max(start, first), min(start + length, first + segment)
+        partly = high - low < min(segment, size - first)
+        found.append(_Cut(number, slice(low - start, high - start), slice(low - first, high - first), partly))
+    return tuple(found)
 
 
 class PlaneReader:
@@ -163,16 +233,35 @@ class PlaneReader:
     """
 
     def __init__(self, file: File, plane: Plane, key: tuple[int, int, int], place: str, fill: float) -> None:
-        self.file, self.plane, self.key, self.place, self.fill = file, plane, key, place, fill
+        self.file, self.plane, self.key, self.place = file, plane, key, place
+        self._across = plane.across
+        self.fill = np.full((), fill, plane.dtype)  # as the file would store it, whatever it is put into
 
-    def pieces(self, out: Pixels, wanted: Sequence[tuple[int, int]], x: int, y: int) -> Iterator[Piece]:
-        """What to fill of bands of `out` (h, w, bands), its corner at (x, y); `wanted` pairs them with the plane's."""
-        if self.plane.planar:
-            per_band = self.plane.across * self.plane.down
-            for at, sample in wanted:
-                yield from self._pieces(out, slice(at, at + 1), slice(None), x, y, sample * per_band)
-            return
-        yield from self._pieces(out, *self._bands(wanted), x, y, 0)
+    def pieces(
+        self, out: Sequence[Pixels], windows: Sequence[Window], wanted: Sequence[tuple[int, int]]
+    ) -> list[Piece]:
+        """What to fill of bands of `out` (h, w, bands), one for each window; `wanted` pairs them with the plane's."""
+        found = []
+        for place, samples, base in self._places(wanted):
+            for target, window in zip(out, windows, strict=True):
+                rows, cols = self._cuts(*window)
+                for row in rows:
+                    first = base + row.number * self._across
+                    for col in cols:
+                        segment = self._segment(first + col.number)
+                        part, partly = (row.part, col.part), row.partly or col.partly
+                        found.append(Piece(segment, target[row.target, col.target], place, part, samples, partly))
+        return found
+
+    def segments(self, window: Window, wanted: Sequence[tuple[int, int]]) -> list[Segment]:
+        """Those that `pieces` of a window lie in."""
+        rows, cols = self._cuts(*window)
+        return [
+            self._segment(base + row.number * self._across + col.number)
+            for _, _, base in self._places(wanted)
+            for row in rows
+            for col in cols
+        ]
 
     def read_rows(self, out: Pixels, wanted: Sequence[tuple[int, int]], x: int, y: int) -> None:
         """Fill bands of `out` as `pieces` does, at once, from strips that need no decoding."""
@@ -196,31 +285,20 @@ class PlaneReader:
             return slice(places[0], places[0] + len(places)), slice(None)
         return places, samples
 
-    def _pieces(self, out: Pixels, place: Bands, samples: Bands, x: int, y: int, base: int) -> Iterator[Piece]:
-        plane, (h, w) = self.plane, out.shape[:2]
-        for row in range(y // plane.segment_height, -(-(y + h) // plane.segment_height)):
-            top = row * plane.segment_height
-            y0, y1 = max(y, top), min(y + h, top + plane.segment_height)
-            for col in range(x // plane.segment_width, -(-(x + w) // plane.segment_width)):
-                left = col * plane.segment_width
-                x0, x1 = max(x, left), min(x + w, left + plane.segment_width)
-                partly = y1 - y0 < min(plane.segment_height, plane.height - top) or (
-                    x1 - x0 < min(plane.segment_width, plane.width - left)
-                )
-                index = base + row * plane.across + col
-                yield Piece(
-                    self,
-                    index,
-                    (*self.key, index),
-                    (int(plane.offsets[index]), int(plane.counts[index])),
-                    left,
-                    top,
-                    out[y0 - y : y1 - y, x0 - x : x1 - x],
-                    place,
-                    (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)),
-                    samples,
-                    partly,
-                )
+    def _places(self, wanted: Sequence[tuple[int, int]]) -> list[tuple[Bands, Bands, int]]:
+        """Bands of the window, of the segment, and the first segment of those that hold them."""
+        if not self.plane.planar:
+            return [(*self._bands(wanted), 0)]
+        per_band = self._across * self.plane.down
+        return [(slice(at, at + 1), slice(None), sample * per_band) for at, sample in wanted]
+
+    def _cuts(self, x: int, y: int, w: int, h: int) -> tuple[tuple[_Cut, ...], tuple[_Cut, ...]]:
+        """A window's rows and columns, cut by the plane's segments."""
+        plane = self.plane
+        return _cuts(y, h, plane.segment_height, plane.height), _cuts(x, w, plane.segment_width, plane.width)
+
+    def _segment(self, number: int) -> Segment:
+        return Segment(self, number, (*self.key, number))
 
     def _copy_rows(self, out: Pixels, x: int, y: int, base: int, samples: Bands) -> None:
         """Uncompressed strips: only the bytes of the window are read, straight into place where the layout allows."""

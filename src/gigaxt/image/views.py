@@ -55,6 +55,12 @@ class Select(Image):
         wanted = self._bands if bands is None else tuple(self._bands[band] for band in bands)
         return self._image._read_valid_inside(x, y, w, h, level, wanted)
 
+    def _read_each(
+        self, out: Sequence[Pixels], windows: Sequence[Window], level: int, bands: tuple[int, ...] | None = None
+    ) -> None:
+        wanted = self._bands if bands is None else tuple(self._bands[band] for band in bands)
+        self._image._read_each(out, windows, level, wanted)
+
     def _expect(self, windows: Sequence[Window], level: int, bands: tuple[int, ...]) -> None:
         self._image._expect(windows, level, tuple(self._bands[band] for band in bands))
 
@@ -130,8 +136,16 @@ class Cropped(Image):
     ) -> tuple[Pixels, Mask]:
         return self.base._read_valid_inside(x + self.x, y + self.y, w, h, 0, bands)
 
+    def _read_each(
+        self, out: Sequence[Pixels], windows: Sequence[Window], level: int, bands: tuple[int, ...] | None = None
+    ) -> None:
+        self.base._read_each(out, self._below(windows), 0, bands)
+
     def _expect(self, windows: Sequence[Window], level: int, bands: tuple[int, ...]) -> None:
-        self.base._expect([(x + self.x, y + self.y, w, h) for x, y, w, h in windows], 0, bands)
+        self.base._expect(self._below(windows), 0, bands)
+
+    def _below(self, windows: Sequence[Window]) -> list[Window]:
+        return [(x + self.x, y + self.y, w, h) for x, y, w, h in windows]
 
 
 class Resampled(Image):

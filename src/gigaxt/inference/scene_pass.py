@@ -19,8 +19,10 @@ from gigaxt.nn.kept_maps import KeptMaps
 from gigaxt.nn.ready import check_told
 from gigaxt.nn.region_answers import own_tokens
 from gigaxt.nn.stages import Answers
+from gigaxt.prefetch import host_buffer
+from gigaxt.region_pixels import read_regions, stack_masks
 from gigaxt.rows import Reader, Rows
-from gigaxt.scenes import Chunk, read_region
+from gigaxt.scenes import Chunk
 
 if TYPE_CHECKING:
     from gigaxt.inference.parts import Parts
@@ -212,20 +214,17 @@ class ScenePass:
         side = windows.core + 2 * halo
         top = int(windows.ys[chunk.row]) - halo
         places = [(int(windows.xs[col]) - halo, top, side, side) for col in chunk.cols]
-        self.image.expect(places)
-        read = [read_region(self.image, *place) for place in places]
+        pixels = host_buffer((n, side, side, self.image.channels), self.image.dtype)
+        masks = read_regions(self.image, places, list(pixels.numpy()))
         found = {
-            "pixels": torch.from_numpy(np.stack([pixels for pixels, _ in read])),
+            "pixels": pixels,
             "scale": torch.from_numpy(self.scene.scale).expand(n, -1),
             "shift": torch.from_numpy(self.scene.shift).expand(n, -1),
             "level": torch.zeros(n, dtype=torch.int64),
             "col": torch.tensor(chunk.cols),
         }
-        if all(mask is None for _, mask in read):
-            return found
-        masks = [np.ones((side, side, 1), np.bool_) if mask is None else mask for _, mask in read]
-        bands = max(mask.shape[2] for mask in masks)
-        found["valid"] = torch.from_numpy(np.stack([np.broadcast_to(mask, (side, side, bands)) for mask in masks]))
+        if any(mask is not None for mask in masks):
+            found["valid"] = stack_masks(masks, (side, side))
         return found
 
     def _valid(self, loaded: dict[str, Tensor]) -> NDArray[np.bool_]:
