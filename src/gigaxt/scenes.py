@@ -337,13 +337,9 @@ class SceneBatch:
 def valid_cells(valid: Tensor, t: int) -> Tensor:
     """Which of the t x t cells of cores hold a valid pixel: of (n, core, core, bands) bool, (n, t * t)."""
     real, core = valid.any(dim=3), valid.shape[1]
-    edges = [core * i // t for i in range(t + 1)]
-    cells = [
-        real[:, top:bottom, left:right].any(dim=2).any(dim=1)
-        for top, bottom in pairwise(edges)
-        for left, right in pairwise(edges)
-    ]
-    return torch.stack(cells, dim=1)
+    cells = list(pairwise(core * i // t for i in range(t + 1)))
+    rows = torch.stack([real[:, start:stop].any(dim=1) for start, stop in cells], dim=1)  # (n, t, core)
+    return torch.stack([rows[:, :, start:stop].any(dim=2) for start, stop in cells], dim=2).flatten(1)
 
 
 def _crop(tensor: Tensor, x: int, y: int, w: int, h: int) -> Tensor:

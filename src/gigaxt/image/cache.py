@@ -55,6 +55,8 @@ class SegmentCache(Generic[Segment]):
     def get(self, key: Hashable) -> Segment | None:
         """The segment, or None if it is not kept."""
         store = self._store.get()
+        if key not in store.segments:  # most often; no lock needed
+            return None
         with store.lock:
             segment = store.segments.get(key)
             if segment is not None:
@@ -81,7 +83,7 @@ class SegmentCache(Generic[Segment]):
     def take(self, key: Hashable) -> Segment | None:
         """The segment, which is not kept any longer, or None if it was not."""
         store = self._store.get()
-        if key not in store.segments:  # most often; no lock needed
+        if key not in store.segments:  # as above
             return None
         with store.lock:
             segment = store.segments.pop(key, None)
