@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gigaxt.errors import ConfigError
-from gigaxt.image.base import Image, Level, Mask, Pixels, Window
+from gigaxt.image.base import Image, Level, Mask, Pixels, Window, copy_pixels
 from gigaxt.image.resize import resize
 from gigaxt.image.views import band_index, copy_description, resample
 from gigaxt.randaugment import RandAugmented
@@ -246,7 +246,7 @@ class Dihedral(Image):
         self, x: int, y: int, w: int, h: int, level: int, bands: tuple[int, ...] | None = None
     ) -> tuple[Pixels, Mask]:
         pixels, mask = self.base._read_valid_inside(*self._window_below(x, y, w, h, level), level, bands)
-        return self._turned(pixels), self._turned(mask)
+        return self._turned(pixels), np.ascontiguousarray(turn(mask, self.k))
 
     def _read_each(
         self, out: Sequence[Pixels], windows: Sequence[Window], level: int, bands: tuple[int, ...] | None = None
@@ -257,8 +257,11 @@ class Dihedral(Image):
     def _expect(self, windows: Sequence[Window], level: int, bands: tuple[int, ...]) -> None:
         self.base._expect([self._window_below(*window, level) for window in windows], level, bands)
 
-    def _turned(self, array: Array) -> Array:
-        return cast(Array, np.ascontiguousarray(turn(array, self.k)))
+    def _turned(self, pixels: Pixels) -> Pixels:
+        view = turn(pixels, self.k)
+        turned = np.empty(view.shape, view.dtype)
+        copy_pixels(turned, view)
+        return turned
 
     def _window_below(self, x: int, y: int, w: int, h: int, level: int) -> tuple[int, int, int, int]:
         size = self.levels[level]

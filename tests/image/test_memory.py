@@ -57,6 +57,20 @@ def test_refused_arrays() -> None:
         open_image(np.zeros((2, 2), np.complex64))
 
 
+@pytest.mark.parametrize("bands", [1, 2, 3, 16, 17, 40])
+@pytest.mark.parametrize("nodata", [0.0, 3.0, np.nan])
+def test_nodata_of_every_number_of_bands(bands: int, nodata: float) -> None:
+    rng = np.random.default_rng(bands)
+    data = rng.integers(0, 9, (7, 5, bands)).astype(np.float32)
+    data[rng.random((7, 5)) < 0.5] = nodata
+    data[0, 0], data[0, 1] = nodata, 5
+    data[0, 2] = nodata
+    data[0, 2, -1] = 5  # one band, the last, is enough
+    expected = [[any(not (v == nodata or v != v) for v in pixel) for pixel in row] for row in data]
+    assert expected[0][:3] == [False, True, True]
+    assert open_image(data, nodata=nodata).validity(0, 0, 5, 7).tolist() == expected
+
+
 def test_windows() -> None:
     image = open_image(np.ones((4, 6), np.uint8))
     with pytest.raises(ImageError, match="expected a window of at least 1 x 1 px, got 0 x 3"):
