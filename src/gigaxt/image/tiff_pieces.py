@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -209,11 +209,15 @@ class _Cut(NamedTuple):
     """Whether more of the segment lies in the image."""
 
 
-@lru_cache(maxsize=4096)  # the regions of a lattice share their rows and columns
+def _touched(start: int, length: int, segment: int) -> range:
+    """The rows or columns of segments of `segment` px that `length` px from `start` on touch."""
+    return range(start // segment, -(-(start + length) // segment))
+
+
 def _cuts(start: int, length: int, segment: int, size: int) -> tuple[_Cut, ...]:
-    """The segments of `segment` px each that `length` px from `start` on touch, of an axis of `size` px."""
+    """Those of `_touched`, of an axis of `size` px."""
     found = []
-    for number in range(start // segment, -(-(start + length) // segment)):
+    for number in _touched(start, length, segment):
         first = number * segment
         low, high = max(start, first), min(start + length, first + segment)
         partly = high - low < min(segment, size - first)
@@ -241,11 +245,12 @@ class PlaneReader:
         self, out: Sequence[Pixels], windows: Sequence[Window], wanted: Sequence[tuple[int, int]]
     ) -> list[Piece]:
         """What to fill of bands of `out` (h, w, bands), one for each window; `wanted` pairs them with the plane's."""
+        plane, cuts = self.plane, cache(_cuts)  # the regions of a lattice share their rows and columns
         found = []
         for place, samples, base in self._places(wanted):
-            for target, window in zip(out, windows, strict=True):
-                rows, cols = self._cuts(*window)
-                for row in rows:
+            for target, (x, y, w, h) in zip(out, windows, strict=True):
+                cols = cuts(x, w, plane.segment_width, plane.width)
+                for row in cuts(y, h, plane.segment_height, plane.height):
                     first = base + row.number * self._across
                     for col in cols:
                         segment = self._segment(first + col.number)
@@ -255,9 +260,10 @@ class PlaneReader:
 
     def segments(self, window: Window, wanted: Sequence[tuple[int, int]]) -> list[Segment]:
         """Those that `pieces` of a window lie in."""
-        rows, cols = self._cuts(*window)
+        x, y, w, h = window
+        rows, cols = _touched(y, h, self.plane.segment_height), _touched(x, w, self.plane.segment_width)
         return [
-            self._segment(base + row.number * self._across + col.number)
+            self._segment(base + row * self._across + col)
             for _, _, base in self._places(wanted)
             for row in rows
             for col in cols
@@ -291,11 +297,6 @@ class PlaneReader:
             return [(*self._bands(wanted), 0)]
         per_band = self._across * self.plane.down
         return [(slice(at, at + 1), slice(None), sample * per_band) for at, sample in wanted]
-
-    def _cuts(self, x: int, y: int, w: int, h: int) -> tuple[tuple[_Cut, ...], tuple[_Cut, ...]]:
-        """A window's rows and columns, cut by the plane's segments."""
-        plane = self.plane
-        return _cuts(y, h, plane.segment_height, plane.height), _cuts(x, w, plane.segment_width, plane.width)
 
     def _segment(self, number: int) -> Segment:
         return Segment(self, number, (*self.key, number))
