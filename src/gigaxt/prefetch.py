@@ -56,7 +56,9 @@ def read_ahead(
 
 def host_buffer(shape: Sequence[int], dtype: np.dtype[Any]) -> Tensor:
     """An empty tensor for what `load` returns, in pinned memory where a reader would else copy it there."""
-    return torch.empty(shape, dtype=_torch_dtype(dtype), pin_memory=getattr(_reader, "pins", False))
+    if getattr(_reader, "pins", False):
+        return torch.empty(shape, dtype=_torch_dtype(dtype), pin_memory=True)
+    return torch.from_numpy(np.empty(shape, dtype))  # which asks for huge pages: no page faults by the dozen a region
 
 
 def to_device(loaded: Any, device: torch.device) -> Any:

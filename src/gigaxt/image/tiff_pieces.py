@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -214,15 +213,21 @@ def _touched(start: int, length: int, segment: int) -> range:
     return range(start // segment, -(-(start + length) // segment))
 
 
-def _cuts(start: int, length: int, segment: int, size: int) -> tuple[_Cut, ...]:
-    """Those of `_touched`, of an axis of `size` px."""
-    found = []
-    for number in _touched(start, length, segment):
-        first = number * segment
-        low, high = max(start, first), min(start + length, first + segment)
-        partly = high - low < min(segment, size - first)
-        found.append(_Cut(number, slice(low - start, high - start), slice(low - first, high - first), partly))
-    return tuple(found)
+class _Cuts(dict[tuple[int, int, int, int], list[_Cut]]):
+    """Of `length` px from `start` on, by segments of `segment` px along an axis of `size` px: by these four numbers.
+
+    Made when they are first asked for, as the regions of a lattice share their rows and columns.
+    """
+
+    def __missing__(self, key: tuple[int, int, int, int]) -> list[_Cut]:
+        start, length, segment, size = key
+        found = self[key] = []
+        for number in _touched(start, length, segment):
+            first = number * segment
+            low, high = max(start, first), min(start + length, first + segment)
+            partly = high - low < min(segment, size - first)
+            found.append(_Cut(number, slice(low - start, high - start), slice(low - first, high - first), partly))
+        return found
 
 
 class PlaneReader:
@@ -245,12 +250,12 @@ class PlaneReader:
         self, out: Sequence[Pixels], windows: Sequence[Window], wanted: Sequence[tuple[int, int]]
     ) -> list[Piece]:
         """What to fill of bands of `out` (h, w, bands), one for each window; `wanted` pairs them with the plane's."""
-        plane, cuts = self.plane, cache(_cuts)  # the regions of a lattice share their rows and columns
+        plane, cuts = self.plane, _Cuts()
         found = []
         for place, samples, base in self._places(wanted):
             for target, (x, y, w, h) in zip(out, windows, strict=True):
-                cols = cuts(x, w, plane.segment_width, plane.width)
-                for row in cuts(y, h, plane.segment_height, plane.height):
+                cols = cuts[x, w, plane.segment_width, plane.width]
+                for row in cuts[y, h, plane.segment_height, plane.height]:
                     first = base + row.number * self._across
                     for col in cols:
                         segment = self._segment(first + col.number)
