@@ -24,32 +24,44 @@ READERS = 2
 
 
 def read_ahead(
-    load: Callable[[C], Any], chunks: Sequence[C], device: torch.device, readers: int = READERS
+    load: Callable[[C], Any],
+    chunks: Sequence[C],
+    device: torch.device,
+    readers: int = READERS,
+    known: Any = None,
 ) -> Iterator[tuple[C, Any]]:
     """Yield (chunk, load(chunk) on `device`) in order, with the next chunks being loaded meanwhile.
 
     Args:
         load: pure function from a chunk to tensors (any nesting of tuples, lists, dicts); called in threads.
-        chunks: what to load.
+        chunks: what to load. For the first one the device has to wait: with a method `parts(most)`, which cuts it into
+            at most so many chunks, all threads load it together.
         device: where the tensors go. To CUDA they are copied without waiting, from pinned memory; PyTorch's caching
             host allocator reuses a pinned block only after the copy's event.
         readers: threads, and chunks ahead of the one at work.
+        known: the first chunk's tensors on the device, if they are there; None: they are loaded.
 
     At most `readers` + 1 chunks are in memory. Errors of `load` are raised at their chunk's turn, with a note that
     names it.
     """
-    if len(chunks) <= 1:
-        for chunk in chunks:
-            yield chunk, to_device(_load(load, chunk, pin=False), device)
+    if not chunks:
+        return
+    first = _parts(chunks[0], readers) if known is None else []
+    if len(chunks) == 1 and len(first) < 2:
+        yield chunks[0], to_device(_load(load, chunks[0], pin=False), device) if known is None else known
         return
     pin = device.type == "cuda"
     executor = ThreadPoolExecutor(readers, thread_name_prefix="gigaxt-read")
     try:
-        queue: deque[Future[Any]] = deque()
+        queue: deque[list[Future[Any]]] = deque()
         for i, chunk in enumerate(chunks):
-            for later in chunks[i + len(queue) : i + 1 + readers]:
-                queue.append(executor.submit(_load, load, later, pin=pin))
-            yield chunk, to_device(queue.popleft().result(), device)
+            for later in range(i + len(queue), min(i + 1 + readers, len(chunks))):
+                parts = [chunks[later]] if later else first
+                queue.append([executor.submit(_load, load, part, pin=pin) for part in parts])
+            loaded = [to_device(part.result(), device) for part in queue.popleft()] or [known]
+            if any(form(part) != form(loaded[0]) for part in loaded):  # such as masks, of some parts only
+                loaded = [to_device(_load(load, chunk, pin=False), device)]
+            yield chunk, join_rows(loaded)
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
@@ -79,9 +91,28 @@ def count_rows(loaded: Any) -> int:
     return rows.pop()
 
 
+def form(loaded: Any) -> Any:
+    """What loaded chunks must have in common to be joined."""
+    leaves, tree = tree_flatten(loaded)
+    return tree, [(t.shape[1:], t.dtype) if isinstance(t, Tensor) else t for t in leaves]
+
+
+def join_rows(loaded: Sequence[Any]) -> Any:
+    """Chunks of one form as one."""
+    if len(loaded) == 1:
+        return loaded[0]
+    return tree_map(lambda *t: torch.cat(t) if isinstance(t[0], Tensor) else t[0], *loaded)
+
+
 def take_rows(loaded: Any, start: int, stop: int) -> Any:
     """Rows start..stop of every tensor in `loaded`."""
     return tree_map(lambda t: t[start:stop] if isinstance(t, Tensor) else t, loaded)
+
+
+def _parts(chunk: C, most: int) -> Sequence[C]:
+    """The chunk in at most so many parts, where it knows how to cut itself."""
+    cut: Callable[[int], Sequence[C]] | None = getattr(chunk, "parts", None)
+    return [chunk] if cut is None else cut(most)
 
 
 def _load(load: Callable[[C], Any], chunk: C, *, pin: bool) -> Any:

@@ -11,11 +11,10 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
 
 from gigaxt.errors import ConfigError
 from gigaxt.nn.keyed import dropout_key
-from gigaxt.prefetch import READERS, count_rows, read_ahead, take_rows
+from gigaxt.prefetch import READERS, count_rows, form, join_rows, read_ahead, take_rows
 
 T = TypeVar("T")
 GIB = 2**30
@@ -92,20 +91,15 @@ def merged(rows: Sequence[Rows]) -> list[Rows]:
     """Rows that follow each other, as few as they can be: where loaded tensors are alike, they are one."""
     groups: list[list[Rows]] = []
     for one in rows:
-        if groups and _form(groups[-1][-1].loaded) == _form(one.loaded):
+        if groups and form(groups[-1][-1].loaded) == form(one.loaded):
             groups[-1].append(one)
         else:
             groups.append([one])
     return [group[0] if len(group) == 1 else _joined_rows(group) for group in groups]
 
 
-def _form(loaded: Any) -> Any:
-    leaves, tree = tree_flatten(loaded)
-    return tree, [(t.shape[1:], t.dtype) if isinstance(t, Tensor) else t for t in leaves]
-
-
 def _joined_rows(group: Sequence[Rows]) -> Rows:
-    loaded = tree_map(lambda *t: torch.cat(t) if isinstance(t[0], Tensor) else t[0], *(one.loaded for one in group))
+    loaded = join_rows([one.loaded for one in group])
     ids = torch.cat([one.ids for one in group])
     return Rows(f"{group[0].chunk} to {group[-1].chunk}", loaded, ids, group[0].start)
 
@@ -126,10 +120,17 @@ class Reader:
         self.load, self.device, self.seed, self.streaming = load, device, seed, streaming or Streaming()
         self.most_rows = self.streaming.most_regions or 2**62
 
-    def rows(self, chunks: Sequence[Any], starts: Sequence[int] | None = None) -> Iterator[Rows]:
-        """The chunks' rows in order; `starts` gives their places in the stream where some chunks are left out."""
+    def rows(self, chunks: Sequence[Any], starts: Sequence[int] | None = None, known: Any = None) -> Iterator[Rows]:
+        """The chunks' rows in order.
+
+        Args:
+            chunks: to be loaded.
+            starts: their places in the stream, where some chunks are left out.
+            known: what the first of them holds, on the device; None: it is loaded as well.
+        """
         start = 0
-        for i, (chunk, loaded) in enumerate(read_ahead(self.load, chunks, self.device, self.streaming.readers)):
+        loading = read_ahead(self.load, chunks, self.device, self.streaming.readers, known)
+        for i, (chunk, loaded) in enumerate(loading):
             start = start if starts is None else starts[i]
             count = count_rows(loaded)
             ids = getattr(chunk, "region_ids", None)

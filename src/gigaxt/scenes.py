@@ -36,6 +36,10 @@ class TensorImage:
         self.channels, self.height, self.width = tensor.shape
 
 
+LEAST_PART = 8
+"""Regions of the first chunk that a thread reads at least."""
+
+
 @dataclass
 class Chunk:
     """Regions that are encoded together."""
@@ -58,6 +62,12 @@ class Chunk:
     def rows(self) -> slice | list[int]:
         """Of the batch, for indexing."""
         return slice(self.start, self.stop)
+
+    def parts(self, most: int) -> list[Chunk]:
+        """The same regions in at most `most` parts that are worth a thread each."""
+        count = max(1, min(most, (self.stop - self.start) // LEAST_PART))
+        edges = [self.start + (self.stop - self.start) * i // count for i in range(count + 1)]
+        return [Chunk(self.batch, first, last) for first, last in pairwise(edges)]
 
     def __str__(self) -> str:
         named: dict[str, list[str]] = {}
@@ -82,6 +92,10 @@ class Picked(Chunk):
     def rows(self) -> list[int]:
         """See `Chunk.rows`."""
         return self.picked
+
+    def parts(self, most: int) -> list[Chunk]:
+        """See `Chunk.parts`."""
+        return [self]
 
 
 class Scene:

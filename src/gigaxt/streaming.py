@@ -174,6 +174,8 @@ class _Job:
         self.kept: dict[int, list[tuple[Rows, _Run]]] = {}
         """Graphs that wait for the backward pass, by chunk. A chunk is kept whole or not at all."""
         self.starts: list[int] = []
+        self.first: Any = None
+        """What the first chunk holds, on the device: the backward pass begins with it, while the next are read."""
         self.single = True
 
     def run_ordinarily(self, inputs: _Inputs) -> tuple[Tensor, ...]:
@@ -204,6 +206,8 @@ class _Job:
         total = 0
         for i, rows in enumerate(self.reader.rows(self.chunks)):
             self.starts.append(rows.start)
+            if training and i == 0:
+                self.first = rows.loaded
             look = training and per_row is None
             on_device = training and per_row is not None and device.take(per_row[0] * rows.count)
             on_host = training and per_row is not None and not on_device and host.take(per_row[1] * rows.count)
@@ -253,7 +257,8 @@ class _Job:
         sums = Sums([*inputs.parameters, *inputs.shared])
         slices = [torch.zeros_like(t) if t.requires_grad else None for t in inputs.sliced]
         missing = [i for i in range(len(self.chunks)) if i not in self.kept]
-        reread = self.reader.rows([self.chunks[i] for i in missing], [self.starts[i] for i in missing])
+        known, self.first = self.first if missing[:1] == [0] else None, None
+        reread = self.reader.rows([self.chunks[i] for i in missing], [self.starts[i] for i in missing], known)
 
         def gradients(rows: Rows, run: _Run | None = None) -> list[Tensor | None]:
             share = gradient_of(rows, grads, self.joined.per_row)

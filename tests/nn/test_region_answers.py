@@ -98,9 +98,9 @@ def test_chunks_are_read_by_as_many_threads_as_asked_for(
 ) -> None:
     asked = []
 
-    def read(load: Any, chunks: Any, device: torch.device, readers: int = READERS) -> Any:
+    def read(load: Any, chunks: Any, device: torch.device, readers: int = READERS, known: Any = None) -> Any:
         asked.append(readers)
-        return read_ahead(load, chunks, device, readers)
+        return read_ahead(load, chunks, device, readers, known)
 
     model = segmenter()
     monkeypatch.setattr("gigaxt.rows.read_ahead", read)

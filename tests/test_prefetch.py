@@ -1,0 +1,111 @@
+"""Chunks that are read ahead: the first by all threads together, or not at all where it is there already."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gigaxt import open_image
+from gigaxt.inputs import InputConfig
+from gigaxt.prefetch import read_ahead
+from gigaxt.scenes import SceneBatch
+from gigaxt.streaming import Streaming, stream
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Span:
+    """Rows start..stop; cut one by one."""
+
+    start: int
+    stop: int
+
+    def parts(self, most: int) -> list[Span]:
+        return [Span(i, i + 1) for i in range(self.start, self.stop)] if most > 1 else [self]
+
+
+class Load:
+    """Row numbers; notes what was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
+    def __call__(self, span: Span) -> dict[str, Tensor]:
+        self.asked.append((span.start, span.stop))
+        return {"x": torch.arange(span.start, span.stop)}
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("readers", [1, 3])
+def test_the_first_chunk_is_read_in_parts(readers: int, count: int) -> None:
+    chunks, load = [Span(3 * i, 3 * i + 3) for i in range(count)], Load()
+    found = list(read_ahead(load, chunks, CPU, readers))
+    assert [chunk for chunk, _ in found] == chunks
+    assert torch.cat([loaded["x"] for _, loaded in found]).tolist() == list(range(3 * count))
+    first = [(0, 1), (1, 2), (2, 3)] if readers > 1 else [(0, 3)]
+    assert sorted(load.asked) == sorted([*first, *((c.start, c.stop) for c in chunks[1:])])
+
+
+def test_its_parts_are_read_at_the_same_time() -> None:
+    barrier = threading.Barrier(3, timeout=10)
+
+    def load(span: Span) -> Tensor:
+        if span.stop <= 3:
+            barrier.wait()
+        return torch.arange(span.start, span.stop)
+
+    assert next(iter(read_ahead(load, [Span(0, 3), Span(3, 6)], CPU, 3)))[1].tolist() == [0, 1, 2]
+
+
+def test_parts_that_are_unlike_are_read_as_one() -> None:
+    def load(span: Span) -> dict[str, Tensor]:
+        rows = torch.arange(span.start, span.stop)
+        return {"x": rows, "valid": rows > 0} if span.start <= 1 < span.stop else {"x": rows}
+
+    ((_, loaded),) = read_ahead(load, [Span(0, 3)], CPU, 3)
+    assert loaded["x"].tolist() == [0, 1, 2]
+    assert loaded["valid"].tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_is_known_is_not_read(count: int) -> None:
+    chunks, load = [Span(2 * i, 2 * i + 2) for i in range(count)], Load()
+    found = list(read_ahead(load, chunks, CPU, 2, known={"x": torch.tensor([8, 9])}))
+    assert [loaded["x"].tolist() for _, loaded in found] == [[8, 9], [2, 3], [4, 5]][:count]
+    assert sorted(load.asked) == [(c.start, c.stop) for c in chunks[1:]]
+
+
+def test_a_stream_reads_its_first_chunk_once() -> None:
+    module, load = torch.nn.Linear(1, 1), Load()
+    chunks = [Span(0, 2), Span(2, 4)]
+
+    def pixels(span: Span) -> Tensor:
+        return load(span)["x"].float()[:, None]
+
+    stream(module, pixels, chunks, streaming=Streaming(readers=1)).sum().backward()
+    assert load.asked == [(0, 2), (2, 4), (2, 4)]
+    assert module.weight.grad is not None
+    assert module.weight.grad.item() == 0 + 1 + 2 + 3
+
+
+def test_regions_of_a_scene_are_cut_where_it_is_worth_it() -> None:
+    """The numbered image's regions, read by three threads, some of them partly outside it."""
+    height, width = 5 * 32 - 3, 7 * 32 - 9
+    pixels = torch.arange(height * width).view(height, width, 1).numpy()
+    scenes = SceneBatch([open_image(pixels)], InputConfig(), region=32, channels=1, tokens_per_core=2)
+    (chunk,) = scenes.chunks(35)
+    assert [(part.start, part.stop) for part in chunk.parts(3)] == [(0, 11), (11, 23), (23, 35)]
+    assert len(chunk.parts(9)) == 4  # of 8 regions at least
+    assert scenes.picked([0, 2], 8)[0].parts(9) == scenes.picked([0, 2], 8)
+    ((_, loaded),) = read_ahead(scenes.load, [chunk], CPU, 3)
+    validity = scenes.token_validity.clone()
+    whole: dict[str, Any] = scenes.load(chunk)
+    assert loaded.keys() == whole.keys()
+    assert all(torch.equal(loaded[name], whole[name]) for name in whole)
+    assert torch.equal(validity, scenes.token_validity)
