@@ -280,8 +280,17 @@ def main() -> None:
     makers = contenders(bench, batch)
     context = {"kind": options.context, "dim": options.dim, "depth": 2}
     steps = {"backbone": choices[best], "context": bench.context_alone(context)}
-    steps |= {name: make() for name, make in makers.items()}
-    floors = {name: ["backbone", *["context"] * name.startswith(options.context)] for name in makers}
+    failed = {}
+    for name, make in makers.items():
+        step = make()
+        try:
+            step()
+        except Exception as error:  # such as a compiler's; the others shall be told of all the same
+            failed[name] = str(error).splitlines()[0]
+            print(name, "failed:", failed[name], flush=True)
+        else:
+            steps[name] = step
+    floors = {name: ["backbone", *["context"] * name.startswith(options.context)] for name in makers if name in steps}
     found = race(steps, options.repetitions, bench.device)
     settings = {k: v for k, v in vars(options).items() if k not in ("keep", "batches", "only", "child")}
     card = (
@@ -290,6 +299,8 @@ def main() -> None:
     seconds = {name: round(statistics.median(wall for wall, _ in turns), 4) for name, turns in found.items()}
     rows = ratios(found, floors, bench.device)
     result = {"settings": {**settings, **card}, "batch": batch, "layout": layout, "rows": rows, "seconds": seconds}
+    if failed:
+        result["failed"] = failed
     if options.memory:
         result["peaks"] = peaks(list(makers), options, batch)
     name = f"small_images_{options.backbone}_{options.amp}{'_compile' if options.compile else ''}"

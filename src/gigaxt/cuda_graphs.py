@@ -81,13 +81,13 @@ class Recordings:
         self._made.pop(name, None)
         others = [recording for _, recording in self._made.values()]
         try:
-            recording = Recording(work, inputs, beside=others[0] if others else None)
+            self._made[name] = form, Recording(work, inputs, beside=others[0] if others else None)
         except RuntimeError as error:  # it waits for the device, draws random numbers of the host, or lacks memory
             self._refused.add(name)
             logger.warning("CUDA graphs: %s cannot be recorded, run as before: %s", name, str(error).splitlines()[0])
+        if name in self._refused:  # not inside `except`: there the exception keeps the attempt's tensors alive
             return work(inputs)
-        self._made[name] = form, recording
-        return recording.replay(inputs)
+        return self._made[name][1].replay(inputs)
 
     def end_pass(self, name: str, chunks: int) -> None:
         """After a pass over `chunks`: let go of what is recorded quickly again, measured by them."""

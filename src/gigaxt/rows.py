@@ -150,7 +150,7 @@ class Reader:
             stop = min(start + self.most_rows, count)
             part = rows if stop - start == count else rows.part(start, stop)
             try:
-                with nullcontext() if self.seed is None else dropout_key(self.seed, part.ids):
+                with nullcontext() if self.seed is None else dropout_key(self.seed, part.ids, self.device):
                     results.append((part, work(part)))
             except torch.OutOfMemoryError:
                 if stop - start == 1:

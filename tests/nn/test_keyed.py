@@ -9,7 +9,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from gigaxt.errors import ConfigError, TrainingError
-from gigaxt.nn.keyed import KeyedDropout, KeyedDropPath, dropout_key, key_dropout
+from gigaxt.nn.keyed import KeyedDropout, KeyedDropPath, dropout_key, key_dropout, keyed_by, region_keys
 
 TINY = {
     "swinv2": ("swinv2_tiny_window16_256", 64, {
@@ -257,6 +257,21 @@ def test_what_cannot_be_keyed_is_refused(module: nn.Module) -> None:
 def test_wrong_region_ids_are_refused() -> None:
     with pytest.raises(TrainingError, match="int64"), dropout_key(0, torch.zeros(3)):
         pass
+
+
+def test_masks_do_not_depend_on_where_the_key_lies() -> None:
+    """Brought to the device at once, or handed on by what the pass is keyed by."""
+    layer, x = KeyedDropout(0.3, 66), torch.ones(7, 100)
+    with dropout_key(3, torch.arange(7)):
+        expected = layer(x)
+        keys = region_keys(x.device)
+    with dropout_key(3, torch.arange(7), x.device):
+        assert torch.equal(layer(x), expected)
+    assert region_keys(x.device) is None
+    with keyed_by(keys):
+        assert torch.equal(layer(x), expected)
+        with keyed_by(None):
+            assert torch.equal(layer(x), expected)
 
 
 @pytest.mark.gpu

@@ -74,6 +74,20 @@ def test_wrong_gradients_are_refused(model: GigaXT, monkeypatch: pytest.MonkeyPa
     assert encoder._compiled_call_impl is None
 
 
+def test_an_encoder_that_cannot_be_compiled_is_refused(model: GigaXT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen with PyTorch 2.11 and Swin V2 on an H200."""
+
+    def compiled(pixels: Tensor) -> Any:
+        raise RuntimeError("Failed to import /tmp/a.py\nSyntaxError: unterminated string literal")
+
+    becomes(model.encode.encoder, compiled, monkeypatch)
+    with pytest.raises(
+        ConfigError, match=r"cannot compile .* for cpu in version .*: Failed to import /tmp/a.py; set it"
+    ):
+        compile_encoder(model, CPU)
+    assert model.encode.encoder._compiled_call_impl is None
+
+
 def test_swin_on_a_cpu_is_refused(model: GigaXT) -> None:
     model.encode.encoder.add_module("attention", WindowAttention(8, (2, 2), 2))
     with pytest.raises(ConfigError, match="wrong gradients for Swin V2"):

@@ -42,10 +42,7 @@ class _Key:
 
     def on(self, device: torch.device) -> Tensor:
         """The mixed regions on `device`."""
-        regions = self._regions
-        if device.type == "cuda" and regions.is_cpu:  # pageable, the copy would wait for all that the device has to do
-            regions = regions.pin_memory()
-        return regions.to(device, non_blocking=True)
+        return _onto(device, self._regions)
 
     def bits(self, layer: int, count: int, device: torch.device) -> Tensor:
         """(n, count) int32, any of them equally likely: `count` numbers for each region."""
@@ -64,11 +61,17 @@ class _Key:
         return table[0][row], table[1][row]
 
 
+def _onto(device: torch.device, keys: Tensor) -> Tensor:
+    if device.type == "cuda" and keys.is_cpu:  # from pageable memory the copy would wait for all there is to do
+        keys = keys.pin_memory()
+    return keys.to(device, non_blocking=True)
+
+
 _active: ContextVar[_Key | None] = ContextVar("gigaxt_dropout_key", default=None)
 
 
 @contextlib.contextmanager
-def dropout_key(seed: int, region_ids: Tensor) -> Iterator[None]:
+def dropout_key(seed: int, region_ids: Tensor, device: torch.device | None = None) -> Iterator[None]:
     """Key the dropout of the forward pass inside the block.
 
     Holds for the current thread only (an autograd thread that runs a forward pass enters its own block).
@@ -76,6 +79,8 @@ def dropout_key(seed: int, region_ids: Tensor) -> Iterator[None]:
     Args:
         seed: any integer; another one for every training step.
         region_ids: (n,) int64, one per region of the batch, distinct over the images of a step.
+        device: where the pass runs, if that is known: what it is keyed by is then brought there once, ahead of it, and
+            not inside what may be compiled.
     """
     if region_ids.ndim != 1 or region_ids.dtype != torch.int64:
         raise TrainingError(
@@ -83,7 +88,8 @@ def dropout_key(seed: int, region_ids: Tensor) -> Iterator[None]:
         )
     # Of the seed and the ids at once: a number read inside a compiled module would be a constant there, compiled anew
     # for every step.
-    with keyed_by(_mix64(region_ids + _signed64(_mix_int(seed)))):
+    keys = _mix64(region_ids + _signed64(_mix_int(seed)))
+    with keyed_by(keys if device is None else _onto(device, keys)):
         yield
 
 

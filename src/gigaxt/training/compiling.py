@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from timm.models.swin_transformer_v2 import WindowAttention
@@ -31,27 +33,38 @@ def compile_encoder(model: GigaXT, device: torch.device) -> None:
         device: where that is.
 
     Raises:
-        ConfigError: PyTorch cannot compile here (found out on a single addition, in seconds), or not correctly.
+        ConfigError: PyTorch cannot compile here (found out on a single addition, in seconds), or not this encoder, or
+            not correctly.
     """
-    try:
+    with _refusing(f"for {device} here"):
         torch.compile(_add_one)(torch.ones(2, device=device))
-    except Exception as error:  # of many kinds: no compiler, one that fails, no Triton, no room for its files
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(
-            f"train.compile: PyTorch cannot compile for {device} here: {first}; set it to false"
-        ) from error
     encoder, config, regions = model.encode.encoder, model.config.region_encoder, model.streaming.chunk_regions
     if device.type == "cpu" and any(isinstance(module, WindowAttention) for module in encoder.modules()):
         raise ConfigError("train.compile: on a CPU PyTorch compiles wrong gradients for Swin V2; set it to false")
     plain = _answers(encoder, config, device, regions)
     encoder.compile()
-    wrong = _largest_error(_answers(encoder, config, device, regions), plain)
-    if wrong > TOLERANCE:
+    try:
+        with _refusing(f"{config.name} for {device} in version {torch.__version__}"):
+            wrong = _largest_error(_answers(encoder, config, device, regions), plain)
+    except ConfigError:
         encoder._compiled_call_impl = None  # what `compile` set
+        raise
+    if wrong > TOLERANCE:
+        encoder._compiled_call_impl = None
         raise ConfigError(
             f"train.compile: what PyTorch {torch.__version__} compiles of {config.name} for {device} is wrong, "
             f"answers or gradients by up to {wrong:.0%}; set it to false"
         )
+
+
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Say that PyTorch cannot compile `what`, whatever it raises."""
+    try:
+        yield
+    except Exception as error:  # of many kinds: no compiler, one that fails, no Triton, no room for its files
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(f"train.compile: PyTorch cannot compile {what}: {first}; set it to false") from error
 
 
 def _answers(encoder: nn.Module, config: RegionEncoderConfig, device: torch.device, regions: int) -> list[Tensor]:
@@ -60,7 +73,7 @@ def _answers(encoder: nn.Module, config: RegionEncoderConfig, device: torch.devi
     draw = torch.Generator().manual_seed(0)
     size = regions, config.in_channels, config.region, config.region
     pixels = torch.randn(size, generator=draw).to(device, dtype)
-    with dropout_key(0, torch.arange(regions)), torch.enable_grad():
+    with dropout_key(0, torch.arange(regions), device), torch.enable_grad():
         tokens, maps = encoder(pixels)
     found = [tokens, *maps]
     weights = [p for p in encoder.parameters() if p.requires_grad]

@@ -80,7 +80,6 @@ def test_many_tokens_are_pooled_in_segments(pooling: str, masked: bool, monkeypa
 
     plain = logits_and_gradients()
     monkeypatch.setattr("gigaxt.nn.heads.pooling.SEGMENT", 21)
-    monkeypatch.setattr("gigaxt.nn.heads.classify.SEGMENT", 21)
     for found, expected in zip(logits_and_gradients(), plain, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.nn.heads.base import BaseHeadConfig, at_least_float32, check_class_indices, weights_tensor
-from gigaxt.nn.heads.pooling import SEGMENT, pooled_in_segments
+from gigaxt.nn.heads.pooling import at_once, pooled_in_segments
 from gigaxt.nn.heads.survival import survival_losses
 
 
@@ -145,7 +145,7 @@ class ClassifyHead(nn.Module):
         Returns:
             (B, classes).
         """
-        if context.shape[0] * context.shape[1] > SEGMENT:
+        if context.shape[0] * context.shape[1] > at_once(context.device):
             valid = context.new_ones(context.shape[:2], dtype=torch.bool) if validity is None else validity
             heads = 1 if self.queries is None else self.heads
             pooled = pooled_in_segments(self.norm, self.queries, heads, context, valid)

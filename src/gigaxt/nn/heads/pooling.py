@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from gigaxt.nn.context.summary import add_to_softmax, empty_softmax
 from gigaxt.recurrence import scan
 
-SEGMENT = 8192
-"""Tokens of all cases together that are pooled at once. As many are pooled at once by ordinary autograd."""
+SEGMENT, DEVICE_SEGMENT = 8192, 32768
+"""Tokens of all cases together that are pooled at once. As many are pooled at once by ordinary autograd. On a device
+fewer launches are worth more."""
+
+
+def at_once(device: torch.device) -> int:
+    """The one for `device`."""
+    return SEGMENT if device.type == "cpu" else DEVICE_SEGMENT
 
 
 class PoolSegment(nn.Module):
@@ -49,6 +56,6 @@ def pooled_in_segments(
     """
     batch, _, dim = context.shape
     start = empty_softmax(context.new_zeros(batch, heads, dim))
-    segment = max(1, SEGMENT // batch)
+    segment = max(1, at_once(context.device) // batch)
     _, (_, total, weighted) = scan(PoolSegment(norm, queries), (context, valid), start, segment=segment)
     return (weighted / total).masked_fill(~valid.any(1)[:, None, None], 0).to(context.dtype)
