@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import gigaxt
-from gigaxt import cuda_graphs
+from gigaxt import cuda_graphs, known
 from gigaxt.nn.keyed import key_dropout
 from gigaxt.streaming import stream
 
@@ -46,11 +46,11 @@ class Again:
 
 @pytest.fixture(autouse=True)
 def recorded_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(cuda_graphs, "RECORDED_ON", ("cpu",))
+    monkeypatch.setattr(known, "RECORDED_ON", ("cpu",))
     monkeypatch.setattr(cuda_graphs, "Recording", Again)
     Again.made = []
     yield
-    cuda_graphs._known.clear()
+    known._known.clear()
 
 
 class Net(nn.Module):
@@ -202,6 +202,6 @@ def test_what_cannot_be_recorded_is_run(monkeypatch: pytest.MonkeyPatch, caplog:
 
 
 def test_without_a_gpu_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "RECORDED_ON", ("cuda",))
+    monkeypatch.setattr(known, "RECORDED_ON", ("cuda",))
     assert_equal(step(net(), graphs=True), step(net(), graphs=False))
     assert not Again.made

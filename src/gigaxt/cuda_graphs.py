@@ -3,8 +3,7 @@
 Kernels that are launched one by one wait for Python's lock, which the threads that read ahead want as well; a fast
 device then stands idle. A graph holds addresses, not tensors: it computes with whatever a weight holds when it is
 replayed, and nothing else of Python happens again. So the module must be a pure function of its inputs, weights and
-buffers, and what would change its course (modes, numbers in its attributes, where its weights lie) is compared at
-every pass.
+buffers, and its graphs serve as long as it is what it was (`known.py`).
 """
 
 from __future__ import annotations
@@ -14,11 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.weak import WeakTensorKeyDictionary
-
-from gigaxt.replay import Autocast
 
 logger = logging.getLogger("gigaxt")
 
@@ -31,41 +27,11 @@ KEPT_BELOW = 64
 """Chunks of a pass from which on its graph, and with it the memory of a chunk, is let go at the pass's end: to record
 it again takes about as long as a chunk or two."""
 
-_known = WeakTensorKeyDictionary()
-"""`Recordings` by a module's first weight: modules around it may be made anew for every step."""
-
-
-def recordings_of(module: nn.Module, autocast: Autocast) -> Recordings | None:
-    """What has been recorded of `module` as it is now; None: no GPU, no weights, or hooks, which graphs do not call."""
-    key = next(module.parameters(), None)
-    if (
-        autocast.device_type not in RECORDED_ON
-        or key is None
-        or any(
-            child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
-            for child in module.modules()
-        )
-    ):
-        return None
-    state = _state(module, autocast)
-    found: Recordings | None = _known.get(key)
-    if found is None or found.state != state:
-        found = _known[key] = Recordings(state)
-    return found
-
 
 class Recordings:
-    """Graphs by name, one each, of the form of inputs that came twice in a row.
+    """Graphs of a module by name, one each, of the form of inputs that came twice in a row."""
 
-    Args:
-        state: of the module, on which they depend.
-    """
-
-    def __init__(self, state: object) -> None:
-        self.state = state
-        self.looked: tuple[tuple[int, int], bool] | None = None
-        """What a stream found at its first look at the module: bytes that a region saves, on the device and on the
-        host, and whether the output is a single tensor."""
+    def __init__(self) -> None:
         self._seen: dict[str, object] = {}
         self._made: dict[str, tuple[object, Recording]] = {}
         self._refused: set[str] = set()
@@ -135,19 +101,3 @@ def _form(inputs: Any) -> object:
 
 def _place_for(leaf: Tensor) -> Tensor:
     return torch.empty_like(leaf).requires_grad_(leaf.requires_grad)
-
-
-def _state(module: nn.Module, autocast: Autocast) -> object:
-    """What a graph of `module` depends on, apart from its inputs."""
-    plain = bool, int, float, str, torch.dtype, type(None)
-    attributes: list[object] = []
-    for child in module.modules():
-        attributes.append(type(child))
-        for name, value in vars(child).items():
-            if isinstance(value, plain):
-                attributes.append((name, value))
-            elif isinstance(value, Tensor):  # no weight and no buffer, but read by the graph all the same
-                attributes.append((name, value.data_ptr()))
-    weights = [(t.data_ptr(), t.shape, t.dtype, t.requires_grad) for t in (*module.parameters(), *module.buffers())]
-    precision = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    return attributes, weights, (autocast.enabled, autocast.dtype), precision

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gigaxt.cuda_graphs import Recordings, recordings_of
+from gigaxt.cuda_graphs import Recordings
 from gigaxt.errors import ConfigError
 from gigaxt.host_copies import offloaded
+from gigaxt.known import Known, Look, known_of
 from gigaxt.nn.keyed import keyed_by, region_keys
+from gigaxt.prefetch import form
 from gigaxt.replay import (
     Aliases,
     Autocast,
@@ -93,8 +95,9 @@ def stream(
     elif needs_grad:
         refuse_unstreamable(module)
         job.inputs_shape = inputs.shape
+        job.known = known_of(module, job.autocast)
         if job.streaming.cuda_graphs and not shared:
-            job.recordings = recordings_of(module, job.autocast)
+            job.recordings = job.known.graphs
         outputs = _Stream.apply(job, *(t for group in inputs for t in group))
     else:
         with torch.no_grad():
@@ -152,6 +155,8 @@ class _Job:
     """One streamed call: what both passes need, and what the first leaves for the second."""
 
     inputs_shape = (0, 0, 0)
+    known: Known | None = None
+    """Of the module; None: it is not asked for."""
     recordings: Recordings | None = None
     """Of chunks that are not kept; None: each is run."""
 
@@ -197,17 +202,16 @@ class _Job:
         host = Purse(0 if on_cpu else self.streaming.host_gib)
         # Bytes that a region's graph saves, on the device and on the host: of the first rows, so the same in every run.
         per_row: tuple[int, int] | None = None
-        at_once = WITHOUT_GRAPH.get(self.reader.device.type, 1)
-        if self.recordings is not None:
-            at_once = 1
-            if self.recordings.looked is not None:  # a chunk's graph would stand beside what is recorded
-                per_row, self.single = self.recordings.looked
+        at_once = 1 if self.recordings is not None else WITHOUT_GRAPH.get(self.reader.device.type, 1)
         waiting: list[Rows] = []
         total = 0
         for i, rows in enumerate(self.reader.rows(self.chunks)):
             self.starts.append(rows.start)
             if training and i == 0:
                 self.first = rows.loaded
+                look_form = form([rows.loaded, *inputs.sliced, *inputs.shared])
+                if self.known is not None and self.known.look is not None and self.known.look.form == look_form:
+                    per_row, self.single = self.known.look.per_row, self.known.look.single
             look = training and per_row is None
             on_device = training and per_row is not None and device.take(per_row[0] * rows.count)
             on_host = training and per_row is not None and not on_device and host.take(per_row[1] * rows.count)
@@ -224,8 +228,8 @@ class _Job:
             if look:
                 per_row = _saved_per_row(*results[0])
                 keep = len(results) == 1 and device.take(per_row[0] * rows.count)
-                if self.recordings is not None:
-                    self.recordings.looked = per_row, self.single
+                if self.known is not None:
+                    self.known.look = Look(look_form, per_row, self.single)
             self._join(results, len(self.chunks))
             if keep:
                 self.kept[i] = [(replace(part, loaded=None), result) for part, result in results]

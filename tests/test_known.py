@@ -1,0 +1,99 @@
+"""A streamed module is looked at once, for as long as it is what it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gigaxt
+from gigaxt import streaming
+from gigaxt.errors import ConfigError
+from gigaxt.replay import first_look
+from gigaxt.streaming import stream
+
+
+class Net(nn.Module):
+    """Two kinds of layers, and a number that it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.factor, self.counts = nn.Linear(4, 4), 1.0, False
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.counts:
+            self.calls += 1
+        found: Tensor = self.layer(x).tanh() * self.factor
+        return found
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each first look."""
+    seen: list[int] = []
+
+    def look(call: Any, aliases: Any, rows: Any, leaves: Any) -> Any:
+        seen.append(rows.count)
+        return first_look(call, aliases, rows, leaves)
+
+    monkeypatch.setattr(streaming, "first_look", look)
+    return seen
+
+
+PIXELS = torch.randn(10, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def step(module: nn.Module, pixels: Tensor = PIXELS, budget_gib: float = 0.0) -> list[Tensor]:
+    module.zero_grad()
+    chunks = [slice(i, i + 3) for i in range(0, len(pixels), 3)]
+    settings = gigaxt.Streaming(budget_gib=budget_gib)
+    out = stream(module, lambda c: pixels[c], chunks, seed=0, streaming=settings)
+    out.square().sum().backward()
+    return [out.detach(), *(p.grad for p in module.parameters() if p.grad is not None)]
+
+
+def test_one_look_serves_the_steps_that_follow(looks: list[int]) -> None:
+    module, other = Net().double(), Net().double()
+    other.load_state_dict(module.state_dict())
+    for i in range(3):
+        for a, b in zip(step(module, budget_gib=200 * i / 2**30), step(other, budget_gib=1.0), strict=True):
+            torch.testing.assert_close(a, b)
+        with torch.no_grad():
+            for p in (*module.parameters(), *other.parameters()):
+                p.mul_(1.1)
+    assert looks == [3, 3]  # one of each
+
+
+@pytest.mark.parametrize("change", ["a number", "a mode", "a part", "a weight", "a hook", "other pixels"])
+def test_what_changes_is_looked_at_again(change: str, looks: list[int]) -> None:
+    module, pixels = Net().double(), PIXELS
+    step(module)
+    if change == "a number":
+        module.factor = 2.0
+    elif change == "a mode":
+        module.eval()
+    elif change == "a part":
+        module.layer.__class__ = type("Other", (nn.Linear,), {})
+    elif change == "a weight":
+        module.layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.float64))
+    elif change == "a hook":
+        module.layer.register_forward_hook(lambda *_: None)
+    else:
+        pixels = PIXELS[:, None]
+    step(module, pixels)
+    assert looks == [3, 3]
+
+
+def test_what_is_refused_is_refused_again(looks: list[int]) -> None:
+    module = Net().double()
+    step(module)
+    module.counts = True
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="changes its buffers"):
+            step(module)
+    module.counts = False
+    step(module)
+    assert len(looks) == 4
