@@ -15,19 +15,21 @@ run() { # seconds, script, arguments
     echo "== $((SECONDS - start)) s"
 }
 
-run 90 -m pytest -q -m gpu
-run 75 benchmarks/bench_scale.py 29000x25000:8 --chunk 64 --readers 4 --name scale_29000x25000 --keep
-run 130 benchmarks/bench_scale.py 65536:4 --chunk 128 --readers 4 --host-gib 0 --name scale_65536 --keep
-run 40 benchmarks/bench_scale.py 8192:8 --chunk 128 --readers 4 --profile --keep
-run 60 benchmarks/bench_overhead.py --device cuda --side 8192 --chunk 256 --readers 4 --amp bf16 --heads classify \
-    --only "nothing kept" --backbones swinv2_tiny_window16_256 convnext_tiny --keep
-run 45 benchmarks/bench_overhead.py --device cuda --side 4096 --chunk 64 --readers 4 --amp bf16 --heads classify \
-    --only "all kept" --backbones swinv2_tiny_window16_256 convnext_tiny --name overhead_kept --keep
-run 40 benchmarks/bench_small_images.py --device cuda --images 1 --side 4096 --batches 128 --amp bf16 --repetitions 2 \
-    --only "published's model, kept" "published's model, nothing kept" published "published, float16 autocast" --keep
-run 40 benchmarks/bench_swin_attention.py --device cuda --regions 64 --amp off bf16 --keep
+run 100 -m pytest -q -m gpu
+run 130 benchmarks/bench_scale.py 65536:4 --chunk 128 --readers 4 --graphs --segment 32768 --host-gib 0 --name scale_65536 --keep
+run 45 benchmarks/bench_scale.py 8192:8 --chunk 128 --readers 4 --graphs --segment 32768 --steps 2 --profile \
+    --name scale_8192 --keep
+run 70 benchmarks/bench_overhead.py --device cuda --side 8192 --chunk 128 --readers 4 --amp bf16 --heads classify --graphs \
+    --only "nothing kept" --backbones swinv2_tiny_window16_256 convnext_tiny hiera_tiny_224 --keep
+run 40 benchmarks/bench_overhead.py --device cuda --side 4096 --chunk 64 --readers 4 --amp bf16 --heads classify \
+    --only "all kept" --backbones swinv2_tiny_window16_256 convnext_tiny hiera_tiny_224 --name overhead_kept --keep
+run 90 benchmarks/bench_small_images.py --device cuda --images 1 --side 4096 --batches 128 --amp bf16 --repetitions 2 --graphs \
+    --only "published's model, kept" "published's model, kept, compiled" "published's model, nothing kept" published \
+    "published, float16 autocast" --keep
+run 30 benchmarks/bench_swin_attention.py --device cuda --regions 64 --amp off bf16 --keep
 if [ "${1:-}" = more ]; then
-    run 600 benchmarks/bench_scale.py 131072:4 --chunk 256 --readers 4 --name scale_131072 --keep
+    run 120 benchmarks/bench_scale.py 29000x25000:8 --chunk 64 --readers 4 --graphs --steps 2 --name scale_29000x25000 --keep
+    run 600 benchmarks/bench_scale.py 131072:4 --chunk 128 --readers 4 --graphs --segment 32768 --name scale_131072 --keep
     run 600 benchmarks/bench_context_memory.py --device cuda --keep
     run 600 benchmarks/bench_flex.py --keep
     run 300 benchmarks/bench_overhead.py --device cuda --heads segment --side 4096 --chunk 64 --readers 4 --amp bf16 \
