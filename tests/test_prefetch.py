@@ -15,6 +15,7 @@ from gigaxt.inputs import InputConfig
 from gigaxt.prefetch import read_ahead
 from gigaxt.scenes import SceneBatch
 from gigaxt.streaming import Streaming, stream
+from tiny_models import segmenter
 
 CPU = torch.device("cpu")
 
@@ -109,3 +110,23 @@ def test_regions_of_a_scene_are_cut_where_it_is_worth_it() -> None:
     assert loaded.keys() == whole.keys()
     assert all(torch.equal(loaded[name], whole[name]) for name in whole)
     assert torch.equal(validity, scenes.token_validity)
+
+
+def test_dense_models_read_it_in_parts_too() -> None:
+    """Pixels and targets of one chunk of 24 regions, by three threads, against chunks of 4."""
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 255, (4 * 64 - 5, 6 * 64, 3), dtype=torch.uint8, generator=draw)
+    mask = (pixels[..., 0] % 4).numpy()
+    found = []
+    for chunk, readers in ((4, 1), (24, 3)):
+        model = segmenter().double().train()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for p in model.parameters():  # a fresh head does not listen to the context, which knows regions by place
+                p.add_(0.1 * torch.randn_like(p))
+        model.streaming = Streaming(chunk_regions=chunk, readers=readers)
+        loss = model.loss([open_image(pixels.numpy())], [mask], seed=0)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

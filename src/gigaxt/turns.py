@@ -22,6 +22,13 @@ class Turn(NamedTuple):
         """Of the chunk, if it has them; see `gigaxt.stream`."""
         return getattr(self.chunk, "region_ids", None)
 
+    def parts(self, most: int) -> list[Turn]:
+        """The same in at most `most` parts, where the chunk knows how to cut itself and its pixels are loaded."""
+        cut: Callable[[int], Sequence[Any]] | None = getattr(self.chunk, "parts", None)
+        if cut is None or not self.pixels:
+            return [self]
+        return [self._replace(chunk=part, regions=0) for part in cut(most)]
+
     def __str__(self) -> str:
         return str(self.chunk)
 
