@@ -115,7 +115,7 @@ def test_regions_of_a_scene_are_cut_where_it_is_worth_it() -> None:
 def test_dense_models_read_it_in_parts_too() -> None:
     """Pixels and targets of one chunk of 24 regions, by three threads, against chunks of 4."""
     draw = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 255, (4 * 64 - 5, 6 * 64, 3), dtype=torch.uint8, generator=draw)
+    pixels = torch.randint(0, 255, (4 * 64, 6 * 64, 3), dtype=torch.uint8, generator=draw)
     mask = (pixels[..., 0] % 4).numpy()
     found = []
     for chunk, readers in ((4, 1), (24, 3)):
