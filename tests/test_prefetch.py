@@ -13,7 +13,7 @@ from torch import Tensor
 from gigaxt import open_image
 from gigaxt.inputs import InputConfig
 from gigaxt.prefetch import read_ahead
-from gigaxt.scenes import SceneBatch
+from gigaxt.scenes import Chunk, SceneBatch
 from gigaxt.streaming import Streaming, stream
 from tiny_models import segmenter
 
@@ -95,19 +95,32 @@ def test_a_stream_reads_its_first_chunk_once() -> None:
     assert module.weight.grad.item() == 0 + 1 + 2 + 3
 
 
-def test_regions_of_a_scene_are_cut_where_it_is_worth_it() -> None:
-    """The numbered image's regions, read by three threads, some of them partly outside it."""
-    height, width = 5 * 32 - 3, 7 * 32 - 9
+@pytest.mark.parametrize("kind", ["whole regions", "ragged", "nodata", "numbers", "tensor"])
+def test_regions_of_a_scene_are_cut_where_it_is_worth_it(kind: str) -> None:
+    """The numbered image's regions, read by three threads, once; in a part of the chunk all pixels are valid."""
+    height, width = (5 * 32, 7 * 32) if kind in ("whole regions", "nodata") else (5 * 32 - 3, 7 * 32 - 9)
     pixels = torch.arange(height * width).view(height, width, 1).numpy()
-    scenes = SceneBatch([open_image(pixels)], InputConfig(), region=32, channels=1, tokens_per_core=2)
+    if kind == "tensor":
+        given: Any = torch.from_numpy(pixels).permute(2, 0, 1)[None].double()
+    else:
+        given = [open_image(pixels.astype("f8" if kind == "numbers" else "i8"), nodata=3 if kind == "nodata" else None)]
+    scenes = SceneBatch(given, InputConfig(), region=32, channels=1, tokens_per_core=2)
     (chunk,) = scenes.chunks(35)
     assert [(part.start, part.stop) for part in chunk.parts(3)] == [(0, 11), (11, 23), (23, 35)]
     assert len(chunk.parts(9)) == 4  # of 8 regions at least
     assert scenes.picked([0, 2], 8)[0].parts(9) == scenes.picked([0, 2], 8)
-    ((_, loaded),) = read_ahead(scenes.load, [chunk], CPU, 3)
+    asked = []
+
+    def load(chunk: Chunk) -> dict[str, Tensor]:
+        asked.append(chunk.start)
+        return scenes.load(chunk)
+
+    ((_, loaded),) = read_ahead(load, [chunk], CPU, 3)
+    assert sorted(asked) == [0, 11, 23]
     validity = scenes.token_validity.clone()
     whole: dict[str, Any] = scenes.load(chunk)
     assert loaded.keys() == whole.keys()
+    assert ("valid" in whole) == (kind not in ("whole regions", "tensor"))
     assert all(torch.equal(loaded[name], whole[name]) for name in whole)
     assert torch.equal(validity, scenes.token_validity)
 

@@ -40,7 +40,7 @@ def read_regions(image: Image, windows: Sequence[Window], out: Sequence[Pixels])
 
 def stack_masks(masks: Sequence[Mask | None], size: tuple[int, int]) -> Tensor:
     """Masks of regions of `size` (h, w) as one tensor (n, h, w, 1 or C); None stands for all pixels."""
-    bands = max(mask.shape[2] for mask in masks if mask is not None)
+    bands = max((mask.shape[2] for mask in masks if mask is not None), default=1)
     stacked = host_buffer((len(masks), *size, bands), np.dtype(np.bool_))
     for whole, mask in zip(stacked.numpy(), masks, strict=True):
         whole[...] = True if mask is None else mask

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, cast
@@ -47,6 +47,8 @@ class Chunk:
     batch: SceneBatch
     start: int
     stop: int
+    masked: bool = field(default=False, kw_only=True)
+    """Whether a mask is loaded even where all pixels are valid, as that of another part may be needed."""
 
     @cached_property
     def region_ids(self) -> Tensor:
@@ -67,7 +69,8 @@ class Chunk:
         """The same regions in at most `most` parts that are worth a thread each."""
         count = max(1, min(most, (self.stop - self.start) // LEAST_PART))
         edges = [self.start + (self.stop - self.start) * i // count for i in range(count + 1)]
-        return [Chunk(self.batch, first, last) for first, last in pairwise(edges)]
+        masked = any(self.batch.scenes[scene].may_lack_pixels(place) for scene, _, place in self.places)
+        return [Chunk(self.batch, first, last, masked=masked) for first, last in pairwise(edges)]
 
     def __str__(self) -> str:
         named: dict[str, list[str]] = {}
@@ -150,6 +153,14 @@ class Scene:
     def answers_for(self, place: Place) -> bool:
         """Whether anything of a region of full size counts."""
         return not isinstance(self.target, WindowTarget) or self.target.reaches(*self.grid.core_xywh(place))
+
+    def may_lack_pixels(self, place: Place) -> bool:
+        """Whether a region may have pixels that are not valid, as far as that is known without reading it."""
+        x, y, w, h = self.grid.window_xywh(place)
+        image = self.levels[place.level]
+        if x < 0 or y < 0 or x + w > image.width or y + h > image.height or not image.all_valid:
+            return True
+        return isinstance(image, Image) and image.dtype.kind == "f"
 
     def core_validity(self, x: int, y: int) -> Mask:
         """Which pixels of the core at (x, y) lie in the image and have data: (core, core)."""
@@ -273,7 +284,8 @@ class SceneBatch:
         of_tensors = isinstance(self.scenes[0].image, TensorImage)
         pixels, masks = self._cut_tensors(places) if of_tensors else self._read(places)
         found = {"pixels": pixels, "level": torch.tensor([place.level for _, _, place in places])}
-        valid = None if all(mask is None for mask in masks) else stack_masks(masks, (self.region, self.region))
+        lacking = chunk.masked or any(mask is not None for mask in masks)
+        valid = stack_masks(masks, (self.region, self.region)) if lacking else None
         self._note_validity(chunk, [row for row, mask in enumerate(masks) if mask is not None], valid)
         if of_tensors:
             return found
@@ -342,7 +354,8 @@ class SceneBatch:
     def _note_validity(self, chunk: Chunk, masked: list[int], valid: Tensor | None) -> None:
         """A token is valid where its cell holds a valid pixel; all are in regions that are not `masked`."""
         found = torch.ones(len(chunk.places), self.t**2, dtype=torch.bool)
-        if valid is not None:
+        if masked:
+            assert valid is not None
             halo, core = self.config.halo, self.region - 2 * self.config.halo
             found[masked] = valid_cells(valid[masked, halo : halo + core, halo : halo + core], self.t)
         self.token_validity[chunk.rows] = found
