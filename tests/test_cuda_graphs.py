@@ -28,6 +28,7 @@ class Again:
             for t in leaves
         ]
         self.work, self.beside, self.outputs, self.replays = work, beside, None, 0
+        self.rows = len(leaves[0])
         Again.made.append(self)
 
     def replay(self, inputs: Any) -> Any:
@@ -115,10 +116,9 @@ def test_steps_equal_those_without_graphs() -> None:
             for module in (recorded, plain):
                 for p in module.parameters():
                     p.mul_(1.1)
-    outputs, gradients = Again.made  # once in all, although a part of the second chunk came first
-    assert gradients.beside is outputs
-    # Of three whole chunks a step; in the first step, one was looked at and one was run.
-    assert (outputs.replays, gradients.replays) == (1 + 3 * 3, 2 + 3 * 3)
+    # Whole chunks in the first step, in which one was looked at and one was run; the last part in the second.
+    assert [(one.rows, one.replays) for one in Again.made] == [(3, 1 + 3 * 3), (3, 2 + 3 * 3), (2, 3), (2, 3)]
+    assert [one.beside for one in Again.made] == [None, *Again.made[:1] * 3]  # in the same memory
 
 
 @pytest.mark.parametrize("way", [{"budget_gib": 1e-6}, {"budget_gib": 1.0}], ids=["some kept", "all kept"])
@@ -134,7 +134,7 @@ def test_kept_chunks_are_not_recorded(way: dict[str, float]) -> None:
 def test_another_state_is_recorded_anew(change: str) -> None:
     recorded, plain = net(), net()
     for _ in range(2):
-        step(recorded, graphs=True)
+        step(recorded, graphs=True, rows=9)
     before = len(Again.made)
     for module in (recorded, plain):
         if change == "evaluation":
@@ -149,7 +149,7 @@ def test_another_state_is_recorded_anew(change: str) -> None:
         else:
             module.second.requires_grad_(False)
     for _ in range(2):
-        assert_equal(step(recorded, graphs=True), step(plain, graphs=False))
+        assert_equal(step(recorded, graphs=True, rows=9), step(plain, graphs=False, rows=9))
     assert len(Again.made) == before + 2
 
 
@@ -182,10 +182,25 @@ def test_autocast_is_part_of_the_state() -> None:
 def test_graphs_of_many_chunks_go_with_their_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "KEPT_BELOW", 7)
     recorded, plain = net(), net()
-    for rows, made in ((11, 2), (11, 2), (22, 2), (22, 4)):
+    for rows, made in ((9, 2), (9, 2), (21, 2), (21, 4)):
         assert_equal(step(recorded, graphs=True, rows=rows), step(plain, graphs=False, rows=rows))
         assert len(Again.made) == made
     assert Again.made[-1].beside is None  # the other one is gone by then
+
+
+def test_the_most_common_forms_are_recorded() -> None:
+    """Two of them; another takes the place of one when it is twice as common."""
+    recordings, sizes = cuda_graphs.Recordings(), [1, 1, 2, 3, 3, 2, 2, *[3] * 3, *[1] * 3, *[3] * 3]
+    for size in sizes:
+        x = torch.full((size,), float(size))
+        (found,) = recordings.run("double", lambda inputs: [2 * inputs], x)
+        assert torch.equal(found, 2 * x)
+    # 1 at its second time, 3 at its second, 2 never (3 of it, 2 and 2 of the others), nor do two of five go for it.
+    assert [one.rows for one in Again.made] == [1, 3]
+    for _ in range(7):
+        recordings.run("double", lambda inputs: [2 * inputs], torch.ones(2))
+    assert [one.rows for one in Again.made] == [1, 3, 2]  # ten of it, five of the least common one
+    assert sum(one.replays for one in Again.made[:2]) == 4 + 7
 
 
 def test_what_cannot_be_recorded_is_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

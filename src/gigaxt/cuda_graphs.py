@@ -9,6 +9,7 @@ buffers, and its graphs serve as long as it is what it was (`known.py`).
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,39 +27,51 @@ RECORDED_ON = ("cuda",)
 KEPT_BELOW = 64
 """Chunks of a pass from which on its graph, and with it the memory of a chunk, is let go at the pass's end: to record
 it again takes about as long as a chunk or two."""
+FORMS = 2
+"""Recorded of each name: chunks with a mask of real pixels, and without."""
 
 
 class Recordings:
-    """Graphs of a module by name, one each, of the form of inputs that came twice in a row."""
+    """Graphs of a module: by name those of the most common forms of inputs, all in the same memory."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, object] = {}
-        self._made: dict[str, tuple[object, Recording]] = {}
+        self._seen: Counter[tuple[str, str]] = Counter()
+        self._made: dict[tuple[str, str], Recording] = {}
         self._refused: set[str] = set()
 
     def run(self, name: str, work: Work, inputs: Any) -> Sequence[Tensor | None]:
         """What `work` makes of `inputs`; of a replay, tensors that the next one overwrites."""
-        form = _form(inputs)
-        last, self._seen[name] = self._seen.get(name), form
-        if name in self._made and self._made[name][0] == form:
-            return self._made[name][1].replay(inputs)
-        if name in self._refused or last != form:  # run as it is: the first time, things happen that happen once
-            return work(inputs)
-        self._made.pop(name, None)
-        others = [recording for _, recording in self._made.values()]
-        try:
-            self._made[name] = form, Recording(work, inputs, beside=others[0] if others else None)
-        except RuntimeError as error:  # it waits for the device, draws random numbers of the host, or lacks memory
-            self._refused.add(name)
-            logger.warning("CUDA graphs: %s cannot be recorded, run as before: %s", name, str(error).splitlines()[0])
-        if name in self._refused:  # not inside `except`: there the exception keeps the attempt's tensors alive
-            return work(inputs)
-        return self._made[name][1].replay(inputs)
+        key = name, _form(inputs)
+        self._seen[key] += 1
+        if key not in self._made and name not in self._refused and self._has_room(key):
+            beside = next(iter(self._made.values()), None)
+            try:
+                self._made[key] = Recording(work, inputs, beside)
+            except RuntimeError as error:  # it waits for the device, draws random numbers of the host, or lacks memory
+                self._refused.add(name)
+                reason = str(error).splitlines()[0]
+                logger.warning("CUDA graphs: %s cannot be recorded, run as before: %s", name, reason)
+        # Not inside `except`: there the exception keeps the attempt's tensors alive.
+        return self._made[key].replay(inputs) if key in self._made else work(inputs)
 
     def end_pass(self, name: str, chunks: int) -> None:
         """After a pass over `chunks`: let go of what is recorded quickly again, measured by them."""
-        if chunks >= KEPT_BELOW and self._made.pop(name, None) is not None:
+        own = [key for key in self._made if key[0] == name]
+        if chunks >= KEPT_BELOW and own:
+            for key in own:
+                del self._made[key]
             torch.cuda.empty_cache()
+
+    def _has_room(self, key: tuple[str, str]) -> bool:
+        """Whether to record a form: not at first sight, as things happen then that happen once. May forget another."""
+        own = [other for other in self._made if other[0] == key[0]]
+        if self._seen[key] < 2 or len(own) < FORMS:
+            return self._seen[key] > 1
+        least = min(own, key=self._seen.__getitem__)
+        if self._seen[key] < 2 * self._seen[least]:
+            return False
+        del self._made[least]
+        return True
 
 
 class Recording:
@@ -93,10 +106,10 @@ class Recording:
         return self._outputs
 
 
-def _form(inputs: Any) -> object:
+def _form(inputs: Any) -> str:
     """What inputs must have in common to be one graph's."""
     leaves, tree = tree_flatten(inputs)
-    return tree, [(t.shape, t.dtype, t.requires_grad) if isinstance(t, Tensor) else t for t in leaves]
+    return repr((tree, [(t.shape, t.dtype, t.requires_grad) if isinstance(t, Tensor) else t for t in leaves]))
 
 
 def _place_for(leaf: Tensor) -> Tensor:
