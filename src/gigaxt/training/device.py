@@ -90,7 +90,7 @@ def small_chunks(device: torch.device, streaming: Streaming) -> str | None:
         return None
     return (
         f"train.streaming.chunk_regions: with {streaming.chunk_regions} a GPU mostly waits for its kernels to be "
-        "launched; take 64 or more, or what `gigaxt plan CONFIG --fit` finds"
+        "launched; take 64 or more, or what `gigaxt plan CONFIG --fit` finds, and `cuda_graphs: true`"
     )
 
 
