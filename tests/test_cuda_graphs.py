@@ -88,12 +88,15 @@ class Around(nn.Module):
         return found
 
 
-def step(module: Net, *, graphs: bool, rows: int = 11, seed: int = 4, **streaming: Any) -> list[Tensor]:
+def step(
+    module: Net, *, graphs: bool, rows: int = 11, seed: int = 4, most_regions: int | None = None, **streaming: Any
+) -> list[Tensor]:
     """Outputs and gradients; in chunks of 3, the last of 2."""
     module.zero_grad()
     added = torch.arange(float(rows), dtype=torch.float64, requires_grad=True)
     chunks = [slice(i, min(i + 3, rows)) for i in range(0, rows, 3)]
     settings = gigaxt.Streaming(cuda_graphs=graphs, **streaming)
+    settings.most_regions = most_regions
     pixels = PIXELS.repeat(-(-rows // 11), 1)
     a, b = stream(Around(module), lambda c: {"x": pixels[c]}, chunks, sliced=[added], seed=seed, streaming=settings)
     (a.square().sum() + (a.mean() * b).square().sum()).backward()
@@ -128,6 +131,14 @@ def test_kept_chunks_are_not_recorded(way: dict[str, float]) -> None:
         assert_equal(step(recorded, graphs=True, seed=seed, **way), step(plain, graphs=False, seed=seed, **way))
     if way["budget_gib"] == 1.0:
         assert not Again.made
+
+
+def test_parts_of_a_chunk_do_not_overwrite_each_other() -> None:
+    """As they come once the device has run out of memory."""
+    recorded, plain = net(), net()
+    for seed in range(3):
+        found = step(recorded, graphs=True, rows=12, seed=seed, most_regions=1)
+        assert_equal(found, step(plain, graphs=False, rows=12, seed=seed))
 
 
 @pytest.mark.parametrize("change", ["evaluation", "a number", "a tensor", "a weight elsewhere", "frozen"])

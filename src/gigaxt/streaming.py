@@ -292,7 +292,8 @@ class _Job:
         self, name: str, work: Callable[..., Any], rows: Rows, inputs: _Inputs, share: Sequence[Tensor | None] = ()
     ) -> Any:
         """`work(rows, inputs, share)`, by a CUDA graph where there is one."""
-        if self.recordings is None:
+        # Once memory was short, a chunk comes in parts: the next one would overwrite what a graph gave for the last.
+        if self.recordings is None or self.streaming.most_regions is not None:
             return work(rows, inputs, share)
 
         def on(tensors: Any) -> Any:
