@@ -133,6 +133,25 @@ def test_kept_chunks_are_not_recorded(way: dict[str, float]) -> None:
         assert not Again.made
 
 
+def test_sums_over_chunks() -> None:
+    """Whose first summand a graph overwrites as well."""
+    found = []
+    for graphs in (True, False):
+        module = net()
+        for _ in range(2):
+            module.zero_grad()
+            chunks = [slice(i, i + 2) for i in range(0, 10, 2)]
+            settings = gigaxt.Streaming(cuda_graphs=graphs)
+            loss, _ = stream(
+                Around(module), lambda c: {"x": PIXELS[c]}, chunks,
+                sliced=[torch.zeros(10, dtype=torch.float64)], reduce="sum", seed=3, streaming=settings,
+            )  # fmt: skip
+            loss.square().sum().backward()
+        found.append([loss.detach(), *(p.grad for p in module.parameters() if p.grad is not None)])
+    assert len(Again.made) == 2
+    assert_equal(*found)
+
+
 def test_parts_of_a_chunk_do_not_overwrite_each_other() -> None:
     """As they come once the device has run out of memory."""
     recorded, plain = net(), net()

@@ -207,7 +207,8 @@ class Joined:
     def add(self, rows: Rows, outputs: Sequence[Tensor], chunks: int) -> None:
         """Put `outputs` of `rows` at their place; `chunks` (the number of all) sizes the first allocation."""
         if self.reduce == "sum":
-            widened = [t.detach().to(at_least_float32(t.dtype)) for t in outputs]
+            # The first is copied: where a CUDA graph made it, the next replay would overwrite it.
+            widened = [t.detach().to(at_least_float32(t.dtype), copy=not self.tensors) for t in outputs]
             self.tensors = [a + b for a, b in zip(self.tensors, widened, strict=True)] if self.tensors else widened
             return
         count = rows.count
