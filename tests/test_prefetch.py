@@ -109,6 +109,8 @@ def test_regions_of_a_scene_are_cut_where_it_is_worth_it(kind: str) -> None:
     assert [(part.start, part.stop) for part in chunk.parts(3)] == [(0, 11), (11, 23), (23, 35)]
     assert len(chunk.parts(9)) == 4  # of 8 regions at least
     assert scenes.picked([0, 2], 8)[0].parts(9) == scenes.picked([0, 2], 8)
+    (every_second,) = scenes.picked(range(0, 35, 2), 18)
+    assert [part.rows for part in every_second.parts(2)] == [list(range(0, 18, 2)), list(range(18, 35, 2))]
     asked = []
 
     def load(chunk: Chunk) -> dict[str, Tensor]:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from gigaxt.prefetch import form
+
 logger = logging.getLogger("gigaxt")
 
 Work = Callable[[Any], Sequence[Tensor | None]]
@@ -108,8 +110,8 @@ class Recording:
 
 def _form(inputs: Any) -> str:
     """What inputs must have in common to be one graph's."""
-    leaves, tree = tree_flatten(inputs)
-    return repr((tree, [(t.shape, t.dtype, t.requires_grad) if isinstance(t, Tensor) else t for t in leaves]))
+    rows = [(t.shape[:1], t.requires_grad) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)]
+    return repr((form(inputs), rows))
 
 
 def _place_for(leaf: Tensor) -> Tensor:

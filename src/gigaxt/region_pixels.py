@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from gigaxt.image.base import Image, Mask, Pixels, Window
+from gigaxt.image.base import Image, Mask, Pixels, Window, lies_inside
 from gigaxt.prefetch import host_buffer
 
 
@@ -49,7 +49,7 @@ def stack_masks(masks: Sequence[Mask | None], size: tuple[int, int]) -> Tensor:
 
 def _inside(image: Image, x: int, y: int, w: int, h: int) -> Mask | None:
     """Which pixels of a window lie in the image, (h, w, 1); None: all do."""
-    if x >= 0 and y >= 0 and x + w <= image.width and y + h <= image.height:
+    if lies_inside((x, y, w, h), image.height, image.width):
         return None
     inside = np.zeros((h, w, 1), dtype=np.bool_)
     inside[max(0, -y) : max(0, image.height - y), max(0, -x) : max(0, image.width - x)] = True

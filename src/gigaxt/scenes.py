@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, cast
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gigaxt.cases import Cases, by_case
 from gigaxt.errors import ConfigError, DataError
-from gigaxt.image.base import Image, Mask
+from gigaxt.image.base import Image, Mask, lies_inside
 from gigaxt.image.open import PICTURE_SUFFIXES
 from gigaxt.image.views import resample
 from gigaxt.inputs import InputConfig, to_pixel_size, to_size
@@ -67,10 +67,16 @@ class Chunk:
 
     def parts(self, most: int) -> list[Chunk]:
         """The same regions in at most `most` parts that are worth a thread each."""
-        count = max(1, min(most, (self.stop - self.start) // LEAST_PART))
-        edges = [self.start + (self.stop - self.start) * i // count for i in range(count + 1)]
+        regions = len(self.places)
+        count = min(most, regions // LEAST_PART)
+        if count < 2:
+            return [self]
         masked = any(self.batch.scenes[scene].may_lack_pixels(place) for scene, _, place in self.places)
-        return [Chunk(self.batch, first, last, masked=masked) for first, last in pairwise(edges)]
+        edges = [regions * i // count for i in range(count + 1)]
+        return [self._part(first, last, masked=masked) for first, last in pairwise(edges)]
+
+    def _part(self, first: int, last: int, *, masked: bool) -> Chunk:
+        return replace(self, start=self.start + first, stop=self.start + last, masked=masked)
 
     def __str__(self) -> str:
         named: dict[str, list[str]] = {}
@@ -96,9 +102,8 @@ class Picked(Chunk):
         """See `Chunk.rows`."""
         return self.picked
 
-    def parts(self, most: int) -> list[Chunk]:
-        """See `Chunk.parts`."""
-        return [self]
+    def _part(self, first: int, last: int, *, masked: bool) -> Chunk:
+        return replace(self, picked=self.picked[first:last], masked=masked)
 
 
 class Scene:
@@ -156,9 +161,8 @@ class Scene:
 
     def may_lack_pixels(self, place: Place) -> bool:
         """Whether a region may have pixels that are not valid, as far as that is known without reading it."""
-        x, y, w, h = self.grid.window_xywh(place)
         image = self.levels[place.level]
-        if x < 0 or y < 0 or x + w > image.width or y + h > image.height or not image.all_valid:
+        if not image.all_valid or not lies_inside(self.grid.window_xywh(place), image.height, image.width):
             return True
         return isinstance(image, Image) and image.dtype.kind == "f"
 
@@ -344,7 +348,7 @@ class SceneBatch:
             scene = self.scenes[number]
             x, y, w, h = scene.grid.window_xywh(place)
             image = cast(TensorImage, scene.levels[place.level])
-            inside = x >= 0 and y >= 0 and x + w <= image.width and y + h <= image.height
+            inside = lies_inside((x, y, w, h), image.height, image.width)
             windows.append(
                 image.tensor[:, y : y + h, x : x + w].permute(1, 2, 0) if inside else _crop(image.tensor, x, y, w, h)
             )

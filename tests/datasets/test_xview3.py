@@ -174,7 +174,7 @@ def test_submission_is_whole_and_has_the_columns(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.skipif(not FIXTURE.exists(), reason="the fixtures are not here")
+@pytest.mark.skipif(not FIXTURE.exists(), reason=f"there is no {FIXTURE}")
 def test_the_mini_scene_is_read() -> None:
     image = open_image(FIXTURE / "validation" / "00aa11bb22cc33ddv")
     assert (image.crs, image.dtype, image.channels) == ("EPSG:32630", np.float32, 3)

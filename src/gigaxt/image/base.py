@@ -114,7 +114,7 @@ class Image(ABC):
             size = self.levels[level]
             if target.shape != (h, w, self.channels):
                 raise ImageError(self.name, f"expected an array of {(h, w, self.channels)}, got {target.shape}")
-            if x < 0 or y < 0 or x + w > size.width or y + h > size.height:
+            if not lies_inside(window, size.height, size.width):
                 target[...] = self._outside
                 part = self._clipped(*window, level)
                 if part is None:
@@ -250,6 +250,12 @@ class Image(ABC):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} {self.width} x {self.height} px, {self.channels} x {self.dtype}>"
+
+
+def lies_inside(window: Window, height: int, width: int) -> bool:
+    """Whether no pixel of a window lies outside an image of this size."""
+    x, y, w, h = window
+    return x >= 0 and y >= 0 and x + w <= width and y + h <= height
 
 
 def copy_pixels(target: Pixels, pixels: Pixels) -> None:

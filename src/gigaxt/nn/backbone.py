@@ -170,7 +170,8 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         with torch.device("meta"):
             return build()
     except (NotImplementedError, RuntimeError):  # a value was asked for, and the meta device has none
-        # Built for real, then. A probe must not shift the numbers that the real network is drawn from.
+        # Built for real, then, which raises again whatever else was wrong. A probe must not shift the numbers that the
+        # real network is drawn from.
         with torch.random.fork_rng(devices=[]):
             return build().to("meta")
 

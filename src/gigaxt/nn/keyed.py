@@ -37,12 +37,8 @@ class _Key:
     """The step seed and the regions of the forward pass that is running, mixed: (n,) int64."""
 
     def __init__(self, regions: Tensor) -> None:
-        self.count, self._regions = len(regions), regions
+        self.count, self.regions = len(regions), regions
         self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-
-    def on(self, device: torch.device) -> Tensor:
-        """The mixed regions on `device`."""
-        return _onto(device, self._regions)
 
     def bits(self, layer: int, count: int, device: torch.device) -> Tensor:
         """(n, count) int32, any of them equally likely: `count` numbers for each region."""
@@ -54,7 +50,7 @@ class _Key:
         block, row = divmod(layer, LAYERS_AT_ONCE)
         table = self._tables.get((block, device))
         if table is None:
-            regions = self.on(device)
+            regions = _onto(device, self.regions)
             layers = torch.arange(block * LAYERS_AT_ONCE, (block + 1) * LAYERS_AT_ONCE, device=device)
             keys = _mix64(regions[None, :] + layers[:, None] * _GOLDEN64)  # (layers, n)
             table = self._tables[block, device] = keys, _bits(keys.flatten(), 1).view_as(keys)
@@ -106,7 +102,7 @@ def keyed_by(keys: Tensor | None) -> Iterator[None]:
 def region_keys(device: torch.device) -> Tensor | None:
     """What the forward pass that is running is keyed by, on `device`: (n,) int64; None: by nothing."""
     key = _active.get()
-    return None if key is None else key.on(device)
+    return None if key is None else _onto(device, key.regions)
 
 
 def key_dropout(module: M) -> M:

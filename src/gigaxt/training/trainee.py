@@ -10,6 +10,7 @@ from torch import nn
 
 from gigaxt.config import from_dict, to_dict
 from gigaxt.errors import CheckpointError, DataError
+from gigaxt.nn.xt import GigaXT
 from gigaxt.rows import Streaming
 from gigaxt.tasks import Task
 from gigaxt.training.checkpoint import (
@@ -70,7 +71,7 @@ class Trainee:
     def save_model(self) -> None:
         """Write the folder `model/`."""
         with replaced_folder(self.folder.model) as part:
-            self.evaluated_model.save(part)  # type: ignore[operator]  # GigaXT.save
+            cast(GigaXT, self.evaluated_model).save(part)
 
     def save(self) -> None:
         """Write a checkpoint of the step."""
