@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import gigaxt
 from gigaxt import cuda_graphs, known
+from gigaxt.nn import keyed
 from gigaxt.nn.keyed import key_dropout
 from gigaxt.streaming import stream
 
@@ -23,10 +24,7 @@ class Again:
 
     def __init__(self, work: Any, inputs: Any, beside: Again | None = None) -> None:
         leaves, self.tree = tree_flatten(inputs)
-        self.inputs = [
-            cuda_graphs._place_for(t).detach().fill_(77).requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
-            for t in leaves
-        ]
+        self.inputs = [cuda_graphs._place_for(t) if isinstance(t, Tensor) else t for t in leaves]
         self.work, self.beside, self.outputs, self.replays = work, beside, None, 0
         self.rows = len(leaves[0])
         Again.made.append(self)
@@ -35,7 +33,9 @@ class Again:
         for own, leaf in zip(self.inputs, tree_flatten(inputs)[0], strict=True):
             if isinstance(own, Tensor):
                 own.copy_(leaf)
+        token = keyed._active.set(None)  # a graph does not know for which rows dropout is keyed now
         found = [None if t is None else t.detach() for t in self.work(tree_unflatten(self.inputs, self.tree))]
+        keyed._active.reset(token)
         if self.outputs is None:
             self.outputs = [None if t is None else t.clone() for t in found]
         for own, new in zip(self.outputs, found, strict=True):
