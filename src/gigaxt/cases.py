@@ -15,6 +15,17 @@ Cases = Sequence[Image | Sequence[Image]] | Tensor
 """What a model is given: for each case an Image or several, or a normalised float tensor (B, C, H, W)."""
 
 
+def check_list(images: Any) -> None:
+    """Refuse one image, or its path, in place of a list of them.
+
+    Raises:
+        DataError: says what to do.
+    """
+    if isinstance(images, (Image, str, PathLike)):
+        what = "one Image: model([image])" if isinstance(images, Image) else f"{images!s}; use gigaxt.predict"
+        raise DataError(f"expected a list of Images, got {what}")
+
+
 def by_case(images: Sequence[Image | Sequence[Image]]) -> tuple[list[Image], list[list[int]]]:
     """All images one after the other, and which of them each case has.
 

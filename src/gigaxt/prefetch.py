@@ -66,6 +66,12 @@ def read_ahead(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+def load_together(load: Callable[[C], Any], chunks: Sequence[C], device: torch.device) -> list[Any]:
+    """What several chunks hold, each loaded by a thread of its own; on the host, ready to be copied to `device`."""
+    with ThreadPoolExecutor(len(chunks), thread_name_prefix="gigaxt-read") as executor:
+        return list(executor.map(lambda chunk: _load(load, chunk, pin=device.type == "cuda"), chunks))
+
+
 def host_buffer(shape: Sequence[int], dtype: np.dtype[Any]) -> Tensor:
     """An empty tensor for what `load` returns, in pinned memory where a reader would else copy it there."""
     return torch.empty(shape, dtype=_torch_dtype(dtype), pin_memory=getattr(_reader, "pins", False))

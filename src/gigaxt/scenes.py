@@ -20,7 +20,7 @@ from gigaxt.image.open import PICTURE_SUFFIXES
 from gigaxt.image.views import resample
 from gigaxt.inputs import InputConfig, to_pixel_size, to_size
 from gigaxt.kept import kept_regions
-from gigaxt.prefetch import host_buffer
+from gigaxt.prefetch import host_buffer, load_together
 from gigaxt.region_pixels import read_regions, stack_masks
 from gigaxt.regions import Place, RegionGrid
 from gigaxt.targets.base import SceneTarget, WindowTarget
@@ -247,6 +247,7 @@ class SceneBatch:
         self.token_validity = torch.zeros(len(self.places), self.t**2, dtype=torch.bool)
         """(regions, t * t): which tokens cover a valid pixel. Filled by `load`, the same each time."""
         self._place_of = {(scene, index): row for row, (scene, index, _) in enumerate(self.places)}
+        self._read_ahead: dict[tuple[int, int], dict[str, Tensor]] = {}
 
     def chunks(self, regions: int) -> list[Chunk]:
         """The regions of full size that are answered for, `regions` at a time."""
@@ -259,6 +260,12 @@ class SceneBatch:
     def chunks_beside(self, regions: int) -> list[Chunk]:
         """The regions of full size beside the targets' windows; none where whole scenes are answered for."""
         return self._cut(self.full_size, self.full_size + self.beside, regions)
+
+    def first_chunk(self, regions: int, *, whole: bool) -> Chunk:
+        """What is read first where all regions are encoded in one stream (`whole`: of a classifier), or by target."""
+        if whole:
+            return self._cut(0, len(self.places), regions)[0]
+        return (self.chunks_beside(regions) or self.chunks(regions))[0]
 
     def picked(self, rows: Sequence[int], regions: int) -> list[Chunk]:
         """Some regions, `regions` at a time: `rows` of the batch."""
@@ -276,6 +283,12 @@ class SceneBatch:
         count = len(self.scenes[scene].grid)
         return torch.tensor([self._place_of[scene, index] for index in range(count)])
 
+    def load_ahead(self, chunk: Chunk, readers: int, device: torch.device) -> None:
+        """Load a chunk by all `readers` of the stream that will begin with it, and keep it until `load` is asked."""
+        parts = chunk.parts(readers)
+        loaded = load_together(self.load, parts, device)
+        self._read_ahead = {(part.start, part.stop): found for part, found in zip(parts, loaded, strict=True)}
+
     def load(self, chunk: Chunk) -> dict[str, Tensor]:
         """Pixels and what turns them into the network's input.
 
@@ -284,6 +297,8 @@ class SceneBatch:
             Images there are also scale and shift (n, C), with input = pixels * scale + shift; and where not all pixels
             are valid, valid (n, region, region, 1 or C) bool, with an input of 0 elsewhere.
         """
+        if (ready := self._read_ahead.pop((chunk.start, chunk.stop), None)) is not None:
+            return ready
         places = chunk.places
         of_tensors = isinstance(self.scenes[0].image, TensorImage)
         pixels, masks = self._cut_tensors(places) if of_tensors else self._read(places)

@@ -19,6 +19,7 @@ from gigaxt.inputs import InputConfig
 from gigaxt.nn.keyed import dropout_key
 from gigaxt.targets.base import MaskTarget, WindowTarget
 from gigaxt.targets.points import PointTarget
+from gigaxt.training.ahead import Opened
 from gigaxt.training.config import RunConfig, run_config
 from gigaxt.training.loop import Run, train
 from gigaxt.training.windows import Windows
@@ -225,9 +226,9 @@ def test_each_scene_gives_its_windows_in_an_epoch(tmp_path: Path, monkeypatch: p
     names: list[str] = []
     accumulate = Run._accumulate
 
-    def spy(run: Run, samples: Any) -> float:
-        names.extend(sample.images[0].name for sample in samples)
-        return accumulate(run, samples)
+    def spy(run: Run, opened: Opened) -> float:
+        names.extend(sample.images[0].name for sample in opened.samples)
+        return accumulate(run, opened)
 
     monkeypatch.setattr(Run, "_accumulate", spy)
     train(config, tmp_path / "run")

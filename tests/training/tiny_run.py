@@ -75,6 +75,9 @@ class TinyModel(nn.Module):
         logits = self.head(x)
         return logits if targets is None else nn.functional.cross_entropy(logits, torch.tensor(targets))
 
+    def prepare(self, images: Any, targets: Any) -> Any:
+        return images
+
     def evaluate(self, images: Any, targets: Any) -> dict[str, torch.Tensor]:
         logits = self(images)
         return {"logits": logits, "loss": nn.functional.cross_entropy(logits, torch.tensor(targets))}

@@ -10,20 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gigaxt.cases import Cases
+from gigaxt.cases import Cases, check_list
 from gigaxt.config import from_dict
 from gigaxt.errors import ConfigError, DataError
-from gigaxt.image.base import Image
 from gigaxt.inputs import InputConfig
 from gigaxt.nested import stream_nested
 from gigaxt.nn.all_tokens import all_tokens
 from gigaxt.nn.context import ContextConfig, build_context
 from gigaxt.nn.context.base import NoContext
 from gigaxt.nn.heads import ClassifyHead, HeadConfig, build_head
+from gigaxt.nn.heads.classify import as_labels
 from gigaxt.nn.heads.dense import DenseHead, MapsHead
 from gigaxt.nn.heads.scene import SceneHead
 from gigaxt.nn.keyed import key_dropout
@@ -137,12 +136,13 @@ class GigaXT(nn.Module):
         self.encode, self.context, self.head = build_parts(config, ready)
         key_dropout(self)
 
-    def forward(self, images: Cases, targets: Any = None, *, seed: int | None = None) -> Any:
+    def forward(self, images: Cases | SceneBatch, targets: Any = None, *, seed: int | None = None) -> Any:
         """Answers, or with targets their loss.
 
         Args:
             images: Images of any sizes, or a normalised float tensor (B, C, H, W). Classification: a list of Images in
                 place of one is a case, with one answer: each has a context of its own, the head pools all their tokens.
+                Or what `prepare` made of them and the same targets.
             targets: classification: B class numbers (or (B, classes) labels or numbers, or (B, 2) times and events);
                 dense heads: B SceneTargets, or what the head's `as_target` takes, on the grids of the images;
                 segmentation: masks (Images, or integer arrays or tensors (H, W)). Of a `WindowTarget` the loss is that
@@ -159,28 +159,26 @@ class GigaXT(nn.Module):
         Raises:
             DataError: images or targets that do not fit the model. ImageError: a file that cannot be read.
         """
-        if isinstance(images, (Image, str, Path)):
-            what = "one Image: model([image])" if isinstance(images, Image) else f"{images}; use gigaxt.predict"
-            raise DataError(f"expected a list of Images, got {what}")
+        check_list(images)
         seed = draw_seed() if seed is None else seed
         if targets is None:
             return self._dense_answers(images, seed) if self.dense else self._classify(images, seed)
         if not self.dense:
             logits = self._classify(images, seed)
-            return self._classify_head.loss(logits, self._labels(targets, logits))
+            return self._classify_head.loss(logits, as_labels(targets, logits.device))
         if isinstance(self.head, SceneHead):
             losses = self._scene_losses(images, targets, seed)
             return torch.stack(list(losses.values())).sum().to(_loss_dtype(self.encode))
         sums = self._sums(images, targets, seed, linear=self._dense_head.linear)
         return self._dense_head.loss(sums).to(_loss_dtype(self.encode))
 
-    def loss(self, images: Cases, targets: Any, *, seed: int | None = None) -> Tensor:
+    def loss(self, images: Cases | SceneBatch, targets: Any, *, seed: int | None = None) -> Tensor:
         """The mean loss, as `model(images, targets)`."""
         loss: Tensor = self(images, targets, seed=seed)
         return loss
 
     @torch.no_grad()
-    def evaluate(self, images: Cases, targets: Any) -> dict[str, Tensor]:
+    def evaluate(self, images: Cases | SceneBatch, targets: Any) -> dict[str, Tensor]:
         """Loss and what metrics are made of.
 
         Returns:
@@ -194,7 +192,7 @@ class GigaXT(nn.Module):
         if self.dense:
             return self._dense_head.scores(self._sums(images, targets, seed=0, linear=False))
         logits = self._classify(images, seed=0)
-        return {"logits": logits, "loss": self._classify_head.loss(logits, self._labels(targets, logits))}
+        return {"logits": logits, "loss": self._classify_head.loss(logits, as_labels(targets, logits.device))}
 
     def predict_regions(self, batch: SceneBatch) -> Iterator[RegionAnswer]:
         """A dense head's answers for one scene, region by region; memory grows with the scene's tokens alone.
@@ -239,8 +237,25 @@ class GigaXT(nn.Module):
     def _dense_head(self) -> DenseHead:
         return cast(DenseHead, self.head)
 
-    def batch(self, images: Cases, targets: Sequence[SceneTarget] | None = None) -> SceneBatch:
-        """Scenes as this model sees them, cut into its regions. See `SceneBatch`."""
+    def prepare(self, images: Cases, targets: Any = None) -> SceneBatch:
+        """What `forward` begins with, for it to be called with later: scenes cut into regions, the first chunk read.
+
+        To be called in a thread while the device computes the step before; `forward` then has nothing to wait for.
+        Arguments and errors are those of `forward`; a gradient is not computed.
+        """
+        check_list(images)
+        batch = self.batch(images, None if targets is None or not self.dense else self._scene_targets(targets))
+        if self.grad_share == 1 and self.token_cache is None:  # else another chunk may be the first, or none is read
+            first = batch.first_chunk(self.streaming.chunk_regions, whole=not self.dense)
+            batch.load_ahead(first, self.streaming.readers, self._device)
+        return batch
+
+    def batch(self, images: Cases | SceneBatch, targets: Sequence[SceneTarget] | None = None) -> SceneBatch:
+        """Scenes as this model sees them, cut into its regions; a batch that is one already. See `SceneBatch`."""
+        if isinstance(images, SceneBatch):
+            if targets is not None and any(scene.target is None for scene in images.scenes):
+                raise DataError("expected a batch that was prepared with its targets, got one without")
+            return images
         encoder = self.config.region_encoder
         return SceneBatch(
             images,
@@ -255,7 +270,7 @@ class GigaXT(nn.Module):
         share, cache = self.grad_share, self.token_cache
         return all_tokens(self.encode, batch, rows, seed=seed, streaming=self.streaming, grad_share=share, cache=cache)
 
-    def _classify(self, images: Cases, seed: int) -> Tensor:
+    def _classify(self, images: Cases | SceneBatch, seed: int) -> Tensor:
         batch = self.batch(images)
         tokens = self._tokens(batch, range(len(batch.places)), seed)
         answers: dict[int, Tensor] = {}
@@ -271,9 +286,9 @@ class GigaXT(nn.Module):
             answers.update(zip(group, logits, strict=True))
         return torch.stack([answers[case] for case in range(len(batch.cases))])
 
-    def _sums(self, images: Cases, targets: Any, seed: int, *, linear: bool) -> tuple[Tensor, ...]:
+    def _sums(self, images: Cases | SceneBatch, targets: Any, seed: int, *, linear: bool) -> tuple[Tensor, ...]:
         head = self._dense_head
-        batch = self.batch(images, [target_for(head, target) for target in targets])
+        batch = self.batch(images, self._scene_targets(targets))
 
         def load_targets(chunk: Chunk) -> dict[str, Tensor]:
             targets = batch.load_targets(chunk)
@@ -284,7 +299,7 @@ class GigaXT(nn.Module):
 
         return self._decode(batch, LossSums(head, self.encode), load_targets, "sum", linear, seed)
 
-    def _dense_answers(self, images: Cases, seed: int) -> Any:
+    def _dense_answers(self, images: Cases | SceneBatch, seed: int) -> Any:
         batch = self.batch(images)
         if isinstance(self.head, SceneHead):
             self.head.check_fits(batch.scenes, self._device, training=False)
@@ -301,10 +316,10 @@ class GigaXT(nn.Module):
         maps = self._decode(batch, Answers(cast(MapsHead, self.head), self.encode), None, "cat", False, seed)
         return [tuple(stitched(batch, s, answers) for answers in maps) for s in range(len(batch.scenes))]
 
-    def _scene_losses(self, images: Cases, targets: Any, seed: int) -> dict[str, Tensor]:
+    def _scene_losses(self, images: Cases | SceneBatch, targets: Any, seed: int) -> dict[str, Tensor]:
         """Parts of the loss by name, each the mean over the scenes."""
         head = cast(SceneHead, self.head)
-        batch = self.batch(images, [head.as_target(target) for target in targets])
+        batch = self.batch(images, self._scene_targets(targets))
         head.check_fits(batch.scenes, self._device, training=torch.is_grad_enabled())
         found = [
             head.scene_losses(maps, (scene.image.height, scene.image.width), cast(SceneTarget, scene.target), seed + i)
@@ -375,12 +390,10 @@ class GigaXT(nn.Module):
         check_told(found, tokens, all_of_them=self.dense)
         return cast(Tensor, found[0])
 
-    def _labels(self, targets: Any, logits: Tensor) -> Tensor:
-        if isinstance(targets, Sequence):
-            targets = np.asarray([np.asarray(target) for target in targets])
-            if targets.dtype.kind not in "biuf":
-                raise DataError(f"expected numbers as targets, such as a class's index, got {targets.tolist()!r:.80}")
-        return torch.as_tensor(targets, device=logits.device)
+    def _scene_targets(self, targets: Sequence[Any]) -> list[SceneTarget]:
+        if isinstance(self.head, SceneHead):
+            return [self.head.as_target(target) for target in targets]
+        return [target_for(self._dense_head, target) for target in targets]
 
 
 def _loss_dtype(module: nn.Module) -> torch.dtype:

@@ -14,23 +14,22 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from torch import nn
 
 from gigaxt.allocator import give_back_freed_memory
 from gigaxt.errors import CheckpointError, DataError, GigaxtError, ImageError, TrainingError
 from gigaxt.image.file_cache import file_cache, files_cached
-from gigaxt.nn.xt import ModelConfig
+from gigaxt.nn.xt import GigaXT, ModelConfig
 from gigaxt.rows import Streaming, free_device_memory
 from gigaxt.tasks import Evaluation, Task
 from gigaxt.token_cache import TokenCache
+from gigaxt.training.ahead import Ahead, Opened
 from gigaxt.training.config import RunConfig
-from gigaxt.training.data import Sample, Samples, balanced_weights, derive_seed, epoch_order
+from gigaxt.training.data import Sample, Samples, balanced_weights, derive_seed
 from gigaxt.training.device import autocast, pick_device, slow_precision, small_chunks, smaller
-from gigaxt.training.evaluate import Stopping, named, open_samples, tallied, without_guilty
+from gigaxt.training.evaluate import Stopping, named, tallied, without_guilty
 from gigaxt.training.initial import what_learns
 from gigaxt.training.log import RunLog, decimals, duration
 from gigaxt.training.optim import set_lr
@@ -38,6 +37,7 @@ from gigaxt.training.report import answers, write_report
 from gigaxt.training.run_folder import RunFolder, prepare_run
 from gigaxt.training.signals import Signals
 from gigaxt.training.state import Best, RunResult
+from gigaxt.training.steps import Skipped, Steps
 from gigaxt.training.trainee import Trainee
 from gigaxt.training.windows import windows_of
 
@@ -86,11 +86,14 @@ def _train(config: RunConfig, out: Path, console: Console | None, on_step: OnSte
         # Who is asked to stop may be killed soon: then without new answers.
         write_report(folder, config, task, run.state, answer if signals.caught is None else None)
     state, best = run.state, run.state.best.evaluation if run.state.best else None
-    return RunResult(out=folder.path, step=state.step, total_steps=run.total_steps, signal=signals.caught, best=best)
+    return RunResult(out=folder.path, step=state.step, total_steps=run.steps.total, signal=signals.caught, best=best)
 
 
 class Run(Trainee):
     """A model in training, with everything that a step needs."""
+
+    steps_type: type[Steps] = Steps
+    steps: Steps
 
     def __init__(
         self, config: RunConfig, folder: RunFolder, task: Task, device: torch.device, signals: Signals
@@ -108,14 +111,11 @@ class Run(Trainee):
         )
         if not len(self.train_samples):
             raise DataError(f"{manifest.path}: expected images in the split `train`, got none")
-        self.sample_weights = balanced_weights(task) if settings.sampling == "balanced" else None
-        self.images_per_step = settings.batch * settings.accumulate
-        self.samples_per_epoch = len(self.train_samples) * settings.windows_per_scene
-        self.steps_per_epoch = math.ceil(self.samples_per_epoch / self.images_per_step)
-        self.total_steps = settings.epochs * self.steps_per_epoch
+        weights = balanced_weights(task) if settings.sampling == "balanced" else None
+        self.steps = self.steps_type(self.train_samples, settings, weights)
         super().__init__(config, folder, task, device)
         self.signals = signals
-        self._order: tuple[int, NDArray[np.int64]] | None = None
+        self.ahead = Ahead(self.steps, cast(GigaXT, self.model))
         self._told_skipped = 0
 
     # The loop
@@ -129,17 +129,17 @@ class Run(Trainee):
             self.task.metric_names,
             step=state.step,
             evaluated=state.evaluated,
-            total_steps=self.total_steps,
-            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.steps.total,
+            steps_per_epoch=self.steps.per_epoch,
             compiled=self.settings.compile,
             console=console,
         )
         with log:
             self.log = log
             log.line(self._headline())
-            if self.steps_per_epoch < FEW_STEPS and self.task.images_per_call == 1 and self.settings.window is None:
+            if self.steps.per_epoch < FEW_STEPS and self.task.images_per_call == 1 and self.settings.window is None:
                 log.line(
-                    f"{self.train_samples.size} make {self.steps_per_epoch} steps an epoch: for more of them train on "
+                    f"{self.train_samples.size} make {self.steps.per_epoch} steps an epoch: for more of them train on "
                     "windows (train.window, such as 1024, and train.windows_per_scene)"
                 )
             for advice in (
@@ -152,16 +152,16 @@ class Run(Trainee):
             saved, saved_at = (state.step, state.evaluated), time.monotonic()
             try:
                 self.evaluate_if_due()  # a run may have been stopped between a step and its evaluation
-                while state.step < self.total_steps and self.signals.caught is None:
+                while state.step < self.steps.total and self.signals.caught is None:
                     self.step()
                     if on_step is not None:
-                        on_step(state.step, self.total_steps)
+                        on_step(state.step, self.steps.total)
                     self.evaluate_if_due()
                     minutes = (time.monotonic() - saved_at) / 60
-                    if minutes >= self.settings.checkpoint_minutes or state.step % self.steps_per_epoch == 0:
+                    if minutes >= self.settings.checkpoint_minutes or state.step % self.steps.per_epoch == 0:
                         self.save()
                         saved, saved_at = (state.step, state.evaluated), time.monotonic()
-                if state.step >= self.total_steps and not len(self.val_samples):
+                if state.step >= self.steps.total and not len(self.val_samples):
                     self.finish_without_val()
             except CheckpointError:
                 raise  # nothing can be written, the previous checkpoint stays
@@ -169,6 +169,8 @@ class Run(Trainee):
                 if saved != (state.step, state.evaluated):  # the steps before the failed one are good
                     self.save()
                 raise
+            finally:
+                self.ahead.drop()
             if saved != (state.step, state.evaluated):
                 self.save()
             if (cache := file_cache()) is not None:
@@ -179,75 +181,60 @@ class Run(Trainee):
         """One update of the weights; none where a number is not finite."""
         state, settings = self.state, self.settings
         started = time.monotonic()
-        lr = set_lr(self.optimizer, settings, state.step, self.steps_per_epoch)
-        loss, images = self.retried(self.gradients)
+        lr = set_lr(self.optimizer, settings, state.step, self.steps.per_epoch)
+        loss, samples = self.retried(self.gradients)
         self._keep_smaller_chunks()
         self._tell_news()
         norm = math.nan
-        if images:
+        if samples:
             norm = float(nn.utils.clip_grad_norm_(self.parameters, settings.clip_grad or math.inf))  # sync
             if not math.isfinite(norm):
                 self.optimizer.zero_grad()
-                raise self._not_finite(f"the norm of the gradient is {norm}", self.step_samples())
+                raise self._not_finite(f"the norm of the gradient is {norm}", samples)
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.update(self.model, step=state.step)
-        epoch = state.step // self.steps_per_epoch
+        epoch = state.step // self.steps.per_epoch
         state.step += 1
         seconds = time.monotonic() - started
         state.seconds += seconds
+        images = sum(len(sample.images) for sample in samples)
         self.log.train(state.step, epoch + 1, loss, lr, norm, images, seconds)
 
-    def gradients(self) -> tuple[float, int]:
-        """The mean loss over the cases of this step and their images' number; gradients are left in the parameters.
+    def gradients(self) -> tuple[float, list[Sample]]:
+        """The mean loss over the samples of this step, and these; gradients are left in the parameters.
 
         A pure function of the weights, the seed and the step: whatever fails in between is simply done again.
         """
-        samples = self.step_samples()
-        while samples:
+        opened = self.ahead.step(self.state.step, self.skipped)
+        while opened.samples:
             self.optimizer.zero_grad()
             try:
-                return self._accumulate(samples), sum(len(sample.images) for sample in samples)
+                return self._accumulate(opened), opened.samples
             except ImageError as error:
-                samples = without_guilty(samples, error, self.skipped)
+                self.ahead.drop()
+                opened = Opened(without_guilty(opened.samples, error, self.skipped), None, self.skipped)
         if all(any(str(row.image) in self.state.skipped for row in case) for case in self.train_samples.cases):
             raise TrainingError(f"step {self.state.step + 1}: no image is left, all were skipped; try `gigaxt check`")
-        return math.nan, 0
+        return math.nan, []
 
-    def _accumulate(self, samples: list[Sample]) -> float:
+    def _accumulate(self, opened: Opened) -> float:
         total = 0.0
         self.model.train()
-        for start in range(0, len(samples), self.settings.batch):
-            group = samples[start : start + self.settings.batch]
-            seed = derive_seed(self.settings.seed, "model", self.state.step, start // self.settings.batch)
+        for i, (group, given) in enumerate(self.ahead.groups(self.state.step, opened, self.skipped)):
+            seed = derive_seed(self.settings.seed, "model", self.state.step, i)
             with autocast(self.device, self.settings.amp):
                 try:
-                    loss = self.model([s.given for s in group], [s.target for s in group], seed=seed)
+                    loss = self.model(given, [s.target for s in group], seed=seed)
                 except DataError as error:
                     raise named(error, group) from error
             value = float(loss.detach())  # sync: a loss that is not finite must not reach the weights
             if not math.isfinite(value):
                 raise self._not_finite(f"the loss is {value}", group)
-            share = len(group) / len(samples)
+            share = len(group) / len(opened.samples)
             (loss * share).backward()
             total += value * share
         return total
-
-    def step_samples(self) -> list[Sample]:
-        """The augmented images of the coming step, without those that cannot be opened and may be skipped."""
-        step, settings = self.state.step, self.settings
-        seed = settings.seed
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            weights = self.sample_weights and self.sample_weights * settings.windows_per_scene
-            self._order = (epoch, epoch_order(seed, epoch, self.samples_per_epoch, weights))
-        wanted = []
-        for at in range(place * self.images_per_step, min((place + 1) * self.images_per_step, len(self._order[1]))):
-            index = int(self._order[1][at]) % len(self.train_samples)
-            # Seeded by the place in the epoch, so that an image that is drawn twice is changed in two ways.
-            change = (derive_seed(seed, "augment", epoch, at), settings.augment)
-            wanted.append((self.train_samples.cases[index], partial(self.train_samples.augmented, index, *change)))
-        return open_samples(wanted, self.skipped)
 
     def retried(self, attempt: Callable[[], T]) -> T:
         """`attempt()`, done again with smaller chunks as often as CUDA runs out of memory."""
@@ -285,7 +272,7 @@ class Run(Trainee):
     def evaluate_if_due(self) -> None:
         """Evaluate at the end of every `eval_every`-th epoch and of the last, once; keep the model if it is best."""
         state = self.state
-        epoch, rest = divmod(state.step, self.steps_per_epoch)
+        epoch, rest = divmod(state.step, self.steps.per_epoch)
         due = rest == 0 and state.step > state.evaluated and len(self.val_samples)
         if not due or (epoch % self.settings.eval_every and epoch != self.settings.epochs):
             return
@@ -339,7 +326,7 @@ class Run(Trainee):
     # Small things
 
     @property
-    def skipped(self) -> dict[str, str] | None:
+    def skipped(self) -> Skipped:
         """Where images that cannot be read are noted; None where they end the run."""
         return self.state.skipped if self.settings.on_bad_image == "skip" else None
 
@@ -365,14 +352,14 @@ class Run(Trainee):
         return (
             f"{done}{self.folder.path}: {self.train_samples.size} to train on, {self.val_samples.size} to evaluate on, "
             f"{what_learns(self.model, self.config)[0]}, "
-            f"{self.total_steps} steps ({self.steps_per_epoch} an epoch) on {self.device}"
+            f"{self.steps.total} steps ({self.steps.per_epoch} an epoch) on {self.device}"
         )
 
     def _farewell(self) -> str:
         state = self.state
         if self.signals.caught is not None:
-            where = f"stopped by {self.signals.caught.name} after step {state.step} of {self.total_steps}"
+            where = f"stopped by {self.signals.caught.name} after step {state.step} of {self.steps.total}"
             return f"{where}; all is saved, the same command continues"
         best, name = state.best, self.task.best
         score = f"; best {name} {decimals(best.evaluation.metrics[name])} (step {best.step})" if best else ""
-        return f"{self.total_steps} steps done in {duration(state.seconds)}{score}; the model is {self.folder.model}"
+        return f"{self.steps.total} steps done in {duration(state.seconds)}{score}; the model is {self.folder.model}"

@@ -41,6 +41,7 @@ from gigaxt.training.reading_speed import Reading, time_reading
 from gigaxt.training.report import write_report
 from gigaxt.training.run_folder import prepare_run
 from gigaxt.training.signals import Signals
+from gigaxt.training.steps import Skipped, Steps
 
 STEPS = 2
 """Steps that are always made; the first is slower than the rest."""
@@ -124,14 +125,26 @@ class Found:
     """Images that could not be read cold: the system kept what it held of them."""
 
 
-class Rehearsal(Run):
-    """A run whose every step sees the heaviest samples."""
+class Heaviest(Steps):
+    """Steps that all see the same samples."""
 
     heaviest: Sequence[Sample] = ()
 
-    def step_samples(self) -> list[Sample]:
-        """See `Run.step_samples`."""
+    def open(self, step: int, skipped: Skipped) -> list[Sample]:
+        """See `Steps.open`."""
         return list(self.heaviest)
+
+
+class Rehearsal(Run):
+    """A run whose every step sees the heaviest samples."""
+
+    steps_type = Heaviest
+    steps: Heaviest
+
+    @property
+    def heaviest(self) -> Sequence[Sample]:
+        """These samples."""
+        return self.steps.heaviest
 
 
 def rehearse(job: Job, folder: Path) -> Found:
@@ -151,7 +164,7 @@ def _rehearse(job: Job, folder: Path) -> Found:
         torch.manual_seed(derive_seed(config.train.seed, "weights"))
         run = Rehearsal(config, folder_of_run, task, device, signals)
         sizes = [count_regions(sample, config.model) for sample in _opened(run.train_samples)]
-        run.heaviest = _heaviest(run, config, sizes, job.images)
+        run.steps.heaviest = _heaviest(run, config, sizes, job.images)
         batch = _model(run).batch([sample.given for sample in run.heaviest])
         regions = len(batch.places)
         files = [Path(name) for name in job.images] or [row.image for sample in run.heaviest for row in sample.case]
@@ -176,8 +189,8 @@ def _rehearse(job: Job, folder: Path) -> Found:
             mean_regions=sum(sizes) / len(sizes) if run.train_samples.windows is None else regions / len(run.heaviest),
             first_step_s=first_s if cached else 0.0,
             token_cache_gib=cached / regions * sum(sizes) / GIB,
-            samples=run.samples_per_epoch,
-            steps=run.steps_per_epoch,
+            samples=run.steps.samples_per_epoch,
+            steps=run.steps.per_epoch,
             step_s=step_s,
             evaluate_s=evaluate_s,
             host_gib=host_gib,
@@ -271,8 +284,8 @@ def _steps(run: Rehearsal, regions: int) -> tuple[float, float, float]:
         run.task.metric_names,
         step=0,
         evaluated=0,
-        total_steps=run.total_steps,
-        steps_per_epoch=run.steps_per_epoch,
+        total_steps=run.steps.total,
+        steps_per_epoch=run.steps.per_epoch,
         console=Console(quiet=True),
     )
     with log:
@@ -289,6 +302,7 @@ def _steps(run: Rehearsal, regions: int) -> tuple[float, float, float]:
             if first_only:
                 hook.remove()
         hook.remove()
+        run.ahead.drop()  # what follows is timed, too
         return log.seconds_per_step(), log.times[0], rows / regions
 
 

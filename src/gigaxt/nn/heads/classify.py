@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -249,3 +250,16 @@ class ClassifyHead(nn.Module):
                 f"target: expected shape {shape} for target: {self.config.target} with {self.config.classes} classes, "
                 f"got {tuple(targets.shape)}"
             )
+
+
+def as_labels(targets: Any, device: torch.device) -> Tensor:
+    """Targets of cases, such as a list of class numbers, as a tensor.
+
+    Raises:
+        DataError: what is no number.
+    """
+    if isinstance(targets, Sequence):
+        targets = np.asarray([np.asarray(target) for target in targets])
+        if targets.dtype.kind not in "biuf":
+            raise DataError(f"expected numbers as targets, such as a class's index, got {targets.tolist()!r:.80}")
+    return torch.as_tensor(targets, device=device)
