@@ -32,6 +32,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from torch import Tensor
 import gigaxt
 from gigaxt.allocator import keep_freed_memory
 from gigaxt.nn.stages import LossSums
+from gigaxt.scenes import SceneBatch
 from gigaxt.targets.base import target_for
 
 REGION = 256
@@ -167,6 +169,9 @@ def compare(backbone: str, head: str, options: argparse.Namespace, folder: Path)
     timed(lambda: model.loss(torch.zeros(1, 3, REGION, REGION, device=device), small).backward())  # what is loaded once
     names = [name for name in LIMITS[head] if not options.only or name in options.only]
 
+    reading = ThreadPoolExecutor(1)
+    begun: list[Future[SceneBatch]] = []
+
     def streamed(name: str) -> Times:
         budget, host = BUDGETS[name]
         model.streaming = gigaxt.Streaming(
@@ -176,7 +181,13 @@ def compare(backbone: str, head: str, options: argparse.Namespace, folder: Path)
             readers=options.readers,
             cuda_graphs=options.graphs,
         )
-        return timed(lambda: model.loss([image], target).backward())
+        given = begun.pop().result() if begun else [image]
+
+        def step() -> None:  # as `gigaxt train` does, with the next step's first chunk read meanwhile
+            begun.append(reading.submit(model.prepare, [image], target))
+            model.loss(given, target).backward()
+
+        return timed(step)
 
     failed = {}
     for name in list(names):
@@ -205,6 +216,7 @@ def compare(backbone: str, head: str, options: argparse.Namespace, folder: Path)
             "limit": LIMITS[head][name],
         }
     result.update(failed)
+    reading.shutdown()
     print(result, flush=True)
     return result
 

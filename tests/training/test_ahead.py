@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import tifffile
 import torch
 
+from gigaxt.datasets.manifest import Manifest
 from gigaxt.datasets.row import Row
 from gigaxt.errors import ImageError
+from gigaxt.nn.heads import SegmentConfig
+from gigaxt.nn.xt import GigaXT, build_model
 from gigaxt.scenes import SceneBatch
-from gigaxt.training import RunConfig, TrainConfig, run_config, train
+from gigaxt.tasks.segmentation import Segmentation
+from gigaxt.training import RunConfig, run_config, train
 from gigaxt.training.ahead import Ahead
 from gigaxt.training.checkpoint import checkpoints, load_checkpoint
-from gigaxt.training.data import Sample
-from gigaxt.training.steps import Skipped, Steps
+from gigaxt.training.data import Sample, Samples, Skipped
+from gigaxt.training.evaluate import tallied
 
 
-class Opener(Steps):
+class Opener:
     """Three steps of three samples, and their model; notes what is opened, and whether by the main thread."""
 
     def __init__(self, batch: int = 2) -> None:
-        self.settings, self.total = TrainConfig(batch=batch), 3
+        self.size, self.total = batch, 3
         self.by: list[tuple[Any, bool]] = []
         self.fails: set[int] = set()
 
@@ -45,11 +49,11 @@ class Opener(Steps):
         self.note(images)
         return images
 
-    def ahead(self) -> Ahead:
+    def ahead(self) -> Ahead[Any]:
         return Ahead(self, self)  # type: ignore[arg-type]  # prepares as a model does
 
 
-def run_step(ahead: Ahead, step: int, skipped: Skipped = None) -> list[Any]:
+def run_step(ahead: Ahead[Any], step: int, skipped: Skipped = None) -> list[Any]:
     return [given for _, given in ahead.groups(step, ahead.step(step, skipped), skipped)]
 
 
@@ -124,7 +128,8 @@ def config_of(folder: Path, **settings: Any) -> RunConfig:
     rng = np.random.default_rng(0)
     lines = ["image,mask,split"]
     for i in range(5):
-        tifffile.imwrite(folder / f"{i}.tif", rng.integers(0, 255, (130, 200, 3)).astype(np.uint8), photometric="rgb")
+        pixels = rng.integers(0, 255, (130, 200, 3)).astype(np.uint8)
+        tifffile.imwrite(folder / f"{i}.tif", pixels, photometric="rgb", compression="zlib")
         tifffile.imwrite(folder / f"m{i}.tif", rng.integers(0, 2, (130, 200)).astype(np.uint8))
         lines.append(f"{i}.tif,m{i}.tif,train")
     (folder / "data.csv").write_text("\n".join(lines))
@@ -139,6 +144,13 @@ def config_of(folder: Path, **settings: Any) -> RunConfig:
     }
     given = {"epochs": 2, "batch": 1, "device": "cpu", "augment": {"dihedral": True, "colour": 0.2}, **settings}
     return run_config({"data": {"csv": str(folder / "data.csv")}, "model": model, "train": given})
+
+
+def damage(path: Path) -> None:
+    """It can still be opened."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    path.write_bytes(data)
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -159,14 +171,13 @@ def test_a_run_has_the_same_weights_with_and_without(
     tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(tmp_path, **settings)
-    if "on_bad_image" in settings:  # its header is good
-        data = (tmp_path / "3.tif").read_bytes()
-        (tmp_path / "3.tif").write_bytes(data[:9000])
+    if "on_bad_image" in settings:
+        damage(tmp_path / "3.tif")
     prepared: list[SceneBatch] = []
     given: list[Any] = []
     taken = Ahead._taken
 
-    def spy(ahead: Ahead, *key: Any) -> Any:
+    def spy(ahead: Ahead[Any], *key: Any) -> Any:
         found = taken(ahead, *key)
         given.append(found is not None)
         prepared.extend([] if found is None or found.batch is None else [found.batch])
@@ -186,6 +197,35 @@ def test_a_run_has_the_same_weights_with_and_without(
         assert torch.equal(a, weights(tmp_path / "in turn")[name]), name
     log = (tmp_path / "ahead/log.txt").read_text()
     assert log.count("skipped: ") == ("on_bad_image" in settings)
+
+
+def test_an_evaluation_opens_ahead_and_scores_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path)
+    damage(tmp_path / "3.tif")
+    torch.manual_seed(0)
+    model = build_model(config.model)
+    manifest = Manifest.read(tmp_path / "data.csv")
+    task = Segmentation(manifest, cast(SegmentConfig, config.model.head))
+    given: list[type] = []
+    evaluate = GigaXT.evaluate
+
+    def spy(model: GigaXT, images: Any, targets: Any) -> Any:
+        given.append(type(images))
+        return evaluate(model, images, targets)
+
+    monkeypatch.setattr(GigaXT, "evaluate", spy)
+
+    def scores() -> tuple[Any, dict[str, str]]:
+        skipped: dict[str, str] = {}
+        return tallied(model, Samples(manifest.cases("train"), task), task, skipped=skipped).compute(), skipped
+
+    found = scores()
+    assert list(found[1]) == [str(tmp_path / "3.tif")]
+    # The fourth cannot be prepared, so it is given as it is; it is skipped after what comes next was opened.
+    assert given == [list, SceneBatch, SceneBatch, list, list]
+    monkeypatch.setattr(Ahead, "_begin", lambda *_: None)
+    assert scores() == found
+    assert given[5:] == [list] * 5
 
 
 def test_no_thread_is_left(tmp_path: Path) -> None:

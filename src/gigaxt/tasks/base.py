@@ -166,6 +166,7 @@ class Task(ABC):
         higher_is_better: whether a larger value of it is better.
         metric_names: the metrics of an evaluation, in the order of tables.
         class_names: one name a class.
+        takes_batches: whether `answer` takes what `GigaXT.prepare` made of the images in their place.
         images_per_call: how many cases `model.evaluate` may be given at once; None: any number.
         leaves_open: whether `settle` has something to set that the user did not.
     """
@@ -175,6 +176,7 @@ class Task(ABC):
     higher_is_better: bool = True
     metric_names: tuple[str, ...]
     class_names: tuple[str, ...]
+    takes_batches: bool = True
     images_per_call: int | None = None
     leaves_open: bool = False
 
@@ -187,12 +189,12 @@ class Task(ABC):
             ImageError: a target raster cannot be read.
         """
 
-    def answer(self, model: Any, images: Sequence[Any], targets: Sequence[Any]) -> Mapping[str, Any]:
+    def answer(self, model: Any, images: Any, targets: Sequence[Any]) -> Mapping[str, Any]:
         """What a tally is given of some cases: the sums or logits of the model, and more where the task needs it.
 
         Args:
             model: has `evaluate(images, targets)`.
-            images: of the cases.
+            images: of the cases, a list; or, where the task `takes_batches`, what `GigaXT.prepare` made of them.
             targets: of `target`, one a case.
         """
         output: Mapping[str, Any] = model.evaluate(images, targets)

@@ -55,6 +55,7 @@ class Detection(Task):
 
     best = "AP"
     metric_names: tuple[str, ...] = ("AP", "AP50", "AP75", "f1", "precision", "recall", "best_f1", "best_threshold")
+    takes_batches = False  # its own pass finds the objects as well
     images_per_call = 1  # the loss of each image is wanted, and its objects are found one scene at a time
 
     def __init__(self, manifest: Manifest, head: ObjectsConfig) -> None:
@@ -87,7 +88,7 @@ class Detection(Task):
         target.truth = truth
         return target
 
-    def answer(self, model: Any, images: Sequence[Any], targets: Sequence[Any]) -> Mapping[str, Any]:
+    def answer(self, model: Any, images: Any, targets: Sequence[Any]) -> Mapping[str, Any]:
         """The sums of the loss and the `objects` found, of one image."""
         from gigaxt.found.boxes import find  # which needs models, and they need no tasks
 

@@ -37,6 +37,7 @@ class Points(Task):
     """
 
     best = "f1"
+    takes_batches = False  # its own pass finds the objects as well
     images_per_call = 1
     asked_of: ClassVar[Mapping[str, str]] = {}
     """Flags that are asked only of objects of which another flag is known to be set: name -> the other's."""
@@ -61,7 +62,7 @@ class Points(Task):
         """The points of one image."""
         return row_points(self.manifest, row, image, self.spec)
 
-    def answer(self, model: Any, images: Sequence[Any], targets: Sequence[Any]) -> Mapping[str, Any]:
+    def answer(self, model: Any, images: Any, targets: Sequence[Any]) -> Mapping[str, Any]:
         """The sums of the loss and the objects found, of one image."""
         ((image,), (target,)) = images, targets
         found = find(model, image, target)

@@ -8,12 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from gigaxt.nn.xt import GigaXT
 from gigaxt.scenes import SceneBatch
-from gigaxt.training.data import Sample
-from gigaxt.training.steps import Skipped, Steps
+from gigaxt.training.data import Sample, Skipped
+
+
+class Opens(Protocol):
+    """What samples each step has."""
+
+    @property
+    def size(self) -> int:
+        """How many the model is given at once."""
+
+    @property
+    def total(self) -> int:
+        """Steps that there are."""
+
+    def open(self, step: int, skipped: Skipped) -> list[Sample]:
+        """The samples of a step; may add to `skipped`."""
+
+
+S = TypeVar("S", bound=Opens)
 
 
 class Opened(NamedTuple):
@@ -27,24 +44,24 @@ class Opened(NamedTuple):
     """The images that were skipped when they were opened."""
 
 
-class Ahead:
+class Ahead(Generic[S]):
     """Opens what comes next in a thread.
 
     What is opened is a pure function of the step and of the images that are skipped: opened ahead or in its turn, it
     is the same. What fails ahead is opened again in its turn, so that the error comes where it is dealt with.
 
     Args:
-        steps: of the run.
-        model: prepares `train.batch` samples at a time, those that it is given at once.
+        steps: what is to be opened.
+        model: prepares the samples that it is given at once; None: they are only opened.
     """
 
-    def __init__(self, steps: Steps, model: GigaXT) -> None:
-        self.steps, self.model, self.size = steps, model, steps.settings.batch
+    def __init__(self, steps: S, model: GigaXT | None) -> None:
+        self.steps, self.model = steps, model
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="gigaxt-ahead")
         self._begun: tuple[tuple[int, int], Future[Opened]] | None = None
 
     def step(self, step: int, skipped: Skipped) -> Opened:
-        """The samples of a step, opened ahead or now; raises as `Steps.open`."""
+        """The samples of a step, opened ahead or now; raises as `open`."""
         return self._taken((step, 0), skipped) or Opened(self.steps.open(step, skipped), None, skipped)
 
     def groups(self, step: int, opened: Opened, skipped: Skipped) -> Iterator[tuple[list[Sample], Any]]:
@@ -53,12 +70,12 @@ class Ahead:
         While the caller works on one group the next is opened, or the next step.
         """
         samples, batch, _ = opened
-        for start in range(0, len(samples), self.size):
-            group = samples[start : start + self.size]
+        for start in range(0, len(samples), self.steps.size):
+            group = samples[start : start + self.steps.size]
             if start:
                 found = self._taken((step, start), skipped)
                 batch = None if found is None else found.batch
-            self._begin(step, samples, start + self.size, None if skipped is None else dict(skipped))
+            self._begin(step, samples, start + self.steps.size, None if skipped is None else dict(skipped))
             yield group, [sample.given for sample in group] if batch is None else batch
 
     def drop(self) -> None:
@@ -72,7 +89,7 @@ class Ahead:
 
         def opened() -> Opened:
             rest = samples[start:] or self.steps.open(step + 1, skipped)
-            return Opened(rest, self._prepared(rest[: self.size]) if rest else None, skipped)
+            return Opened(rest, self._prepared(rest[: self.steps.size]), skipped)
 
         self.drop()
         if start < len(samples):
@@ -80,7 +97,9 @@ class Ahead:
         elif step + 1 < self.steps.total:
             self._begun = (step + 1, 0), self._executor.submit(opened)
 
-    def _prepared(self, group: list[Sample]) -> SceneBatch:
+    def _prepared(self, group: list[Sample]) -> SceneBatch | None:
+        if self.model is None or not group:
+            return None
         return self.model.prepare([sample.given for sample in group], [sample.target for sample in group])
 
     def _taken(self, key: tuple[int, int], skipped: Skipped) -> Opened | None:

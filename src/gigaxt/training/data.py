@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,8 @@ from gigaxt.tasks import Classification, Task
 from gigaxt.training.config import AugmentConfig
 from gigaxt.training.windows import Windows
 
+Skipped = dict[str, str] | None
+"""Images that cannot be read (path -> reason), whose samples are left out; None: such an image is an error."""
 OPEN_IMAGES = 32
 """Images whose headers are kept parsed (and files open) between epochs."""
 
@@ -177,3 +179,43 @@ def guilty(samples: Sequence[Sample], error: ImageError) -> tuple[int, Row] | No
             }:
                 return position, row
     return None
+
+
+def open_samples(wanted: Iterable[tuple[Case, Callable[[], Sample]]], skipped: Skipped) -> list[Sample]:
+    """The samples that can be opened. Where one image of a case cannot be read, the whole case is left out.
+
+    Args:
+        wanted: cases, each with what opens it.
+        skipped: cases with an image in here (by path) are left out, and images that fail are added; None: failing
+            raises.
+    """
+    opened = []
+    for case, open_one in wanted:
+        if skipped is not None and any(str(row.image) in skipped for row in case):
+            continue
+        try:
+            opened.append(open_one())
+        except ImageError as error:
+            if skipped is None:
+                raise
+            names = [str(row.image) for row in case]
+            skipped[error.path if error.path in names else names[0]] = str(error)
+    return opened
+
+
+def without_guilty(group: list[Sample], error: ImageError, skipped: Skipped) -> list[Sample]:
+    """`group` without the case that `error` is about, whose image is noted in `skipped`; or raises the error."""
+    found = guilty(group, error)
+    if skipped is None or found is None:
+        raise error
+    position, row = found
+    skipped[str(row.image)] = str(error)
+    return group[:position] + group[position + 1 :]
+
+
+def named(error: DataError, group: list[Sample]) -> DataError:
+    """The error with the images' names where it has none."""
+    names = [image.name for sample in group for image in sample.images]
+    if any(name in str(error) for name in names):
+        return error
+    return DataError(f"{', '.join(names)}: {error}")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
 
-from gigaxt.datasets.row import Case
 from gigaxt.errors import DataError, ImageError
 from gigaxt.tasks.base import Tally, Task
-from gigaxt.training.data import Sample, Samples, guilty
+from gigaxt.training.ahead import Ahead, Opened
+from gigaxt.training.data import Sample, Samples, Skipped, named, open_samples, without_guilty
 
 
 class Stopping(Exception):  # noqa: N818  # no error: the user asked for it
@@ -19,18 +19,18 @@ class Stopping(Exception):  # noqa: N818  # no error: the user asked for it
 
 
 def tallied(
-    model: nn.Module,
+    model: Any,
     samples: Samples,
     task: Task,
     *,
     batch: int = 4,
-    skipped: dict[str, str] | None = None,
+    skipped: Skipped = None,
     on_image: Callable[[int], None] = lambda _: None,
 ) -> Tally:
     """The answers of `model` to all `samples`, in evaluation mode and without gradients.
 
     Args:
-        model: has `evaluate(images, targets)`; its mode is as before afterwards.
+        model: a module with `evaluate` and `prepare`, as GigaXT; its mode is as before afterwards.
         samples: of one split.
         task: gathers the answers.
         batch: cases that are given to the model at once, where the task allows it.
@@ -42,67 +42,42 @@ def tallied(
         ImageError: an image cannot be read and `skipped` is None.
         DataError: an image or target does not fit the model.
     """
-    size = task.images_per_call or batch
+    ahead = Ahead(InOrder(samples, task.images_per_call or batch), model if task.takes_batches else None)
     tally = task.tally()
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(samples), size):
-            on_image(start)
-            indices = range(start, min(start + size, len(samples)))
-            group = open_samples([(samples.cases[i], partial(samples.plain, i)) for i in indices], skipped)
-            while group:
-                images, targets = [sample.given for sample in group], [sample.target for sample in group]
+        for step in range(ahead.steps.total):
+            on_image(step * ahead.steps.size)
+            opened = ahead.step(step, skipped)
+            while opened.samples:
+                (group, given), *_ = ahead.groups(step, opened, skipped)
+                targets = [sample.target for sample in group]
                 try:
                     with torch.no_grad():
-                        output = task.answer(model, images, targets)
+                        output = task.answer(model, given, targets)
                 except ImageError as error:
-                    group = without_guilty(group, error, skipped)
+                    opened = Opened(without_guilty(group, error, skipped), None, skipped)
                     continue
                 except DataError as error:
                     raise named(error, group) from error
                 tally.update([sample.case[0] for sample in group], targets, output)
                 break
     finally:
+        ahead.drop()
         model.train(was_training)
     return tally
 
 
-def open_samples(wanted: Iterable[tuple[Case, Callable[[], Sample]]], skipped: dict[str, str] | None) -> list[Sample]:
-    """The samples that can be opened. Where one image of a case cannot be read, the whole case is left out.
+class InOrder:
+    """All samples as they are, some at a time, as `Ahead` opens them."""
 
-    Args:
-        wanted: cases, each with what opens it.
-        skipped: cases with an image in here (by path) are left out, and images that fail are added; None: failing
-            raises.
-    """
-    opened = []
-    for case, open_one in wanted:
-        if skipped is not None and any(str(row.image) in skipped for row in case):
-            continue
-        try:
-            opened.append(open_one())
-        except ImageError as error:
-            if skipped is None:
-                raise
-            names = [str(row.image) for row in case]
-            skipped[error.path if error.path in names else names[0]] = str(error)
-    return opened
+    def __init__(self, samples: Samples, size: int) -> None:
+        self.samples, self.size = samples, size
+        self.total = -(-len(samples) // size)
 
-
-def without_guilty(group: list[Sample], error: ImageError, skipped: dict[str, str] | None) -> list[Sample]:
-    """`group` without the case that `error` is about, whose image is noted in `skipped`; or raises the error."""
-    found = guilty(group, error)
-    if skipped is None or found is None:
-        raise error
-    position, row = found
-    skipped[str(row.image)] = str(error)
-    return group[:position] + group[position + 1 :]
-
-
-def named(error: DataError, group: list[Sample]) -> DataError:
-    """The error with the images' names where it has none."""
-    names = [image.name for sample in group for image in sample.images]
-    if any(name in str(error) for name in names):
-        return error
-    return DataError(f"{', '.join(names)}: {error}")
+    def open(self, step: int, skipped: Skipped) -> list[Sample]:
+        """See `Steps.open`."""
+        start = step * self.size
+        indices = range(start, min(start + self.size, len(self.samples)))
+        return open_samples([(self.samples.cases[i], partial(self.samples.plain, i)) for i in indices], skipped)

@@ -27,9 +27,9 @@ from gigaxt.tasks import Evaluation, Task
 from gigaxt.token_cache import TokenCache
 from gigaxt.training.ahead import Ahead, Opened
 from gigaxt.training.config import RunConfig
-from gigaxt.training.data import Sample, Samples, balanced_weights, derive_seed
+from gigaxt.training.data import Sample, Samples, Skipped, balanced_weights, derive_seed, named, without_guilty
 from gigaxt.training.device import autocast, pick_device, slow_precision, small_chunks, smaller
-from gigaxt.training.evaluate import Stopping, named, tallied, without_guilty
+from gigaxt.training.evaluate import Stopping, tallied
 from gigaxt.training.initial import what_learns
 from gigaxt.training.log import RunLog, decimals, duration
 from gigaxt.training.optim import set_lr
@@ -37,7 +37,7 @@ from gigaxt.training.report import answers, write_report
 from gigaxt.training.run_folder import RunFolder, prepare_run
 from gigaxt.training.signals import Signals
 from gigaxt.training.state import Best, RunResult
-from gigaxt.training.steps import Skipped, Steps
+from gigaxt.training.steps import Steps
 from gigaxt.training.trainee import Trainee
 from gigaxt.training.windows import windows_of
 

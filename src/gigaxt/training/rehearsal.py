@@ -33,7 +33,7 @@ from gigaxt.scenes import SceneBatch
 from gigaxt.targets.base import SceneTarget
 from gigaxt.training.checkpoint import KEEP
 from gigaxt.training.config import DataConfig, RunConfig, run_config
-from gigaxt.training.data import Sample, Samples, derive_seed
+from gigaxt.training.data import Sample, Samples, Skipped, derive_seed
 from gigaxt.training.device import autocast, has_bfloat16, in_bfloat16, pick_device
 from gigaxt.training.log import RunLog
 from gigaxt.training.loop import Run
@@ -41,7 +41,7 @@ from gigaxt.training.reading_speed import Reading, time_reading
 from gigaxt.training.report import write_report
 from gigaxt.training.run_folder import prepare_run
 from gigaxt.training.signals import Signals
-from gigaxt.training.steps import Skipped, Steps
+from gigaxt.training.steps import Steps
 
 STEPS = 2
 """Steps that are always made; the first is slower than the rest."""
