@@ -1,7 +1,8 @@
-"""Is `gigaxt plan` right? Memory that it predicts against the peak of the training run itself, both in child processes.
+"""Is `gigaxt plan` right? What it predicts against the training run itself, both in child processes.
 
-Configurations of different kinds: classification and segmentation, nothing kept and everything kept. The run's peak is
-the resident memory of the whole process as the kernel counts it, from the import of Python to the last checkpoint.
+Configurations of different kinds: classification and segmentation, nothing kept and everything kept. Memory: the run's
+peak is the resident memory of the whole process as the kernel counts it, from the import of Python to the last
+checkpoint. Time: of an epoch's steps, the median of the run's epochs. Disk: checkpoints and model at the end.
 
     python benchmarks/bench_plan.py [--side 768] [--keep]
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,8 +23,10 @@ from bench_memory import make_image, make_mask
 from report import publish
 
 from gigaxt.training import run_config
+from gigaxt.training.log import read_metrics
 from gigaxt.training.plan import make_plan
 
+EPOCHS = 5
 CASES = (("classify", 0.0), ("classify", 8.0), ("segment", 0.0), ("segment", 8.0))
 VERB = "import sys; from gigaxt.cli import main; sys.exit(main())"
 
@@ -57,24 +61,36 @@ def compare(kind: str, budget_gib: float, folder: Path, csv: Path) -> dict[str, 
             "context": {"kind": "mamba2", "dim": 64, "depth": 1},
             "head": {"kind": kind, "classes": 2, **({"dim": 16} if kind == "segment" else {})},
         },
-        "train": {"epochs": 1, "batch": 1, "streaming": {"budget_gib": budget_gib}},
+        "train": {"epochs": EPOCHS, "batch": 1, "streaming": {"budget_gib": budget_gib}},
     }
     plan = make_plan(run_config(data), probe=False)
     assert plan.found is not None
     name = f"{kind}-{budget_gib:g}"
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(data))
     run = [sys.executable, "-c", VERB, "train", "--config", str(folder / f"{name}.yaml"), "--out", str(folder / name)]
-    measured = peak_gib(run)
-    predicted = plan.found.host_gib
-    return {
-        "head": kind,
-        "budget_gib": budget_gib,
-        "regions": plan.found.regions,
-        "passes": round(plan.found.passes, 2),
-        "predicted_gib": round(predicted, 3),
-        "measured_gib": round(measured, 3),
-        "ratio": round(predicted / measured, 3),
+    row = {"head": kind, "budget_gib": budget_gib, "regions": plan.found.regions, "passes": plan.found.passes}
+    pairs = {
+        "gib": (plan.found.host_gib, peak_gib(run)),
+        "epoch_s": (plan.epoch_s, epoch_s(folder / name)),
+        "disk_mib": (plan.found.disk_gib * 2**10, disk_mib(folder / name)),
     }
+    for what, (predicted, measured) in pairs.items():
+        row[what] = {"predicted": round(predicted, 3), "measured": round(measured, 3)}
+        row[what]["ratio"] = round(predicted / measured, 3)
+    return row
+
+
+def epoch_s(run: Path) -> float:
+    """Time of an epoch's steps, by the run's own clock."""
+    steps = [float(row["s_per_step"]) for row in read_metrics(run / "metrics.csv") if row["split"] == "train"]
+    each = len(steps) // EPOCHS
+    return statistics.median(sum(steps[i : i + each]) for i in range(0, len(steps), each))
+
+
+def disk_mib(run: Path) -> float:
+    """What the run left of checkpoints and model."""
+    files = [path for part in ("checkpoints", "model") for path in (run / part).rglob("*") if path.is_file()]
+    return sum(path.stat().st_size for path in files) / 2**20
 
 
 def main() -> None:
