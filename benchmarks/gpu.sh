@@ -23,6 +23,7 @@ run 70 benchmarks/bench_overhead.py --device cuda --side 8192 --chunk 128 --read
     --only "nothing kept" --backbones swinv2_tiny_window16_256 convnext_tiny hiera_tiny_224 --keep
 run 40 benchmarks/bench_overhead.py --device cuda --side 4096 --chunk 64 --readers 4 --amp bf16 --heads classify \
     --only "all kept" --backbones swinv2_tiny_window16_256 convnext_tiny hiera_tiny_224 --name overhead_kept --keep
+run 40 benchmarks/bench_ahead.py --device cuda --side 1024 --keep
 run 90 benchmarks/bench_small_images.py --device cuda --images 1 --side 4096 --batches 128 --amp bf16 --repetitions 2 --graphs \
     --only "published's model, kept" "published's model, kept, compiled" "published's model, nothing kept" published \
     "published, float16 autocast" --keep
