@@ -15,7 +15,7 @@ run() { # seconds, script, arguments
     echo "== $((SECONDS - start)) s"
 }
 
-run 100 -m pytest -q -m gpu
+run 90 -m pytest -q -m gpu
 run 130 benchmarks/bench_scale.py 65536:4 --chunk 128 --readers 4 --graphs --segment 32768 --host-gib 0 --name scale_65536 --keep
 run 45 benchmarks/bench_scale.py 8192:8 --chunk 128 --readers 4 --graphs --segment 32768 --steps 2 --profile \
     --name scale_8192 --keep
