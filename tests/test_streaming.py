@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import random
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -273,15 +275,47 @@ class Noisy(nn.Linear):
         return super().forward(x) + torch.randn(2)
 
 
+class Shrinking(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.mul_(0.9)
+        return super().forward(x)
+
+
+class Renormed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.1)
+        return super().forward(x)
+
+
+class Centred(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.sub_(1.0))
+
+
+class Jittered(nn.Linear):
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__(3, 2)
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.draw()
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
         (Scaled(torch.ones(2, requires_grad=True)), "not among its own"),
         (Counting(), "changes its buffers"),
+        (Shrinking(3, 2), "changes its buffers or weights"),
+        (Renormed(3, 2), "changes its buffers or weights"),
+        (Centred(3, 2), "what it is given in place"),
         (Noisy(3, 2), "global random state"),
+        (Jittered(random.random), "global random state"),
+        (Jittered(np.random.rand), "global random state"),
         (nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), "BatchNorm1d in training mode"),
     ],
-    ids=["foreign leaf", "buffer", "random", "batchnorm"],
+    ids=["foreign leaf", "buffer", "weight", "weight's data", "in place", "random", "python", "numpy", "batchnorm"],
 )
 def test_refuses_what_would_give_wrong_gradients(module: nn.Module, message: str) -> None:
     before = {name: b.clone() for name, b in module.named_buffers()}
@@ -289,6 +323,17 @@ def test_refuses_what_would_give_wrong_gradients(module: nn.Module, message: str
         stream(module, lambda c: torch.ones(2, 3), [0, 1])
     for name, b in module.named_buffers():
         torch.testing.assert_close(b, before[name])
+
+
+def test_a_generator_of_cuda_is_asked_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = torch.Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", (stand_in,))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    module = Jittered(lambda: torch.rand((), generator=stand_in).item())
+    with pytest.raises(ConfigError, match="global random state"):
+        stream(module, lambda c: torch.ones(2, 3), [0, 1])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    stream(module, lambda c: torch.ones(2, 3), [0, 1])
 
 
 def test_refuses_pixels_that_require_grad() -> None:

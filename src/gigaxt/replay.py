@@ -2,17 +2,20 @@
 
 A module is called on detached aliases of its parameters, so that parameter hooks (DDP's among
 them) do not fire for every chunk, and under the autocast state of the forward pass. What a first run would hide from a
-second one (buffers, global random state, tensors that are no inputs) is found on the first chunk and refused.
+second one (changes in place, global random state, tensors that are no inputs) is found on the first chunk and refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import pickle
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -105,9 +108,9 @@ class Aliases:
             return self.module(*_without_leaves(args))
 
     def call_checked(self, *args: Any) -> Any:
-        """As a plain call, but refuses a module that changes its buffers or draws from global random state.
+        """As a plain call, but refuses a module that changes what it works on or draws from global random state.
 
-        Buffers are swapped for copies meanwhile, so that a refused module is left as it was.
+        Buffers are swapped for copies meanwhile, so that a refused module keeps its own.
         """
         copies = [
             (child._buffers, name, b.clone())
@@ -115,21 +118,28 @@ class Aliases:
             for name, b in child._buffers.items()
             if b is not None
         ]
-        versions = [copy._version for _, _, copy in copies]
-        random_state = torch.get_rng_state()
-        with _swapped([*self._slots_now, *copies]):
+        own = [*self._slots_now, *copies]
+        given = [t for t in tree_flatten(args)[0] if isinstance(t, Tensor)]
+        versions = [_version(t) for t in given], [_version(t) for _, _, t in own]
+        random_states = _random_states()
+        with _swapped(own):
             result = self.module(*_without_leaves(args))
             changed = [
                 name
-                for (owner, name, copy), version in zip(copies, versions, strict=True)
-                if owner[name] is not copy or copy._version != version
+                for (owner, name, t), version in zip(own, versions[1], strict=True)
+                if owner[name] is not t or _version(t) != version
             ]
         if changed:
             raise ConfigError(
-                f"the module's forward changes its buffers ({', '.join(changed[:3])}), which streaming would repeat: "
-                "make them constant, or freeze the layers that own them"
+                f"the module's forward changes its buffers or weights ({', '.join(changed[:3])}), which streaming "
+                "would repeat: make them constant, or freeze the layers that own them"
             )
-        if not torch.equal(random_state, torch.get_rng_state()):
+        if [_version(t) for t in given] != versions[0]:
+            raise ConfigError(
+                "the module changes what it is given in place, so a second run would find it changed: "
+                "let its first operation make a copy"
+            )
+        if _random_states() != random_states:
             raise ConfigError(
                 "the module draws from the global random state, so a second run would differ: "
                 "replace its random layers with gigaxt.key_dropout(module)"
@@ -144,6 +154,21 @@ class Aliases:
 def _detached(module: nn.Module) -> dict[int, Tensor]:
     """An alias for each parameter, by its id."""
     return {id(p): p.detach().requires_grad_(p.requires_grad) for p in module.parameters()}
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    """Changes where a tensor is changed in place, or given other memory."""
+    place = tensor.data_ptr() if tensor.layout == torch.strided else 0
+    return place, 0 if tensor.is_inference() else tensor._version
+
+
+def _random_states() -> list[bytes]:
+    """Of what a module may draw from beside its inputs; no device has to be waited for."""
+    on_cuda: Sequence[torch.Generator] = torch.cuda.default_generators  # none before CUDA is used
+    if on_cuda and torch.cuda.is_current_stream_capturing():  # then they may not be asked
+        on_cuda = ()
+    of_torch = [generator.get_state().numpy().tobytes() for generator in (torch.default_generator, *on_cuda)]
+    return [*of_torch, pickle.dumps((random.getstate(), np.random.get_state()))]
 
 
 def _without_leaves(args: Any) -> Any:

@@ -79,8 +79,9 @@ def stream(
         What the module returns, joined or added. First derivatives only.
 
     Raises:
-        ConfigError: BatchNorm in training mode, buffers that change, global random state, FSDP, pixels that require
-            grad, or a tensor that requires grad and is no input: each would make the gradient wrong.
+        ConfigError: BatchNorm in training mode, buffers, weights or pixels that are changed in place, global random
+            state, FSDP, pixels that require grad, or a tensor that requires grad and is no input: each would make the
+            gradient wrong.
     """
     chunks = list(chunks)
     if not chunks:
