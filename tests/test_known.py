@@ -16,6 +16,7 @@ import gigaxt
 from gigaxt import streaming
 from gigaxt.errors import ConfigError
 from gigaxt.known import _known
+from gigaxt.nested import stream_nested
 from gigaxt.replay import first_look
 from gigaxt.streaming import stream
 
@@ -151,3 +152,55 @@ def test_what_is_refused_is_refused_again(looks: list[int]) -> None:
     module.counts = False
     step(module)
     assert len(looks) == 4
+
+
+class Shifted(nn.Module):
+    """A weight, a buffer, dropout; and a mask of its own, made when it is needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
+        self.register_buffer("shift", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "mask"):
+            self.register_buffer("mask", torch.ones(4, dtype=x.dtype))
+        found: Tensor = self.layer(self.drop(x)) * self.shift * self.mask
+        return found
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("change", ["nothing", "training", "layer", "shift", "a buffer, in place"])
+def test_a_change_between_the_passes_is_noticed(change: str, nested: bool) -> None:
+    module = gigaxt.key_dropout(Shifted()).double()
+    if nested:
+        encode, decode = Tokens(module), Total()
+        (out,) = stream_nested(encode, lambda tokens: tokens, decode, lambda c: PIXELS[c], [slice(0, 4), slice(4, 9)])
+    else:
+        out = stream(module, lambda c: PIXELS[c], [slice(0, 4), slice(4, 9)])
+    with torch.no_grad():
+        if change == "training":
+            module.eval()
+        elif change == "layer":
+            module.layer = nn.Linear(4, 4).double()
+        elif change == "shift":
+            module.shift = module.shift * 2
+        elif change != "nothing":
+            module.shift.mul_(2)
+    with nullcontext() if change == "nothing" else pytest.raises(RuntimeError, match=change):
+        out.sum().backward()
+
+
+class Tokens(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        found = self.module(x)
+        return found, (found,)
+
+
+class Total(nn.Module):
+    def forward(self, maps: tuple[Tensor, ...], context: Tensor, _: object) -> tuple[Tensor]:
+        return ((maps[0] * context).sum(),)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gigaxt.cuda_graphs import RECORDED_ON, Recordings
-from gigaxt.replay import Autocast
+from gigaxt.replay import Autocast, version_of
 
 _known = WeakTensorKeyDictionary()
 """`Known` by a module's first weight: modules around it may be made anew for every step."""
@@ -50,6 +50,36 @@ class Known:
         self.state = state
         self.look: Look | None = None
         self.graphs = Recordings() if recordable else None
+
+
+class Unchanged:
+    """What modules' course depends on beside their weights, which autograd looks after between the passes.
+
+    Parts that are made while a module runs, such as masks for other modules, are let pass.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        children = [child for module in modules for child in module.modules()]
+        self._slots: list[tuple[dict[str, Any], str, object]] = []
+        for child in children:
+            self._slots.append((vars(child), "training", child.training))
+            for own in (child._modules, child._buffers):
+                self._slots += [(own, name, value) for name, value in own.items()]
+        buffers = {id(b): b for child in children for b in child._buffers.values() if b is not None}
+        self._versions = [(b, version_of(b)) for b in buffers.values()]
+
+    def check(self) -> None:
+        """Refuse a second run that would not be like the first.
+
+        Raises:
+            RuntimeError: parts, modes or buffers have changed.
+        """
+        changed = {name for own, name, value in self._slots if own.get(name) is not value}
+        if changed or any(version_of(b) != version for b, version in self._versions):
+            raise RuntimeError(
+                f"the module was changed between the forward and the backward pass, which runs it again "
+                f"({', '.join(sorted(changed)) or 'a buffer, in place'}): call backward() first"
+            )
 
 
 def known_of(module: nn.Module, autocast: Autocast) -> Known:

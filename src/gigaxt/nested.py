@@ -19,15 +19,15 @@ encoder, F forward and B backward, by what is kept of a chunk:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gigaxt.errors import ConfigError
+from gigaxt.known import Unchanged
 from gigaxt.replay import (
     Aliases,
     Autocast,
@@ -41,10 +41,9 @@ from gigaxt.replay import (
     refuse_unstreamable,
 )
 from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, join
-from gigaxt.turns import load_turn, make_turns
+from gigaxt.turns import Decoded, Encoded, Maps, load_turn, make_turns
 
 C = TypeVar("C")
-Maps = tuple[Tensor, ...]
 
 
 def stream_nested(
@@ -136,29 +135,6 @@ class _Decode(torch.autograd.Function):
         return None, ctx.job.decode_backward(grads), torch.zeros_like(ctx.link)
 
 
-@dataclass
-class _Encoded:
-    """What is kept of a chunk after the encode stage."""
-
-    start: int
-    """Place of its first region in the stream."""
-    tokens: Tensor | None
-    """With its graph; None where only the maps are kept."""
-    maps: Maps
-    """With their graph, or plain on the host."""
-    map_grads: list[Maps] = field(default_factory=list)
-    """From the decode stage, a tuple for each part of the rows."""
-
-
-class _Decoded(NamedTuple):
-    """Outputs of the decoder on some rows, and what flows back through it."""
-
-    outputs: tuple[Tensor, ...]
-    context_grad: Tensor | None = None
-    map_grads: Maps = ()
-    parameter_grads: Sequence[Tensor | None] = ()
-
-
 class _Job:
     """One nested stream: what all four passes need, and what each leaves for the next."""
 
@@ -179,13 +155,13 @@ class _Job:
         # Not a method of this object: in a cycle it would keep tokens, gradients and open files until the next
         # garbage collection.
         self.reader = Reader(partial(load_turn, load, load_targets), self.device, seed, streaming)
-        self.autocast = Autocast.now(self.device)
+        self.autocast, self.unchanged = Autocast.now(self.device), Unchanged(encode, decode)
         self.encode, self.decode = Aliases(encode), Aliases(decode)
         self.encode_learns = any(p.requires_grad for p in self.encode)
         """Without, no chunk is encoded for the sake of gradients, and none is taken of the maps."""
         self.tokens, self.outputs = Joined("cat"), Joined(reduce)
         self.counts: list[int] = []
-        self.kept: dict[int, _Encoded] = {}
+        self.kept: dict[int, Encoded] = {}
         self.decode_sums = Sums(list(self.decode))
         """Gradients of the decoder from the chunks in `kept`; the others' come with the encoder's."""
         self.context: Tensor
@@ -231,9 +207,9 @@ class _Job:
             size = sum(t.nbytes for t in maps)
             on_device = whole and not (training and self.encode_learns) and device.take(size)
             if whole and graph:
-                self.kept[i] = _Encoded(rows.start, tokens, maps)
+                self.kept[i] = Encoded(rows.start, tokens, maps)
             elif on_device or (whole and host.take(size)):
-                self.kept[i] = _Encoded(
+                self.kept[i] = Encoded(
                     rows.start, None, tuple(t.detach() if on_device else t.detach().cpu() for t in maps)
                 )
             del results, tokens, maps, found  # else their graph would stand beside the next chunk's
@@ -257,6 +233,7 @@ class _Job:
             raise RuntimeError(
                 "expected one backward pass through a nested stream, got two: run the forward pass again"
             )
+        self.unchanged.check()
         self.output_grads = grads
         if not self.linear:
             for _ in self._decode_stage(grads):
@@ -270,6 +247,7 @@ class _Job:
     @one_pass
     def encode_backward(self, tokens_grad: Tensor | None) -> list[Tensor | None]:
         """Gradients of the parameters of both modules."""
+        self.unchanged.check()
         grads = self.output_grads or ()
         scale = grads[0] if self.linear and grads else None
         encode_sums, decode_sums = Sums(list(self.encode)), self.decode_sums
@@ -322,7 +300,7 @@ class _Job:
 
     def _decode_stage(
         self, grads: Sequence[Tensor | None] | None, *, check: bool = False
-    ) -> Iterator[tuple[Rows, _Decoded]]:
+    ) -> Iterator[tuple[Rows, Decoded]]:
         """Decode all chunks; with `grads` of the outputs, take those of the context and of what is in `kept`."""
         context_grad = self.context_grad = None if grads is None else torch.zeros_like(self.context)
         for i, rows in enumerate(self._rows(lambda i: (i not in self.kept, True))):
@@ -340,8 +318,8 @@ class _Job:
                 kept.maps = ()  # their gradients have taken their place
 
     def _decode_rows(
-        self, rows: Rows, *, kept: _Encoded | None, grads: Sequence[Tensor | None] | None, check: bool
-    ) -> _Decoded:
+        self, rows: Rows, *, kept: Encoded | None, grads: Sequence[Tensor | None] | None, check: bool
+    ) -> Decoded:
         if kept is None:
             maps = self._encode_rows(rows, graph=False)[1]
         else:
@@ -350,7 +328,7 @@ class _Job:
         (context,) = rows.of([self.context])
         run = self.decode.call_checked if check else self.decode
         if grads is None:
-            return _Decoded(self._call_decode(run, maps, context, rows))
+            return Decoded(self._call_decode(run, maps, context, rows))
         flows = kept is not None and self.encode_learns
         maps = tuple(t.requires_grad_(flows and t.is_floating_point()) for t in maps)
         context = context.detach().requires_grad_()
@@ -363,17 +341,17 @@ class _Job:
         parameters = list(self.decode) if kept is not None or not self.encode_learns else []
         found = grad(outputs, [context, *maps, *parameters], share)
         if kept is None or not flows:
-            return _Decoded(tuple(t.detach() for t in outputs), found[0], (), found[1 + len(maps) :])
+            return Decoded(tuple(t.detach() for t in outputs), found[0], (), found[1 + len(maps) :])
         flowed = [torch.zeros_like(t) if g is None else g for t, g in zip(maps, found[1:], strict=False)]
         map_grads = tuple(g.to(t.device) for g, t in zip(flowed, kept.maps, strict=True))
-        return _Decoded(tuple(t.detach() for t in outputs), found[0], map_grads, found[1 + len(maps) :])
+        return Decoded(tuple(t.detach() for t in outputs), found[0], map_grads, found[1 + len(maps) :])
 
     def _call_decode(self, run: Callable[..., Any], maps: Maps, context: Tensor, rows: Rows) -> tuple[Tensor, ...]:
         with self.autocast.restored():
             return tuple(run(maps, context, rows.loaded[1]))
 
     def _gradients(
-        self, rows: Rows, *, kept: _Encoded | None, tokens_grad: Tensor | None, grads: Sequence[Tensor | None]
+        self, rows: Rows, *, kept: Encoded | None, tokens_grad: Tensor | None, grads: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
         """Gradients of both modules' parameters: one backward through the encoder."""
         share = gradient_of(rows, [tokens_grad], self.tokens.per_row)

@@ -120,21 +120,21 @@ class Aliases:
         ]
         own = [*self._slots_now, *copies]
         given = [t for t in tree_flatten(args)[0] if isinstance(t, Tensor)]
-        versions = [_version(t) for t in given], [_version(t) for _, _, t in own]
+        versions = [version_of(t) for t in given], [version_of(t) for _, _, t in own]
         random_states = _random_states()
         with _swapped(own):
             result = self.module(*_without_leaves(args))
             changed = [
                 name
                 for (owner, name, t), version in zip(own, versions[1], strict=True)
-                if owner[name] is not t or _version(t) != version
+                if owner[name] is not t or version_of(t) != version
             ]
         if changed:
             raise ConfigError(
                 f"the module's forward changes its buffers or weights ({', '.join(changed[:3])}), which streaming "
                 "would repeat: make them constant, or freeze the layers that own them"
             )
-        if [_version(t) for t in given] != versions[0]:
+        if [version_of(t) for t in given] != versions[0]:
             raise ConfigError(
                 "the module changes what it is given in place, so a second run would find it changed: "
                 "let its first operation make a copy"
@@ -156,7 +156,7 @@ def _detached(module: nn.Module) -> dict[int, Tensor]:
     return {id(p): p.detach().requires_grad_(p.requires_grad) for p in module.parameters()}
 
 
-def _version(tensor: Tensor) -> tuple[int, int]:
+def version_of(tensor: Tensor) -> tuple[int, int]:
     """Changes where a tensor is changed in place, or given other memory."""
     place = tensor.data_ptr() if tensor.layout == torch.strided else 0
     return place, 0 if tensor.is_inference() else tensor._version

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from gigaxt.cuda_graphs import Recordings
 from gigaxt.errors import ConfigError
 from gigaxt.host_copies import offloaded
-from gigaxt.known import Known, Look, known_of
+from gigaxt.known import Known, Look, Unchanged, known_of
 from gigaxt.nn.keyed import keyed_by, region_keys
 from gigaxt.prefetch import form
 from gigaxt.replay import (
@@ -96,7 +96,7 @@ def stream(
     elif needs_grad:
         refuse_unstreamable(module)
         job.inputs_shape = inputs.shape
-        job.known = known_of(module, job.autocast)
+        job.known, job.unchanged = known_of(module, job.autocast), Unchanged(module)
         if job.streaming.cuda_graphs and not shared:
             job.recordings = job.known.graphs
         outputs = _Stream.apply(job, *(t for group in inputs for t in group))
@@ -158,6 +158,8 @@ class _Job:
     inputs_shape = (0, 0, 0)
     known: Known | None = None
     """Of the module; None: it is not asked for."""
+    unchanged: Unchanged | None = None
+    """Of the module, between the passes."""
     recordings: Recordings | None = None
     """Of chunks that are not kept; None: each is run."""
 
@@ -259,6 +261,8 @@ class _Job:
     @one_pass
     def backward(self, inputs: _Inputs, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients of the inputs for `grads` of the outputs."""
+        if self.unchanged is not None:
+            self.unchanged.check()
         sums = Sums([*inputs.parameters, *inputs.shared])
         slices = [torch.zeros_like(t) if t.requires_grad else None for t in inputs.sliced]
         missing = [i for i in range(len(self.chunks)) if i not in self.kept]
