@@ -88,6 +88,33 @@ def test_equals_ordinary_autograd(chunks: list[slice], streaming: Streaming) -> 
     assert_same(run(chunks, streaming), run(CHUNKS["all"], BUDGETS[0]))
 
 
+class Spectral(nn.Module):
+    """Weights and an output that are complex."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 8, 5, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.rfft2(x) * self.weight
+
+
+@pytest.mark.parametrize("reduce", ["cat", "sum"])
+@pytest.mark.parametrize("streaming", BUDGETS, ids=["ordinary", "nothing", "all", "some"])
+def test_complex_numbers(streaming: Streaming, reduce: Any) -> None:
+    _, pixels, _, _ = problem()
+    found = []
+    for settings in (streaming, BUDGETS[0]):
+        torch.manual_seed(1)
+        module = Spectral()
+        chunks = [slice(i, i + 1) for i in range(REGIONS)]
+        out = stream(module, lambda c: pixels[c], chunks, reduce=reduce, streaming=settings)
+        out.abs().pow(3).sum().backward()
+        assert module.weight.grad is not None
+        found.append([out.detach(), module.weight.grad])
+    assert_same(*found)
+
+
 @pytest.mark.parametrize("streaming", BUDGETS, ids=["ordinary", "nothing", "all", "some"])
 def test_sums(streaming: Streaming) -> None:
     class Summed(Small):

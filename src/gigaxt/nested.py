@@ -40,7 +40,7 @@ from gigaxt.replay import (
     refuse_foreign_leaves,
     refuse_unstreamable,
 )
-from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, join
+from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, differentiable, join
 from gigaxt.turns import Decoded, Encoded, Maps, load_turn, make_turns
 
 C = TypeVar("C")
@@ -125,7 +125,7 @@ class _Decode(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         outputs = job.decode_all(context, training=True)
         blocked = outputs[1:] if job.linear else outputs
-        ctx.mark_non_differentiable(*(t for t in blocked if job.linear or not t.is_floating_point()))
+        ctx.mark_non_differentiable(*(t for t in blocked if job.linear or not differentiable(t)))
         return outputs
 
     @staticmethod
@@ -330,7 +330,7 @@ class _Job:
         if grads is None:
             return Decoded(self._call_decode(run, maps, context, rows))
         flows = kept is not None and self.encode_learns
-        maps = tuple(t.requires_grad_(flows and t.is_floating_point()) for t in maps)
+        maps = tuple(t.requires_grad_(flows and differentiable(t)) for t in maps)
         context = context.detach().requires_grad_()
         with torch.enable_grad():
             outputs = self._call_decode(run, maps, context, rows)

@@ -240,5 +240,10 @@ class Joined:
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """`dtype`, or float32 where it is a smaller float; integers become int64."""
-    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.int64
+    """`dtype`, or float32 where it is a smaller float, complex or not; integers become int64."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point or dtype.is_complex else torch.int64
+
+
+def differentiable(tensor: Tensor) -> bool:
+    """Whether numbers of its type can have a gradient."""
+    return tensor.is_floating_point() or tensor.is_complex()

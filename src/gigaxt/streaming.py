@@ -38,7 +38,7 @@ from gigaxt.replay import (
     one_pass,
     refuse_unstreamable,
 )
-from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, join, merged
+from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, differentiable, join, merged
 
 __all__ = ["Streaming", "stream"]
 
@@ -143,7 +143,7 @@ class _Stream(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         outputs = job.forward(_Inputs.of(tensors, job.inputs_shape), training=True)
-        ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
+        ctx.mark_non_differentiable(*(t for t in outputs if not differentiable(t)))
         return outputs
 
     @staticmethod
