@@ -169,6 +169,28 @@ def test_frozen_encoder(streaming: Streaming) -> None:
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-13)
 
 
+class Noisy(Encode):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(F.dropout(x, 0.5))
+
+
+class Hidden(Encode):
+    scales = (torch.ones((), dtype=torch.float64, requires_grad=True),)
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x * self.scales[0])
+
+
+@pytest.mark.parametrize("encode", [Noisy, Hidden, Encode])
+def test_a_frozen_encoder_is_looked_at_as_well(encode: type[Encode]) -> None:
+    problem = Problem()
+    problem.encode = encode().double().requires_grad_(False)
+    if encode is Encode:
+        problem.pixels.requires_grad_()
+    with pytest.raises(ConfigError, match=r"global random state|not among its own|pixels get no gradient"):
+        problem.loss(3, Streaming(), True)
+
+
 @pytest.mark.parametrize("streaming", BUDGETS.values(), ids=BUDGETS.keys())
 def test_a_decoder_of_the_context_alone(streaming: Streaming) -> None:
     """An encoder without feature maps."""

@@ -190,17 +190,17 @@ class _Job:
     def encode_all(self, *, training: bool) -> Tensor:
         """The tokens of all regions; graphs or feature maps are kept where they fit."""
         device, host = Purse(self.streaming.budget_gib or 0), Purse(self.streaming.host_gib)
-        graph_bytes: int | None = None  # what a region's graph saves; from the first rows, so the same in every run
+        graph_bytes = 0  # what a region's graph saves; from the first rows, so the same in every run
         for i, rows in enumerate(self._rows(lambda i: (True, False))):
             self.counts.append(rows.count)
-            look = training and self.encode_learns and graph_bytes is None
-            graph = training and self.encode_learns and not look and device.take((graph_bytes or 0) * rows.count)
+            look = training and i == 0
+            graph = training and self.encode_learns and not look and device.take(graph_bytes * rows.count)
             work = partial(self._encode_rows, graph=graph or look, look=look, whole=rows.count)
             results = self.reader.run(rows, work)
             part, (tokens, maps, saved) = results[0]
             if look:
                 graph_bytes = -(-saved // part.count)
-                graph = device.take(graph_bytes * rows.count)
+                graph = self.encode_learns and device.take(graph_bytes * rows.count)
             for part, found in results:
                 self.tokens.add(part, [found[0]], len(self.chunks))
             whole = len(results) == 1  # else the device is out of memory: nothing is kept there
