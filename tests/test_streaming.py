@@ -364,8 +364,16 @@ def test_a_generator_of_cuda_is_asked_as_well(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_refuses_pixels_that_require_grad() -> None:
-    with pytest.raises(ConfigError, match="pixels get no gradient"):
-        stream(nn.Linear(3, 2), lambda c: torch.ones(2, 3, requires_grad=True), [0])
+    frozen, known = nn.Linear(3, 2).requires_grad_(False), nn.Linear(3, 2)
+    stream(known, lambda c: torch.ones(2, 3), [0])
+    for module in (nn.Linear(3, 2), frozen, known):
+        with pytest.raises(ConfigError, match="pixels get no gradient"):
+            stream(module, lambda c: torch.ones(2, 3, requires_grad=True), [0])
+    pixels = torch.ones(2, 3, requires_grad=True)
+    stream(frozen, lambda c: pixels, [0], streaming=Streaming(budget_gib=None)).sum().backward()
+    assert pixels.grad is not None
+    with torch.no_grad():
+        stream(known, lambda c: pixels, [0])
 
 
 def test_wrong_use() -> None:

@@ -268,6 +268,19 @@ def refuse_foreign_leaves(outputs: Sequence[Tensor], known: Sequence[Tensor]) ->
                 stack.append(parent)
 
 
+def refuse_learning(rows: Rows) -> None:
+    """Refuse pixels that require grad.
+
+    Raises:
+        ConfigError: they do.
+    """
+    if any(isinstance(t, Tensor) and t.requires_grad for t in tree_flatten(rows.loaded)[0]):
+        raise ConfigError(
+            "load(chunk) returned a tensor that requires grad, but pixels get no gradient when streamed: pass it in "
+            "`sliced` or `shared`, or keep everything with Streaming(budget_gib=None)"
+        )
+
+
 class Saves:
     """What autograd saved."""
 
@@ -312,13 +325,9 @@ def first_look(
         The outputs, and what their graph saved.
 
     Raises:
-        ConfigError: see `Aliases.call_checked`, `refuse_foreign_leaves`; or pixels that require grad.
+        ConfigError: see `Aliases.call_checked`, `refuse_foreign_leaves`, `refuse_learning`.
     """
-    if any(isinstance(t, Tensor) and t.requires_grad for t in tree_flatten(rows.loaded)[0]):
-        raise ConfigError(
-            "load(chunk) returned a tensor that requires grad, but pixels get no gradient when streamed: pass it in "
-            "`sliced` or `shared`, or keep everything with Streaming(budget_gib=None)"
-        )
+    refuse_learning(rows)
     known = [*aliases, *leaves]
     with counted_saves(known) as saves:
         outputs = call(aliases.call_checked, rows, leaves)

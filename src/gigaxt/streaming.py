@@ -36,6 +36,7 @@ from gigaxt.replay import (
     grad,
     gradient_of,
     one_pass,
+    refuse_learning,
     refuse_unstreamable,
 )
 from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, differentiable, join, merged
@@ -90,10 +91,9 @@ def stream(
         raise ConfigError(f"stream: reduce is 'cat' or 'sum', got {reduce!r}")
     job = _Job(module, load, chunks, reduce, draw_seed() if seed is None else seed, streaming or Streaming())
     inputs = _Inputs(tuple(module.parameters()), tuple(sliced), tuple(shared))
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for group in inputs for t in group)
-    if needs_grad and job.streaming.budget_gib is None:
+    if job.grad_enabled and job.streaming.budget_gib is None:
         outputs = job.run_ordinarily(inputs)
-    elif needs_grad:
+    elif job.grad_enabled and any(t.requires_grad for group in inputs for t in group):
         refuse_unstreamable(module)
         job.inputs_shape = inputs.shape
         job.known, job.unchanged = known_of(module, job.autocast), Unchanged(module)
@@ -176,7 +176,7 @@ class _Job:
         first = next(module.parameters(), None)
         device = torch.device("cpu") if first is None else first.device
         self.reader = Reader(load, device, seed, streaming)
-        self.autocast = Autocast.now(device)
+        self.grad_enabled, self.autocast = torch.is_grad_enabled(), Autocast.now(device)
         self.aliases = Aliases(module)
         self.joined = Joined(reduce)
         self.kept: dict[int, list[tuple[Rows, _Run]]] = {}
@@ -210,6 +210,8 @@ class _Job:
         total = 0
         for i, rows in enumerate(self.reader.rows(self.chunks)):
             self.starts.append(rows.start)
+            if i == 0 and self.grad_enabled:
+                refuse_learning(rows)
             if training and i == 0:
                 self.first = rows.loaded
                 look_form = form([rows.loaded, *inputs.sliced, *inputs.shared])
