@@ -158,6 +158,60 @@ def test_decoder_learns_where_the_context_is_cut_off() -> None:
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "ratio"])
+@pytest.mark.parametrize("streaming", BUDGETS.values(), ids=BUDGETS.keys())
+def test_a_loss_of_the_tokens_alone(streaming: Streaming, linear: bool) -> None:
+    """`join` may give tokens away, and what the decoder answers need not be used."""
+    found = []
+    for settings in (ORDINARY, streaming):
+        problem, given = Problem(), list[Tensor]()
+
+        def join(tokens: Tensor, problem: Problem = problem, given: list[Tensor] = given) -> Tensor:
+            given.append(tokens.square().sum())
+            return Problem.join(problem, tokens)
+
+        problem.join = join  # type: ignore[method-assign]
+        problem.loss(3, settings, linear)
+        given[0].backward()
+        found.append([torch.zeros_like(p) if p.grad is None else p.grad for p in problem.all.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+class Nothing(torch.autograd.Function):
+    """Lets no gradient through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("streaming", BUDGETS.values(), ids=BUDGETS.keys())
+def test_a_linear_loss_without_a_gradient(streaming: Streaming) -> None:
+    problem = Problem()
+    Nothing.apply(problem.loss(3, streaming, linear=True)).backward()
+    assert not any(g.any() for g in problem.grads())
+
+
+def test_one_backward_pass() -> None:
+    problem, given = Problem(), list[Tensor]()
+
+    def join(tokens: Tensor) -> Tensor:
+        given.append(tokens.square().sum())
+        return Problem.join(problem, tokens)
+
+    problem.join = join  # type: ignore[method-assign]
+    for second in (0, 1):
+        loss = problem.loss(3, Streaming(), linear=False)
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="expected one backward pass"):
+            (loss, given[-1])[second].backward()
+
+
 @pytest.mark.parametrize("streaming", [Streaming(), Streaming(host_gib=1.0), Streaming(budget_gib=1.0)])
 def test_frozen_encoder(streaming: Streaming) -> None:
     found, expected = Problem(), Problem()

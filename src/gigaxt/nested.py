@@ -44,6 +44,7 @@ from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, differen
 from gigaxt.turns import Decoded, Encoded, Maps, load_turn, make_turns
 
 C = TypeVar("C")
+TWICE = "expected one backward pass through a nested stream, got two: run the forward pass again"
 
 
 def stream_nested(
@@ -167,6 +168,8 @@ class _Job:
         self.context: Tensor
         self.context_grad: Tensor | None = None
         self.output_grads: Sequence[Tensor | None] | None = None
+        self.done = False
+        """Whether `encode_backward` has run."""
 
     def run_ordinarily(self, join_tokens: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         """Everything kept by autograd itself, on the modules' own parameters."""
@@ -230,9 +233,7 @@ class _Job:
     def decode_backward(self, grads: Sequence[Tensor | None]) -> Tensor | None:
         """The gradient of the context. Those of the outputs are remembered for `encode_backward`."""
         if self.output_grads is not None:
-            raise RuntimeError(
-                "expected one backward pass through a nested stream, got two: run the forward pass again"
-            )
+            raise RuntimeError(TWICE)
         self.unchanged.check()
         self.output_grads = grads
         if not self.linear:
@@ -241,24 +242,34 @@ class _Job:
         # Not held here as well: it would lie beside the whole backward pass of `join_tokens`.
         context_grad, self.context_grad = self.context_grad, None
         assert context_grad is not None
-        scale = grads[0] if self.linear else None
+        scale = self._scale(grads)
         return context_grad if scale is None else context_grad.mul_(scale.to(context_grad.dtype))
 
     @one_pass
     def encode_backward(self, tokens_grad: Tensor | None) -> list[Tensor | None]:
         """Gradients of the parameters of both modules."""
         self.unchanged.check()
+        if self.output_grads is None:  # only tokens were differentiated: `join_tokens` may give them away
+            self.decode_backward(())
         grads = self.output_grads or ()
-        scale = grads[0] if self.linear and grads else None
+        if self.done:
+            raise RuntimeError(TWICE)
+        scale = self._scale(grads)
         encode_sums, decode_sums = Sums(list(self.encode)), self.decode_sums
         if scale is not None:
             decode_sums.scale(scale)
         if self.encode_learns:
             self._sum_gradients(tokens_grad, grads, scale, encode_sums)
         # The graph of the loss holds this job for as long as somebody holds the loss: into the next step, in a loop.
-        self.kept, self.output_grads = {}, ()
+        self.kept, self.output_grads, self.done = {}, (), True
         del self.context, self.decode_sums
         return [*encode_sums.results(), *decode_sums.results()]
+
+    def _scale(self, grads: Sequence[Tensor | None]) -> Tensor | None:
+        """What the gradients of a linear loss, taken for an incoming one of 1, are multiplied with; None: nothing."""
+        if not self.linear:
+            return None
+        return torch.zeros((), device=self.device) if not grads or grads[0] is None else grads[0]
 
     def _sum_gradients(
         self, tokens_grad: Tensor | None, grads: Sequence[Tensor | None], scale: Tensor | None, encode_sums: Sums
