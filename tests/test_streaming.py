@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import gigaxt
 from gigaxt.errors import ConfigError
@@ -86,6 +88,33 @@ def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS.keys())
 def test_equals_ordinary_autograd(chunks: list[slice], streaming: Streaming) -> None:
     assert_same(run(chunks, streaming), run(CHUNKS["all"], BUDGETS[0]))
+
+
+class Checkpointed(Small):
+    """Computes its first layer, stochastic depth included, again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path = DropPath(0.5)
+
+    def forward(self, x: Tensor, own: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = checkpoint(lambda t: self.path(self.conv(t)).tanh() ** 2, x, use_reentrant=False)
+        y = self.linear(hidden.mean((2, 3))) + own * shared
+        return y, y
+
+
+def test_what_a_module_computes_again_is_keyed_as_well() -> None:
+    _, pixels, own, shared = problem()
+    found = []
+    for streaming in (Streaming(), Streaming(budget_gib=1.0)):
+        torch.manual_seed(0)
+        module = key_dropout(Checkpointed().double())
+        y, _ = stream(
+            module, pixels.__getitem__, CHUNKS["three"], sliced=(own,), shared=(shared,), seed=3, streaming=streaming
+        )
+        y.square().sum().backward()
+        found.append([p.grad for p in module.parameters() if p.grad is not None])
+    assert_same(*found)
 
 
 class Spectral(nn.Module):

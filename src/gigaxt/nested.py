@@ -284,9 +284,11 @@ class _Job:
                 whole = [torch.cat(column).to(self.device) for column in columns]
                 kept.map_grads = [tuple(g if scale is None else g * scale.to(g.dtype) for g in whole)]
             work = partial(self._gradients, kept=kept, tokens_grad=tokens_grad, grads=grads)
-            parts = (
-                [(rows, work(rows))] if kept is not None and kept.tokens is not None else self.reader.run(rows, work)
-            )
+            if kept is not None and kept.tokens is not None:
+                with self.reader.keyed(rows):
+                    parts = [(rows, work(rows))]
+            else:
+                parts = self.reader.run(rows, work)
             for _, found in parts:
                 encode_sums.add(found[:p])
                 self.decode_sums.add(found[p:])

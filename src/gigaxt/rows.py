@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -139,6 +139,10 @@ class Reader:
             )
             start += count
 
+    def keyed(self, rows: Rows) -> AbstractContextManager[None]:
+        """Key the dropout of what runs on these rows inside the block: a part, or what it checkpointed of itself."""
+        return nullcontext() if self.seed is None else dropout_key(self.seed, rows.ids, self.device)
+
     def run(self, rows: Rows, work: Callable[[Rows], T]) -> list[tuple[Rows, T]]:
         """Call `work` on all of `rows`, halving the number at once when the device is out of memory.
 
@@ -150,7 +154,7 @@ class Reader:
             stop = min(start + self.most_rows, count)
             part = rows if stop - start == count else rows.part(start, stop)
             try:
-                with nullcontext() if self.seed is None else dropout_key(self.seed, part.ids, self.device):
+                with self.keyed(part):
                     results.append((part, work(part)))
             except torch.OutOfMemoryError:
                 if stop - start == 1:

@@ -280,7 +280,11 @@ class _Job:
         p, n = len(inputs.parameters), len(inputs.sliced)
         for i in range(len(self.chunks)):  # in order, so that the sums do not depend on the budget
             if i in self.kept:
-                found = [(rows, gradients(rows, run)) for rows, run in self.kept.pop(i)]
+                found = []
+                for rows, run in self.kept.pop(i):
+                    with self.reader.keyed(rows):
+                        found.append((rows, gradients(rows, run)))
+                    del run
             else:
                 found = self.reader.run(next(reread), gradients)
             while found:  # nothing of it may stand beside the next chunk's
