@@ -419,6 +419,37 @@ def test_wrong_use() -> None:
         stream(linear, lambda c: (torch.ones(2, 3), torch.ones(3, 3)), [0])
 
 
+@pytest.mark.parametrize(
+    ("output", "reduce"),
+    [
+        (lambda x: x.mean(0, keepdim=True), "cat"),  # a row a chunk
+        (lambda x: x.double() if len(x) > 1 else x, "cat"),
+        (lambda x: x if len(x) > 1 else x[:, :1], "cat"),
+        (lambda x: x[:, 0], "sum"),
+    ],
+    ids=["rows", "dtype", "width", "sum"],
+)
+@pytest.mark.parametrize("grad", [True, False])
+def test_outputs_that_do_not_fit_together_are_refused(output: Any, reduce: Any, grad: bool) -> None:
+    class Unlike(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = output(super().forward(x))
+            return found
+
+    with torch.set_grad_enabled(grad), pytest.raises(ConfigError, match="a chunk's output is"):
+        stream(Unlike(3, 2), lambda count: torch.ones(count, 3), [1, 4], reduce=reduce)
+
+
+def test_loaded_rows_are_counted() -> None:
+    class Chunk:
+        region_ids = (0,)
+
+    with pytest.raises(ConfigError, match="1 for 2 rows"):
+        stream(nn.Linear(3, 2), lambda c: torch.ones(2, 3), [Chunk(), Chunk()])
+    with pytest.raises(ConfigError, match="and one row"):
+        stream(nn.Linear(3, 2), lambda count: torch.ones(count, 3), [0, 2])
+
+
 @pytest.mark.parametrize("count", [1, 4])
 def test_errors_of_load_name_the_chunk(count: int) -> None:
     def load(chunk: int) -> Tensor:

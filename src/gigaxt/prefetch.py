@@ -80,13 +80,13 @@ def count_rows(loaded: Any) -> int:
     """Regions in a loaded chunk: the leading dimension that all its tensors share.
 
     Raises:
-        ConfigError: no tensor, or tensors of different leading dimensions.
+        ConfigError: no tensor, no row, or tensors of different leading dimensions.
     """
     rows = {t.shape[0] if t.ndim else -1 for t in tree_flatten(loaded)[0] if isinstance(t, Tensor)}
-    if len(rows) != 1 or rows == {-1}:
+    if len(rows) != 1 or rows <= {-1, 0}:
         raise ConfigError(
             f"load(chunk) returned tensors of leading dimensions {sorted(rows)}: "
-            "expected at least one tensor, all with one row a region"
+            "expected at least one tensor and one row, all with one row a region"
         )
     return rows.pop()
 

@@ -134,9 +134,10 @@ class Reader:
             start = start if starts is None else starts[i]
             count = count_rows(loaded)
             ids = getattr(chunk, "region_ids", None)
-            yield Rows(
-                chunk, loaded, torch.arange(start, start + count) if ids is None else torch.as_tensor(ids), start
-            )
+            ids = torch.arange(start, start + count) if ids is None else torch.as_tensor(ids)
+            if len(ids) != count:
+                raise ConfigError(f"{chunk}: expected one of its region_ids a row, got {len(ids)} for {count} rows")
+            yield Rows(chunk, loaded, ids, start)
             start += count
 
     def keyed(self, rows: Rows) -> AbstractContextManager[None]:
@@ -213,6 +214,8 @@ class Joined:
         if self.reduce == "sum":
             # The first is copied: where a CUDA graph made it, the next replay would overwrite it.
             widened = [t.detach().to(at_least_float32(t.dtype), copy=not self.tensors) for t in outputs]
+            for whole, t in zip(self.tensors, widened, strict=False):
+                _check_alike(t.shape, whole.shape)
             self.tensors = [a + b for a, b in zip(self.tensors, widened, strict=True)] if self.tensors else widened
             return
         count = rows.count
@@ -226,11 +229,14 @@ class Joined:
             self.per_row = [t.shape[0] // count for t in outputs]
             self.tensors = [t.new_empty((0, *t.shape[1:])) for t in outputs]
         for i, (t, k) in enumerate(zip(outputs, self.per_row, strict=True)):
-            if rows.stop * k > len(self.tensors[i]):
-                grown = t.new_empty((max(rows.stop, count * chunks) * k, *t.shape[1:]))
-                grown[: rows.start * k] = self.tensors[i][: rows.start * k]
-                self.tensors[i] = grown
-            self.tensors[i][rows.start * k : rows.stop * k] = t.detach()
+            whole = self.tensors[i]
+            if rows.stop * k > len(whole):
+                grown = whole.new_empty((max(rows.stop, count * chunks) * k, *whole.shape[1:]))
+                grown[: rows.start * k] = whole[: rows.start * k]
+                self.tensors[i] = whole = grown
+            place = whole[rows.start * k : rows.stop * k]
+            _check_alike((t.shape, t.dtype), (place.shape, place.dtype))
+            place.copy_(t.detach())
 
     def results(self, rows: int) -> tuple[Tensor, ...]:
         """The whole, handed over; `rows` is the number of all regions.
@@ -241,6 +247,12 @@ class Joined:
         if self.reduce == "sum":
             return tuple(tensors)
         return tuple(t[: rows * k] for t, k in zip(tensors, self.per_row, strict=True))
+
+
+def _check_alike(found: object, expected: object) -> None:
+    """Refuse an output that would be repeated or rounded to fit in."""
+    if found != expected:
+        raise ConfigError(f"stream: a chunk's output is {found}, but as the first chunk's it had to be {expected}")
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
