@@ -194,6 +194,21 @@ def test_hooks_see_one_ordinary_operation() -> None:
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS.keys())
+def test_outputs_may_be_changed_in_place(chunks: list[slice]) -> None:
+    module, pixels, own, shared = problem()
+    found = []
+    for streaming in (Streaming(), Streaming(budget_gib=None)):
+        module.zero_grad()
+        out, _ = stream(
+            module, lambda c: pixels[c], chunks, sliced=(own,), shared=(shared,), seed=3, streaming=streaming
+        )
+        out.mul_(2.0).relu_()
+        out.sum().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)])
+    assert_same(*found)
+
+
 def test_accumulation_and_no_grad() -> None:
     module, pixels, own, shared = problem()
 

@@ -246,7 +246,8 @@ class Joined:
         tensors, self.tensors = self.tensors, []
         if self.reduce == "sum":
             return tuple(tensors)
-        return tuple(t[: rows * k] for t, k in zip(tensors, self.per_row, strict=True))
+        # Cut to size in place: a view could not be changed in place by whoever gets it.
+        return tuple(t.resize_(rows * k, *t.shape[1:]) for t, k in zip(tensors, self.per_row, strict=True))
 
 
 def _check_alike(found: object, expected: object) -> None:
