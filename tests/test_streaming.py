@@ -385,8 +385,20 @@ class Jittered(nn.Linear):
         (Jittered(random.random), "global random state"),
         (Jittered(np.random.rand), "global random state"),
         (nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), "BatchNorm1d in training mode"),
+        (nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)).eval(), "without running"),
     ],
-    ids=["foreign leaf", "buffer", "weight", "weight's data", "in place", "random", "python", "numpy", "batchnorm"],
+    ids=[
+        "foreign leaf",
+        "buffer",
+        "weight",
+        "weight's data",
+        "in place",
+        "random",
+        "python",
+        "numpy",
+        "batchnorm",
+        "no statistics",
+    ],
 )
 def test_refuses_what_would_give_wrong_gradients(module: nn.Module, message: str) -> None:
     before = {name: b.clone() for name, b in module.named_buffers()}

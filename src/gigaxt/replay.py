@@ -231,12 +231,13 @@ def refuse_unstreamable(module: nn.Module) -> None:
     """Refuse what cannot be recomputed chunk by chunk.
 
     Raises:
-        ConfigError: BatchNorm in training mode, or FSDP inside.
+        ConfigError: BatchNorm in training mode or without running statistics, or FSDP inside.
     """
     for name, child in module.named_modules():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training:
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and (child.training or child.running_mean is None):
+            how = "in training mode" if child.training else "without running statistics"
             raise ConfigError(
-                f"`{name}` is {type(child).__name__} in training mode, which mixes the regions of a chunk: set "
+                f"`{name}` is {type(child).__name__} {how}, which mixes the regions of a chunk: set "
                 "`region_encoder.freeze_batchnorm: true`, call gigaxt.freeze_batchnorm(module), or use another backbone"
             )
         if any(c.__name__ in ("FullyShardedDataParallel", "FSDPModule") for c in type(child).__mro__):
