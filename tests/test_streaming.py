@@ -432,6 +432,15 @@ def test_refuses_pixels_that_require_grad() -> None:
         stream(known, lambda c: pixels, [0])
 
 
+def test_refuses_cached_parametrizations() -> None:
+    module = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    with nn.utils.parametrize.cached():
+        with pytest.raises(ConfigError, match=r"parametrize\.cached"):
+            stream(module, lambda c: torch.ones(2, 3), [0])
+        stream(nn.Linear(3, 2), lambda c: torch.ones(2, 3), [0])
+    stream(module, lambda c: torch.ones(2, 3), [0]).sum().backward()
+
+
 def test_wrong_use() -> None:
     linear = nn.Linear(3, 2)
     with pytest.raises(ConfigError, match="at least one chunk"):

@@ -18,6 +18,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from gigaxt.errors import ConfigError
@@ -231,7 +232,8 @@ def refuse_unstreamable(module: nn.Module) -> None:
     """Refuse what cannot be recomputed chunk by chunk.
 
     Raises:
-        ConfigError: BatchNorm in training mode or without running statistics, or FSDP inside.
+        ConfigError: BatchNorm in training mode or without running statistics, FSDP inside, or parametrized weights that
+            are cached.
     """
     for name, child in module.named_modules():
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and (child.training or child.running_mean is None):
@@ -239,6 +241,11 @@ def refuse_unstreamable(module: nn.Module) -> None:
             raise ConfigError(
                 f"`{name}` is {type(child).__name__} {how}, which mixes the regions of a chunk: set "
                 "`region_encoder.freeze_batchnorm: true`, call gigaxt.freeze_batchnorm(module), or use another backbone"
+            )
+        if parametrize._cache_enabled and parametrize.is_parametrized(child):
+            raise ConfigError(
+                f"`{name or 'the module'}` has parametrized weights, which torch.nn.utils.parametrize.cached() would "
+                "keep with the graph of another chunk, or without one: leave it out around a streamed module"
             )
         if any(c.__name__ in ("FullyShardedDataParallel", "FSDPModule") for c in type(child).__mro__):
             raise ConfigError(
