@@ -408,6 +408,20 @@ def test_refuses_what_would_give_wrong_gradients(module: nn.Module, message: str
         torch.testing.assert_close(b, before[name])
 
 
+def test_an_interruption_leaves_a_module_its_own_weights() -> None:
+    class Interrupted(dict[str, Any]):
+        def __setitem__(self, name: str, value: Any) -> None:
+            super().__setitem__(name, value)
+            if name == "bias" and not isinstance(value, nn.Parameter):
+                raise KeyboardInterrupt
+
+    module = nn.Linear(3, 2)
+    module._parameters = Interrupted(module._parameters)
+    with pytest.raises(KeyboardInterrupt):
+        stream(module, lambda c: torch.ones(2, 3), [0])
+    assert all(isinstance(p, nn.Parameter) for p in module._parameters.values())
+
+
 def test_a_generator_of_cuda_is_asked_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = torch.Generator()
     monkeypatch.setattr(torch.cuda, "default_generators", (stand_in,))

@@ -184,9 +184,9 @@ def _without_leaves(args: Any) -> Any:
 def _swapped(slots: Sequence[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
     """Put tensors in the places of a module's own ones."""
     own = [owner[name] for owner, name, _ in slots]
-    for owner, name, tensor in slots:
-        owner[name] = tensor
-    try:
+    try:  # with the loop in it: Ctrl-C may come at any time
+        for owner, name, tensor in slots:
+            owner[name] = tensor
         yield
     finally:
         for (owner, name, _), tensor in zip(slots, own, strict=True):
