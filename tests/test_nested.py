@@ -355,6 +355,28 @@ def test_parts_of_the_first_chunk_are_not_kept_where_memory_is_short() -> None:
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("streaming", [Streaming(), Streaming(host_gib=1.0), Streaming(budget_gib=1.0)])
+def test_an_encoder_and_a_decoder_without_weights(streaming: Streaming) -> None:
+    class Means(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+            return x.mean((2, 3)), (x,)
+
+    class Product(nn.Module):
+        def forward(self, maps: Sequence[Tensor], context: Tensor, target: object) -> tuple[Tensor]:
+            return ((maps[0].sum((2, 3)) * context).sum(),)
+
+    found = []
+    for settings in (ORDINARY, streaming):
+        problem, learnt = Problem(), nn.Linear(3, 3).double()
+        nn.init.constant_(learnt.weight, 0.5)
+        nn.init.constant_(learnt.bias, 0.5)
+        problem.encode, problem.decode, problem.join = Means(), Product(), learnt  # type: ignore[assignment]
+        problem.run(3, settings)[0].backward()
+        found.append([p.grad for p in learnt.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_wrong_use() -> None:
     problem = Problem()
     with pytest.raises(ConfigError, match="one sum"):

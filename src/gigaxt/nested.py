@@ -107,7 +107,7 @@ class _Encode(torch.autograd.Function):
         ctx.save_for_backward(*parameters)  # so that a change in place between the passes is noticed
         ctx.set_materialize_grads(False)
         # The link makes the decode stage depend on this one even where `join` cuts the tokens' gradient.
-        return job.encode_all(training=True), parameters[0].new_zeros(())
+        return job.encode_all(training=True), torch.zeros((), device=job.device)
 
     @staticmethod
     @once_differentiable
@@ -152,7 +152,8 @@ class _Job:
         streaming: Streaming,
     ) -> None:
         self.chunks, self.linear, self.streaming = chunks, linear, streaming
-        self.device = next(encode.parameters()).device
+        parameters = (*encode.parameters(), *decode.parameters())
+        self.device = parameters[0].device if parameters else torch.device("cpu")
         # Not a method of this object: in a cycle it would keep tokens, gradients and open files until the next
         # garbage collection.
         self.reader = Reader(partial(load_turn, load, load_targets), self.device, seed, streaming)
