@@ -155,17 +155,19 @@ def test_what_is_refused_is_refused_again(looks: list[int]) -> None:
 
 
 class Shifted(nn.Module):
-    """A weight, a buffer, dropout; and a mask of its own, made when it is needed."""
+    """A weight, a buffer, dropout; and what it makes and sets itself when it runs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
         self.register_buffer("shift", torch.ones(4))
+        self.fixed = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         if not hasattr(self, "mask"):
             self.register_buffer("mask", torch.ones(4, dtype=x.dtype))
-        found: Tensor = self.layer(self.drop(x)) * self.shift * self.mask
+        self.fixed.eval()
+        found: Tensor = self.layer(self.fixed(self.drop(x))) * self.shift * self.mask
         return found
 
 

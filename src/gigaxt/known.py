@@ -55,7 +55,7 @@ class Known:
 class Unchanged:
     """What modules' course depends on beside their weights, which autograd looks after between the passes.
 
-    Parts that are made while a module runs, such as masks for other modules, are let pass.
+    Taken after the forward pass, in which a module may make masks, or set parts of its own to evaluation mode.
     """
 
     def __init__(self, *modules: nn.Module) -> None:

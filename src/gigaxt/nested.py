@@ -157,7 +157,7 @@ class _Job:
         # Not a method of this object: in a cycle it would keep tokens, gradients and open files until the next
         # garbage collection.
         self.reader = Reader(partial(load_turn, load, load_targets), self.device, seed, streaming)
-        self.autocast, self.unchanged = Autocast.now(self.device), Unchanged(encode, decode)
+        self.autocast = Autocast.now(self.device)
         self.encode, self.decode = Aliases(encode), Aliases(decode)
         self.encode_learns = any(p.requires_grad for p in self.encode)
         """Without, no chunk is encoded for the sake of gradients, and none is taken of the maps."""
@@ -167,6 +167,7 @@ class _Job:
         self.decode_sums = Sums(list(self.decode))
         """Gradients of the decoder from the chunks in `kept`; the others' come with the encoder's."""
         self.context: Tensor
+        self.unchanged: Unchanged
         self.context_grad: Tensor | None = None
         self.output_grads: Sequence[Tensor | None] | None = None
         self.done = False
@@ -228,6 +229,7 @@ class _Job:
         unit = [context.new_ones((), dtype=torch.float64)] if training and self.linear else None
         for part, decoded in self._decode_stage(unit, check=training):
             self.outputs.add(part, decoded.outputs, len(self.chunks))
+        self.unchanged = Unchanged(self.encode.module, self.decode.module)
         return self.outputs.results(sum(self.counts))
 
     @one_pass

@@ -96,7 +96,7 @@ def stream(
     elif job.grad_enabled and any(t.requires_grad for group in inputs for t in group):
         refuse_unstreamable(module)
         job.inputs_shape = inputs.shape
-        job.known, job.unchanged = known_of(module, job.autocast), Unchanged(module)
+        job.known = known_of(module, job.autocast)
         if job.streaming.cuda_graphs and not shared:
             job.recordings = job.known.graphs
         outputs = _Stream.apply(job, *(t for group in inputs for t in group))
@@ -143,6 +143,7 @@ class _Stream(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         outputs = job.forward(_Inputs.of(tensors, job.inputs_shape), training=True)
+        job.unchanged = Unchanged(job.module)
         ctx.mark_non_differentiable(*(t for t in outputs if not differentiable(t)))
         return outputs
 
