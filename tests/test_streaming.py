@@ -117,6 +117,26 @@ def test_what_a_module_computes_again_is_keyed_as_well() -> None:
     assert_same(*found)
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_a_traced_module_streams() -> None:
+    class Smooth(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten())
+            self.register_buffer("scale", torch.tensor(2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = super().forward(x) * self.scale
+            return found
+
+    module, pixels = Smooth().double(), problem()[1]
+    found = []
+    for one in (module, torch.jit.trace(module, pixels[:2])):
+        module.zero_grad()
+        stream(one, lambda c: pixels[c], CHUNKS["three"]).square().sum().backward()
+        found.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
+    assert_same(*found)
+
+
 class Spectral(nn.Module):
     """Weights and an output that are complex."""
 

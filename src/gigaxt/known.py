@@ -60,11 +60,9 @@ class Unchanged:
 
     def __init__(self, *modules: nn.Module) -> None:
         children = [child for module in modules for child in module.modules()]
-        self._slots: list[tuple[dict[str, Any], str, object]] = []
-        for child in children:
-            self._slots.append((vars(child), "training", child.training))
-            for own in (child._modules, child._buffers):
-                self._slots += [(own, name, value) for name, value in own.items()]
+        self._modes = [(child, child.training) for child in children]
+        # As items: those of a TorchScript module lie in no dictionary.
+        self._own = [(own, dict(own.items())) for child in children for own in (child._modules, child._buffers)]
         buffers = {id(b): b for child in children for b in child._buffers.values() if b is not None}
         self._versions = [(b, version_of(b)) for b in buffers.values()]
 
@@ -74,7 +72,10 @@ class Unchanged:
         Raises:
             RuntimeError: parts, modes or buffers have changed.
         """
-        changed = {name for own, name, value in self._slots if own.get(name) is not value}
+        changed = {"training" for child, training in self._modes if child.training is not training}
+        for own, before in self._own:
+            now = dict(own.items())
+            changed |= {name for name, value in before.items() if now.get(name) is not value}
         if changed or any(version_of(b) != version for b, version in self._versions):
             raise RuntimeError(
                 f"the module was changed between the forward and the backward pass, which runs it again "
