@@ -158,6 +158,60 @@ def test_decoder_learns_where_the_context_is_cut_off() -> None:
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "ratio"])
+@pytest.mark.parametrize("streaming", BUDGETS.values(), ids=BUDGETS.keys())
+def test_a_loss_of_the_tokens_alone(streaming: Streaming, linear: bool) -> None:
+    """`join` may give tokens away, and what the decoder answers need not be used."""
+    found = []
+    for settings in (ORDINARY, streaming):
+        problem, given = Problem(), list[Tensor]()
+
+        def join(tokens: Tensor, problem: Problem = problem, given: list[Tensor] = given) -> Tensor:
+            given.append(tokens.square().sum())
+            return Problem.join(problem, tokens)
+
+        problem.join = join  # type: ignore[method-assign]
+        problem.loss(3, settings, linear)
+        given[0].backward()
+        found.append([torch.zeros_like(p) if p.grad is None else p.grad for p in problem.all.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+class Nothing(torch.autograd.Function):
+    """Lets no gradient through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("streaming", BUDGETS.values(), ids=BUDGETS.keys())
+def test_a_linear_loss_without_a_gradient(streaming: Streaming) -> None:
+    problem = Problem()
+    Nothing.apply(problem.loss(3, streaming, linear=True)).backward()
+    assert not any(g.any() for g in problem.grads())
+
+
+def test_one_backward_pass() -> None:
+    problem, given = Problem(), list[Tensor]()
+
+    def join(tokens: Tensor) -> Tensor:
+        given.append(tokens.square().sum())
+        return Problem.join(problem, tokens)
+
+    problem.join = join  # type: ignore[method-assign]
+    for second in (0, 1):
+        loss = problem.loss(3, Streaming(), linear=False)
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="expected one backward pass"):
+            (loss, given[-1])[second].backward()
+
+
 @pytest.mark.parametrize("streaming", [Streaming(), Streaming(host_gib=1.0), Streaming(budget_gib=1.0)])
 def test_frozen_encoder(streaming: Streaming) -> None:
     found, expected = Problem(), Problem()
@@ -167,6 +221,28 @@ def test_frozen_encoder(streaming: Streaming) -> None:
         assert problem.encode.fine.weight.grad is None
     for x, y in zip(found.grads(), expected.grads(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-13)
+
+
+class Noisy(Encode):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(F.dropout(x, 0.5))
+
+
+class Hidden(Encode):
+    scales = (torch.ones((), dtype=torch.float64, requires_grad=True),)
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x * self.scales[0])
+
+
+@pytest.mark.parametrize("encode", [Noisy, Hidden, Encode])
+def test_a_frozen_encoder_is_looked_at_as_well(encode: type[Encode]) -> None:
+    problem = Problem()
+    problem.encode = encode().double().requires_grad_(False)
+    if encode is Encode:
+        problem.pixels.requires_grad_()
+    with pytest.raises(ConfigError, match=r"global random state|not among its own|pixels get no gradient"):
+        problem.loss(3, Streaming(), True)
 
 
 @pytest.mark.parametrize("streaming", BUDGETS.values(), ids=BUDGETS.keys())
@@ -277,6 +353,28 @@ def test_parts_of_the_first_chunk_are_not_kept_where_memory_is_short() -> None:
     assert streaming.most_regions in (256, 512, 1024)
     for x, y in zip(*found, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("streaming", [Streaming(), Streaming(host_gib=1.0), Streaming(budget_gib=1.0)])
+def test_an_encoder_and_a_decoder_without_weights(streaming: Streaming) -> None:
+    class Means(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+            return x.mean((2, 3)), (x,)
+
+    class Product(nn.Module):
+        def forward(self, maps: Sequence[Tensor], context: Tensor, target: object) -> tuple[Tensor]:
+            return ((maps[0].sum((2, 3)) * context).sum(),)
+
+    found = []
+    for settings in (ORDINARY, streaming):
+        problem, learnt = Problem(), nn.Linear(3, 3).double()
+        nn.init.constant_(learnt.weight, 0.5)
+        nn.init.constant_(learnt.bias, 0.5)
+        problem.encode, problem.decode, problem.join = Means(), Product(), learnt  # type: ignore[assignment]
+        problem.run(3, settings)[0].backward()
+        found.append([p.grad for p in learnt.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_wrong_use() -> None:

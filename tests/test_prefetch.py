@@ -6,13 +6,14 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from gigaxt import open_image
 from gigaxt.inputs import InputConfig
-from gigaxt.prefetch import read_ahead
+from gigaxt.prefetch import form, read_ahead
 from gigaxt.scenes import Chunk, SceneBatch
 from gigaxt.streaming import Streaming, stream
 from tiny_models import segmenter
@@ -145,3 +146,20 @@ def test_dense_models_read_it_in_parts_too() -> None:
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_what_cannot_be_compared_is_no_hindrance() -> None:
+    """Beside tensors, `load` may return anything."""
+    module = Second()
+    for _ in range(2):
+        out = stream(module, lambda c: (np.ones(c + 3), torch.ones(2, 3)), range(3))
+        assert out.shape == (6, 2)
+    assert form(np.ones(3)) != form(np.ones(3))
+
+
+class Second(torch.nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+
+    def forward(self, x: tuple[Any, Tensor]) -> Tensor:
+        return super().forward(x[1])

@@ -392,6 +392,32 @@ def test_states_may_change_their_type() -> None:
     assert total.item() == 2**24 + 3
 
 
+@pytest.mark.parametrize("kept", KEPT)
+def test_states_may_be_complex(kept: int | None) -> None:
+    class Turning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.turn = nn.Parameter(torch.tensor([0.5 + 0.5j, 0.2 - 0.9j], dtype=torch.complex128))
+
+        def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            found = []
+            for token in x.unbind(1):
+                state = state * self.turn + token
+                found.append(state.real)
+            return torch.stack(found, 1), state
+
+    found = []
+    for segment, keep in ((8, None), (3, kept)):
+        module = Turning()
+        x = torch.linspace(-1, 1, 16, dtype=torch.float64).reshape(1, 8, 2).requires_grad_()
+        state = torch.ones(1, 2, dtype=torch.complex128, requires_grad=True)
+        y, (end,) = scan(module, (x,), (state,), segment=segment, purse=purse(keep))
+        assert y is not None
+        (y.pow(3).sum() + end.abs().pow(3).sum()).backward()
+        found.append([y, end, x.grad, state.grad, module.turn.grad])
+    close(*found)
+
+
 def test_gradients_of_a_segment_do_not_stand_beside_the_next_one() -> None:
     held: list[int] = []
 

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import random
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import gigaxt
 from gigaxt.errors import ConfigError
@@ -86,6 +90,80 @@ def test_equals_ordinary_autograd(chunks: list[slice], streaming: Streaming) -> 
     assert_same(run(chunks, streaming), run(CHUNKS["all"], BUDGETS[0]))
 
 
+class Checkpointed(Small):
+    """Computes its first layer, stochastic depth included, again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path = DropPath(0.5)
+
+    def forward(self, x: Tensor, own: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = checkpoint(lambda t: self.path(self.conv(t)).tanh() ** 2, x, use_reentrant=False)
+        y = self.linear(hidden.mean((2, 3))) + own * shared
+        return y, y
+
+
+def test_what_a_module_computes_again_is_keyed_as_well() -> None:
+    _, pixels, own, shared = problem()
+    found = []
+    for streaming in (Streaming(), Streaming(budget_gib=1.0)):
+        torch.manual_seed(0)
+        module = key_dropout(Checkpointed().double())
+        y, _ = stream(
+            module, pixels.__getitem__, CHUNKS["three"], sliced=(own,), shared=(shared,), seed=3, streaming=streaming
+        )
+        y.square().sum().backward()
+        found.append([p.grad for p in module.parameters() if p.grad is not None])
+    assert_same(*found)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_a_traced_module_streams() -> None:
+    class Smooth(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten())
+            self.register_buffer("scale", torch.tensor(2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = super().forward(x) * self.scale
+            return found
+
+    module, pixels = Smooth().double(), problem()[1]
+    found = []
+    for one in (module, torch.jit.trace(module, pixels[:2])):
+        module.zero_grad()
+        stream(one, lambda c: pixels[c], CHUNKS["three"]).square().sum().backward()
+        found.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
+    assert_same(*found)
+
+
+class Spectral(nn.Module):
+    """Weights and an output that are complex."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 8, 5, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.rfft2(x) * self.weight
+
+
+@pytest.mark.parametrize("reduce", ["cat", "sum"])
+@pytest.mark.parametrize("streaming", BUDGETS, ids=["ordinary", "nothing", "all", "some"])
+def test_complex_numbers(streaming: Streaming, reduce: Any) -> None:
+    _, pixels, _, _ = problem()
+    found = []
+    for settings in (streaming, BUDGETS[0]):
+        torch.manual_seed(1)
+        module = Spectral()
+        chunks = [slice(i, i + 1) for i in range(REGIONS)]
+        out = stream(module, lambda c: pixels[c], chunks, reduce=reduce, streaming=settings)
+        out.abs().pow(3).sum().backward()
+        assert module.weight.grad is not None
+        found.append([out.detach(), module.weight.grad])
+    assert_same(*found)
+
+
 @pytest.mark.parametrize("streaming", BUDGETS, ids=["ordinary", "nothing", "all", "some"])
 def test_sums(streaming: Streaming) -> None:
     class Summed(Small):
@@ -134,6 +212,21 @@ def test_hooks_see_one_ordinary_operation() -> None:
     out, _ = stream(module, lambda c: pixels[c], CHUNKS["one"], sliced=(own,), shared=(shared,))
     out.sum().backward()
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS.keys())
+def test_outputs_may_be_changed_in_place(chunks: list[slice]) -> None:
+    module, pixels, own, shared = problem()
+    found = []
+    for streaming in (Streaming(), Streaming(budget_gib=None)):
+        module.zero_grad()
+        out, _ = stream(
+            module, lambda c: pixels[c], chunks, sliced=(own,), shared=(shared,), seed=3, streaming=streaming
+        )
+        out.mul_(2.0).relu_()
+        out.sum().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)])
+    assert_same(*found)
 
 
 def test_accumulation_and_no_grad() -> None:
@@ -273,15 +366,59 @@ class Noisy(nn.Linear):
         return super().forward(x) + torch.randn(2)
 
 
+class Shrinking(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.mul_(0.9)
+        return super().forward(x)
+
+
+class Renormed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.1)
+        return super().forward(x)
+
+
+class Centred(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.sub_(1.0))
+
+
+class Jittered(nn.Linear):
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__(3, 2)
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.draw()
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
         (Scaled(torch.ones(2, requires_grad=True)), "not among its own"),
         (Counting(), "changes its buffers"),
+        (Shrinking(3, 2), "changes its buffers or weights"),
+        (Renormed(3, 2), "changes its buffers or weights"),
+        (Centred(3, 2), "what it is given in place"),
         (Noisy(3, 2), "global random state"),
+        (Jittered(random.random), "global random state"),
+        (Jittered(np.random.rand), "global random state"),
         (nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), "BatchNorm1d in training mode"),
+        (nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)).eval(), "without running"),
     ],
-    ids=["foreign leaf", "buffer", "random", "batchnorm"],
+    ids=[
+        "foreign leaf",
+        "buffer",
+        "weight",
+        "weight's data",
+        "in place",
+        "random",
+        "python",
+        "numpy",
+        "batchnorm",
+        "no statistics",
+    ],
 )
 def test_refuses_what_would_give_wrong_gradients(module: nn.Module, message: str) -> None:
     before = {name: b.clone() for name, b in module.named_buffers()}
@@ -291,9 +428,51 @@ def test_refuses_what_would_give_wrong_gradients(module: nn.Module, message: str
         torch.testing.assert_close(b, before[name])
 
 
+def test_an_interruption_leaves_a_module_its_own_weights() -> None:
+    class Interrupted(dict[str, Any]):
+        def __setitem__(self, name: str, value: Any) -> None:
+            super().__setitem__(name, value)
+            if name == "bias" and not isinstance(value, nn.Parameter):
+                raise KeyboardInterrupt
+
+    module = nn.Linear(3, 2)
+    module._parameters = Interrupted(module._parameters)
+    with pytest.raises(KeyboardInterrupt):
+        stream(module, lambda c: torch.ones(2, 3), [0])
+    assert all(isinstance(p, nn.Parameter) for p in module._parameters.values())
+
+
+def test_a_generator_of_cuda_is_asked_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = torch.Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", (stand_in,))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    module = Jittered(lambda: torch.rand((), generator=stand_in).item())
+    with pytest.raises(ConfigError, match="global random state"):
+        stream(module, lambda c: torch.ones(2, 3), [0, 1])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    stream(module, lambda c: torch.ones(2, 3), [0, 1])
+
+
 def test_refuses_pixels_that_require_grad() -> None:
-    with pytest.raises(ConfigError, match="pixels get no gradient"):
-        stream(nn.Linear(3, 2), lambda c: torch.ones(2, 3, requires_grad=True), [0])
+    frozen, known = nn.Linear(3, 2).requires_grad_(False), nn.Linear(3, 2)
+    stream(known, lambda c: torch.ones(2, 3), [0])
+    for module in (nn.Linear(3, 2), frozen, known):
+        with pytest.raises(ConfigError, match="pixels get no gradient"):
+            stream(module, lambda c: torch.ones(2, 3, requires_grad=True), [0])
+    pixels = torch.ones(2, 3, requires_grad=True)
+    stream(frozen, lambda c: pixels, [0], streaming=Streaming(budget_gib=None)).sum().backward()
+    assert pixels.grad is not None
+    with torch.no_grad():
+        stream(known, lambda c: pixels, [0])
+
+
+def test_refuses_cached_parametrizations() -> None:
+    module = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    with nn.utils.parametrize.cached():
+        with pytest.raises(ConfigError, match=r"parametrize\.cached"):
+            stream(module, lambda c: torch.ones(2, 3), [0])
+        stream(nn.Linear(3, 2), lambda c: torch.ones(2, 3), [0])
+    stream(module, lambda c: torch.ones(2, 3), [0]).sum().backward()
 
 
 def test_wrong_use() -> None:
@@ -308,6 +487,37 @@ def test_wrong_use() -> None:
         )
     with pytest.raises(ConfigError, match="leading dimensions"):
         stream(linear, lambda c: (torch.ones(2, 3), torch.ones(3, 3)), [0])
+
+
+@pytest.mark.parametrize(
+    ("output", "reduce"),
+    [
+        (lambda x: x.mean(0, keepdim=True), "cat"),  # a row a chunk
+        (lambda x: x.double() if len(x) > 1 else x, "cat"),
+        (lambda x: x if len(x) > 1 else x[:, :1], "cat"),
+        (lambda x: x[:, 0], "sum"),
+    ],
+    ids=["rows", "dtype", "width", "sum"],
+)
+@pytest.mark.parametrize("grad", [True, False])
+def test_outputs_that_do_not_fit_together_are_refused(output: Any, reduce: Any, grad: bool) -> None:
+    class Unlike(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = output(super().forward(x))
+            return found
+
+    with torch.set_grad_enabled(grad), pytest.raises(ConfigError, match="a chunk's output is"):
+        stream(Unlike(3, 2), lambda count: torch.ones(count, 3), [1, 4], reduce=reduce)
+
+
+def test_loaded_rows_are_counted() -> None:
+    class Chunk:
+        region_ids = (0,)
+
+    with pytest.raises(ConfigError, match="1 for 2 rows"):
+        stream(nn.Linear(3, 2), lambda c: torch.ones(2, 3), [Chunk(), Chunk()])
+    with pytest.raises(ConfigError, match="and one row"):
+        stream(nn.Linear(3, 2), lambda count: torch.ones(count, 3), [0, 2])
 
 
 @pytest.mark.parametrize("count", [1, 4])

@@ -19,15 +19,15 @@ encoder, F forward and B backward, by what is kept of a chunk:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gigaxt.errors import ConfigError
+from gigaxt.known import Unchanged
 from gigaxt.replay import (
     Aliases,
     Autocast,
@@ -40,11 +40,11 @@ from gigaxt.replay import (
     refuse_foreign_leaves,
     refuse_unstreamable,
 )
-from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, join
-from gigaxt.turns import load_turn, make_turns
+from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, differentiable, join
+from gigaxt.turns import Decoded, Encoded, Maps, load_turn, make_turns
 
 C = TypeVar("C")
-Maps = tuple[Tensor, ...]
+TWICE = "expected one backward pass through a nested stream, got two: run the forward pass again"
 
 
 def stream_nested(
@@ -107,7 +107,7 @@ class _Encode(torch.autograd.Function):
         ctx.save_for_backward(*parameters)  # so that a change in place between the passes is noticed
         ctx.set_materialize_grads(False)
         # The link makes the decode stage depend on this one even where `join` cuts the tokens' gradient.
-        return job.encode_all(training=True), parameters[0].new_zeros(())
+        return job.encode_all(training=True), torch.zeros((), device=job.device)
 
     @staticmethod
     @once_differentiable
@@ -126,7 +126,7 @@ class _Decode(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         outputs = job.decode_all(context, training=True)
         blocked = outputs[1:] if job.linear else outputs
-        ctx.mark_non_differentiable(*(t for t in blocked if job.linear or not t.is_floating_point()))
+        ctx.mark_non_differentiable(*(t for t in blocked if job.linear or not differentiable(t)))
         return outputs
 
     @staticmethod
@@ -134,29 +134,6 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors  # raises if the context was changed in place
         return None, ctx.job.decode_backward(grads), torch.zeros_like(ctx.link)
-
-
-@dataclass
-class _Encoded:
-    """What is kept of a chunk after the encode stage."""
-
-    start: int
-    """Place of its first region in the stream."""
-    tokens: Tensor | None
-    """With its graph; None where only the maps are kept."""
-    maps: Maps
-    """With their graph, or plain on the host."""
-    map_grads: list[Maps] = field(default_factory=list)
-    """From the decode stage, a tuple for each part of the rows."""
-
-
-class _Decoded(NamedTuple):
-    """Outputs of the decoder on some rows, and what flows back through it."""
-
-    outputs: tuple[Tensor, ...]
-    context_grad: Tensor | None = None
-    map_grads: Maps = ()
-    parameter_grads: Sequence[Tensor | None] = ()
 
 
 class _Job:
@@ -175,7 +152,8 @@ class _Job:
         streaming: Streaming,
     ) -> None:
         self.chunks, self.linear, self.streaming = chunks, linear, streaming
-        self.device = next(encode.parameters()).device
+        parameters = (*encode.parameters(), *decode.parameters())
+        self.device = parameters[0].device if parameters else torch.device("cpu")
         # Not a method of this object: in a cycle it would keep tokens, gradients and open files until the next
         # garbage collection.
         self.reader = Reader(partial(load_turn, load, load_targets), self.device, seed, streaming)
@@ -185,12 +163,15 @@ class _Job:
         """Without, no chunk is encoded for the sake of gradients, and none is taken of the maps."""
         self.tokens, self.outputs = Joined("cat"), Joined(reduce)
         self.counts: list[int] = []
-        self.kept: dict[int, _Encoded] = {}
+        self.kept: dict[int, Encoded] = {}
         self.decode_sums = Sums(list(self.decode))
         """Gradients of the decoder from the chunks in `kept`; the others' come with the encoder's."""
         self.context: Tensor
+        self.unchanged: Unchanged
         self.context_grad: Tensor | None = None
         self.output_grads: Sequence[Tensor | None] | None = None
+        self.done = False
+        """Whether `encode_backward` has run."""
 
     def run_ordinarily(self, join_tokens: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         """Everything kept by autograd itself, on the modules' own parameters."""
@@ -214,26 +195,26 @@ class _Job:
     def encode_all(self, *, training: bool) -> Tensor:
         """The tokens of all regions; graphs or feature maps are kept where they fit."""
         device, host = Purse(self.streaming.budget_gib or 0), Purse(self.streaming.host_gib)
-        graph_bytes: int | None = None  # what a region's graph saves; from the first rows, so the same in every run
+        graph_bytes = 0  # what a region's graph saves; from the first rows, so the same in every run
         for i, rows in enumerate(self._rows(lambda i: (True, False))):
             self.counts.append(rows.count)
-            look = training and self.encode_learns and graph_bytes is None
-            graph = training and self.encode_learns and not look and device.take((graph_bytes or 0) * rows.count)
+            look = training and i == 0
+            graph = training and self.encode_learns and not look and device.take(graph_bytes * rows.count)
             work = partial(self._encode_rows, graph=graph or look, look=look, whole=rows.count)
             results = self.reader.run(rows, work)
             part, (tokens, maps, saved) = results[0]
             if look:
                 graph_bytes = -(-saved // part.count)
-                graph = device.take(graph_bytes * rows.count)
+                graph = self.encode_learns and device.take(graph_bytes * rows.count)
             for part, found in results:
                 self.tokens.add(part, [found[0]], len(self.chunks))
             whole = len(results) == 1  # else the device is out of memory: nothing is kept there
             size = sum(t.nbytes for t in maps)
             on_device = whole and not (training and self.encode_learns) and device.take(size)
             if whole and graph:
-                self.kept[i] = _Encoded(rows.start, tokens, maps)
+                self.kept[i] = Encoded(rows.start, tokens, maps)
             elif on_device or (whole and host.take(size)):
-                self.kept[i] = _Encoded(
+                self.kept[i] = Encoded(
                     rows.start, None, tuple(t.detach() if on_device else t.detach().cpu() for t in maps)
                 )
             del results, tokens, maps, found  # else their graph would stand beside the next chunk's
@@ -248,15 +229,15 @@ class _Job:
         unit = [context.new_ones((), dtype=torch.float64)] if training and self.linear else None
         for part, decoded in self._decode_stage(unit, check=training):
             self.outputs.add(part, decoded.outputs, len(self.chunks))
+        self.unchanged = Unchanged(self.encode.module, self.decode.module)
         return self.outputs.results(sum(self.counts))
 
     @one_pass
     def decode_backward(self, grads: Sequence[Tensor | None]) -> Tensor | None:
         """The gradient of the context. Those of the outputs are remembered for `encode_backward`."""
         if self.output_grads is not None:
-            raise RuntimeError(
-                "expected one backward pass through a nested stream, got two: run the forward pass again"
-            )
+            raise RuntimeError(TWICE)
+        self.unchanged.check()
         self.output_grads = grads
         if not self.linear:
             for _ in self._decode_stage(grads):
@@ -264,23 +245,34 @@ class _Job:
         # Not held here as well: it would lie beside the whole backward pass of `join_tokens`.
         context_grad, self.context_grad = self.context_grad, None
         assert context_grad is not None
-        scale = grads[0] if self.linear else None
+        scale = self._scale(grads)
         return context_grad if scale is None else context_grad.mul_(scale.to(context_grad.dtype))
 
     @one_pass
     def encode_backward(self, tokens_grad: Tensor | None) -> list[Tensor | None]:
         """Gradients of the parameters of both modules."""
+        self.unchanged.check()
+        if self.output_grads is None:  # only tokens were differentiated: `join_tokens` may give them away
+            self.decode_backward(())
         grads = self.output_grads or ()
-        scale = grads[0] if self.linear and grads else None
+        if self.done:
+            raise RuntimeError(TWICE)
+        scale = self._scale(grads)
         encode_sums, decode_sums = Sums(list(self.encode)), self.decode_sums
         if scale is not None:
             decode_sums.scale(scale)
         if self.encode_learns:
             self._sum_gradients(tokens_grad, grads, scale, encode_sums)
         # The graph of the loss holds this job for as long as somebody holds the loss: into the next step, in a loop.
-        self.kept, self.output_grads = {}, ()
+        self.kept, self.output_grads, self.done = {}, (), True
         del self.context, self.decode_sums
         return [*encode_sums.results(), *decode_sums.results()]
+
+    def _scale(self, grads: Sequence[Tensor | None]) -> Tensor | None:
+        """What the gradients of a linear loss, taken for an incoming one of 1, are multiplied with; None: nothing."""
+        if not self.linear:
+            return None
+        return torch.zeros((), device=self.device) if not grads or grads[0] is None else grads[0]
 
     def _sum_gradients(
         self, tokens_grad: Tensor | None, grads: Sequence[Tensor | None], scale: Tensor | None, encode_sums: Sums
@@ -295,9 +287,11 @@ class _Job:
                 whole = [torch.cat(column).to(self.device) for column in columns]
                 kept.map_grads = [tuple(g if scale is None else g * scale.to(g.dtype) for g in whole)]
             work = partial(self._gradients, kept=kept, tokens_grad=tokens_grad, grads=grads)
-            parts = (
-                [(rows, work(rows))] if kept is not None and kept.tokens is not None else self.reader.run(rows, work)
-            )
+            if kept is not None and kept.tokens is not None:
+                with self.reader.keyed(rows):
+                    parts = [(rows, work(rows))]
+            else:
+                parts = self.reader.run(rows, work)
             for _, found in parts:
                 encode_sums.add(found[:p])
                 self.decode_sums.add(found[p:])
@@ -322,7 +316,7 @@ class _Job:
 
     def _decode_stage(
         self, grads: Sequence[Tensor | None] | None, *, check: bool = False
-    ) -> Iterator[tuple[Rows, _Decoded]]:
+    ) -> Iterator[tuple[Rows, Decoded]]:
         """Decode all chunks; with `grads` of the outputs, take those of the context and of what is in `kept`."""
         context_grad = self.context_grad = None if grads is None else torch.zeros_like(self.context)
         for i, rows in enumerate(self._rows(lambda i: (i not in self.kept, True))):
@@ -340,8 +334,8 @@ class _Job:
                 kept.maps = ()  # their gradients have taken their place
 
     def _decode_rows(
-        self, rows: Rows, *, kept: _Encoded | None, grads: Sequence[Tensor | None] | None, check: bool
-    ) -> _Decoded:
+        self, rows: Rows, *, kept: Encoded | None, grads: Sequence[Tensor | None] | None, check: bool
+    ) -> Decoded:
         if kept is None:
             maps = self._encode_rows(rows, graph=False)[1]
         else:
@@ -350,9 +344,9 @@ class _Job:
         (context,) = rows.of([self.context])
         run = self.decode.call_checked if check else self.decode
         if grads is None:
-            return _Decoded(self._call_decode(run, maps, context, rows))
+            return Decoded(self._call_decode(run, maps, context, rows))
         flows = kept is not None and self.encode_learns
-        maps = tuple(t.requires_grad_(flows and t.is_floating_point()) for t in maps)
+        maps = tuple(t.requires_grad_(flows and differentiable(t)) for t in maps)
         context = context.detach().requires_grad_()
         with torch.enable_grad():
             outputs = self._call_decode(run, maps, context, rows)
@@ -363,17 +357,17 @@ class _Job:
         parameters = list(self.decode) if kept is not None or not self.encode_learns else []
         found = grad(outputs, [context, *maps, *parameters], share)
         if kept is None or not flows:
-            return _Decoded(tuple(t.detach() for t in outputs), found[0], (), found[1 + len(maps) :])
+            return Decoded(tuple(t.detach() for t in outputs), found[0], (), found[1 + len(maps) :])
         flowed = [torch.zeros_like(t) if g is None else g for t, g in zip(maps, found[1:], strict=False)]
         map_grads = tuple(g.to(t.device) for g, t in zip(flowed, kept.maps, strict=True))
-        return _Decoded(tuple(t.detach() for t in outputs), found[0], map_grads, found[1 + len(maps) :])
+        return Decoded(tuple(t.detach() for t in outputs), found[0], map_grads, found[1 + len(maps) :])
 
     def _call_decode(self, run: Callable[..., Any], maps: Maps, context: Tensor, rows: Rows) -> tuple[Tensor, ...]:
         with self.autocast.restored():
             return tuple(run(maps, context, rows.loaded[1]))
 
     def _gradients(
-        self, rows: Rows, *, kept: _Encoded | None, tokens_grad: Tensor | None, grads: Sequence[Tensor | None]
+        self, rows: Rows, *, kept: Encoded | None, tokens_grad: Tensor | None, grads: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
         """Gradients of both modules' parameters: one backward through the encoder."""
         share = gradient_of(rows, [tokens_grad], self.tokens.per_row)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from gigaxt.errors import ConfigError
 
 C = TypeVar("C")
+_unlike = count()
 _reader = threading.local()
 """`pins`: whether this thread's chunks go to CUDA."""
 
@@ -59,7 +61,7 @@ def read_ahead(
                 parts = [chunks[later]] if later else first
                 queue.append([executor.submit(_load, load, part, pin=pin) for part in parts])
             loaded = [to_device(part.result(), device) for part in queue.popleft()] or [known]
-            if any(form(part) != form(loaded[0]) for part in loaded):  # such as masks, of some parts only
+            if any(form(part) != form(loaded[0]) for part in loaded[1:]):  # such as masks, of some parts only
                 loaded = [to_device(_load(load, chunk, pin=False), device)]
             yield chunk, join_rows(loaded)
     finally:
@@ -86,13 +88,13 @@ def count_rows(loaded: Any) -> int:
     """Regions in a loaded chunk: the leading dimension that all its tensors share.
 
     Raises:
-        ConfigError: no tensor, or tensors of different leading dimensions.
+        ConfigError: no tensor, no row, or tensors of different leading dimensions.
     """
     rows = {t.shape[0] if t.ndim else -1 for t in tree_flatten(loaded)[0] if isinstance(t, Tensor)}
-    if len(rows) != 1 or rows == {-1}:
+    if len(rows) != 1 or rows <= {-1, 0}:
         raise ConfigError(
             f"load(chunk) returned tensors of leading dimensions {sorted(rows)}: "
-            "expected at least one tensor, all with one row a region"
+            "expected at least one tensor and one row, all with one row a region"
         )
     return rows.pop()
 
@@ -100,7 +102,12 @@ def count_rows(loaded: Any) -> int:
 def form(loaded: Any) -> Any:
     """What loaded chunks must have in common to be joined."""
     leaves, tree = tree_flatten(loaded)
-    return tree, [(t.shape[1:], t.dtype) if isinstance(t, Tensor) else t for t in leaves]
+    return tree, [(t.shape[1:], t.dtype) if isinstance(t, Tensor) else _compared(t) for t in leaves]
+
+
+def _compared(value: Any) -> Any:
+    """The value; of what cannot be compared, such as a NumPy array, something that is like nothing else."""
+    return value if isinstance(value, Hashable) else ("unlike", next(_unlike))
 
 
 def join_rows(loaded: Sequence[Any]) -> Any:

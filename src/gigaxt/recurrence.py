@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from gigaxt.errors import ConfigError
 from gigaxt.host_copies import HostCopies
 from gigaxt.replay import Aliases, Autocast, Sums, counted_saves, refuse_foreign_leaves
-from gigaxt.rows import Purse
+from gigaxt.rows import Purse, differentiable
 from gigaxt.untraced import untraced
 
 State = tuple[Tensor, ...]
@@ -192,7 +192,7 @@ class _Scan(torch.autograd.Function):
         waiting = [plan.host.of(t) if plan.host else t for t in inputs]
         ctx.save_for_backward(*waiting, *tensors[len(inputs) :], *borders.states)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(t for t in state if not t.is_floating_point()))
+        ctx.mark_non_differentiable(*(t for t in state if not differentiable(t)))
         return whole, *state
 
     @staticmethod
@@ -268,7 +268,7 @@ def _record(
     pieces = [*plan.cut(inputs, i), *shared, *state]
     wanted = list(needs[: len(pieces)])
     if i > 0:  # earlier segments may hold parameters and inputs that want the state's gradient
-        wanted[len(inputs) + len(shared) :] = [t.is_floating_point() for t in state]
+        wanted[len(inputs) + len(shared) :] = [differentiable(t) for t in state]
     leaves = [t.detach().requires_grad_(want) for t, want in zip(pieces, wanted, strict=True)]
     with torch.enable_grad(), plan.autocast.restored():
         outputs = (aliases if i else aliases.call_checked)(*leaves)

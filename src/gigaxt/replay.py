@@ -2,19 +2,23 @@
 
 A module is called on detached aliases of its parameters, so that parameter hooks (DDP's among
 them) do not fire for every chunk, and under the autocast state of the forward pass. What a first run would hide from a
-second one (buffers, global random state, tensors that are no inputs) is found on the first chunk and refused.
+second one (changes in place, global random state, tensors that are no inputs) is found on the first chunk and refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import pickle
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from gigaxt.errors import ConfigError
@@ -105,9 +109,9 @@ class Aliases:
             return self.module(*_without_leaves(args))
 
     def call_checked(self, *args: Any) -> Any:
-        """As a plain call, but refuses a module that changes its buffers or draws from global random state.
+        """As a plain call, but refuses a module that changes what it works on or draws from global random state.
 
-        Buffers are swapped for copies meanwhile, so that a refused module is left as it was.
+        Buffers are swapped for copies meanwhile, so that a refused module keeps its own.
         """
         copies = [
             (child._buffers, name, b.clone())
@@ -115,21 +119,28 @@ class Aliases:
             for name, b in child._buffers.items()
             if b is not None
         ]
-        versions = [copy._version for _, _, copy in copies]
-        random_state = torch.get_rng_state()
-        with _swapped([*self._slots_now, *copies]):
+        own = [*self._slots_now, *copies]
+        given = [t for t in tree_flatten(args)[0] if isinstance(t, Tensor)]
+        versions = [version_of(t) for t in given], [version_of(t) for _, _, t in own]
+        random_states = _random_states()
+        with _swapped(own):
             result = self.module(*_without_leaves(args))
             changed = [
                 name
-                for (owner, name, copy), version in zip(copies, versions, strict=True)
-                if owner[name] is not copy or copy._version != version
+                for (owner, name, t), version in zip(own, versions[1], strict=True)
+                if owner[name] is not t or version_of(t) != version
             ]
         if changed:
             raise ConfigError(
-                f"the module's forward changes its buffers ({', '.join(changed[:3])}), which streaming would repeat: "
-                "make them constant, or freeze the layers that own them"
+                f"the module's forward changes its buffers or weights ({', '.join(changed[:3])}), which streaming "
+                "would repeat: make them constant, or freeze the layers that own them"
             )
-        if not torch.equal(random_state, torch.get_rng_state()):
+        if [version_of(t) for t in given] != versions[0]:
+            raise ConfigError(
+                "the module changes what it is given in place, so a second run would find it changed: "
+                "let its first operation make a copy"
+            )
+        if _random_states() != random_states:
             raise ConfigError(
                 "the module draws from the global random state, so a second run would differ: "
                 "replace its random layers with gigaxt.key_dropout(module)"
@@ -146,6 +157,21 @@ def _detached(module: nn.Module) -> dict[int, Tensor]:
     return {id(p): p.detach().requires_grad_(p.requires_grad) for p in module.parameters()}
 
 
+def version_of(tensor: Tensor) -> tuple[int, int]:
+    """Changes where a tensor is changed in place, or given other memory."""
+    place = tensor.data_ptr() if tensor.layout == torch.strided else 0
+    return place, 0 if tensor.is_inference() else tensor._version
+
+
+def _random_states() -> list[bytes]:
+    """Of what a module may draw from beside its inputs; no device has to be waited for."""
+    on_cuda: Sequence[torch.Generator] = torch.cuda.default_generators  # none before CUDA is used
+    if on_cuda and torch.cuda.is_current_stream_capturing():  # then they may not be asked
+        on_cuda = ()
+    of_torch = [generator.get_state().numpy().tobytes() for generator in (torch.default_generator, *on_cuda)]
+    return [*of_torch, pickle.dumps((random.getstate(), np.random.get_state()))]
+
+
 def _without_leaves(args: Any) -> Any:
     """`args` with views for leaves that require grad.
 
@@ -158,9 +184,9 @@ def _without_leaves(args: Any) -> Any:
 def _swapped(slots: Sequence[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
     """Put tensors in the places of a module's own ones."""
     own = [owner[name] for owner, name, _ in slots]
-    for owner, name, tensor in slots:
-        owner[name] = tensor
-    try:
+    try:  # with the loop in it: Ctrl-C may come at any time
+        for owner, name, tensor in slots:
+            owner[name] = tensor
         yield
     finally:
         for (owner, name, _), tensor in zip(slots, own, strict=True):
@@ -206,13 +232,20 @@ def refuse_unstreamable(module: nn.Module) -> None:
     """Refuse what cannot be recomputed chunk by chunk.
 
     Raises:
-        ConfigError: BatchNorm in training mode, or FSDP inside.
+        ConfigError: BatchNorm in training mode or without running statistics, FSDP inside, or parametrized weights that
+            are cached.
     """
     for name, child in module.named_modules():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training:
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and (child.training or child.running_mean is None):
+            how = "in training mode" if child.training else "without running statistics"
             raise ConfigError(
-                f"`{name}` is {type(child).__name__} in training mode, which mixes the regions of a chunk: set "
+                f"`{name}` is {type(child).__name__} {how}, which mixes the regions of a chunk: set "
                 "`region_encoder.freeze_batchnorm: true`, call gigaxt.freeze_batchnorm(module), or use another backbone"
+            )
+        if parametrize._cache_enabled and parametrize.is_parametrized(child):
+            raise ConfigError(
+                f"`{name or 'the module'}` has parametrized weights, which torch.nn.utils.parametrize.cached() would "
+                "keep with the graph of another chunk, or without one: leave it out around a streamed module"
             )
         if any(c.__name__ in ("FullyShardedDataParallel", "FSDPModule") for c in type(child).__mro__):
             raise ConfigError(
@@ -241,6 +274,19 @@ def refuse_foreign_leaves(outputs: Sequence[Tensor], known: Sequence[Tensor]) ->
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
+
+
+def refuse_learning(rows: Rows) -> None:
+    """Refuse pixels that require grad.
+
+    Raises:
+        ConfigError: they do.
+    """
+    if any(isinstance(t, Tensor) and t.requires_grad for t in tree_flatten(rows.loaded)[0]):
+        raise ConfigError(
+            "load(chunk) returned a tensor that requires grad, but pixels get no gradient when streamed: pass it in "
+            "`sliced` or `shared`, or keep everything with Streaming(budget_gib=None)"
+        )
 
 
 class Saves:
@@ -287,13 +333,9 @@ def first_look(
         The outputs, and what their graph saved.
 
     Raises:
-        ConfigError: see `Aliases.call_checked`, `refuse_foreign_leaves`; or pixels that require grad.
+        ConfigError: see `Aliases.call_checked`, `refuse_foreign_leaves`, `refuse_learning`.
     """
-    if any(isinstance(t, Tensor) and t.requires_grad for t in tree_flatten(rows.loaded)[0]):
-        raise ConfigError(
-            "load(chunk) returned a tensor that requires grad, but pixels get no gradient when streamed: pass it in "
-            "`sliced` or `shared`, or keep everything with Streaming(budget_gib=None)"
-        )
+    refuse_learning(rows)
     known = [*aliases, *leaves]
     with counted_saves(known) as saves:
         outputs = call(aliases.call_checked, rows, leaves)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -134,10 +134,15 @@ class Reader:
             start = start if starts is None else starts[i]
             count = count_rows(loaded)
             ids = getattr(chunk, "region_ids", None)
-            yield Rows(
-                chunk, loaded, torch.arange(start, start + count) if ids is None else torch.as_tensor(ids), start
-            )
+            ids = torch.arange(start, start + count) if ids is None else torch.as_tensor(ids)
+            if len(ids) != count:
+                raise ConfigError(f"{chunk}: expected one of its region_ids a row, got {len(ids)} for {count} rows")
+            yield Rows(chunk, loaded, ids, start)
             start += count
+
+    def keyed(self, rows: Rows) -> AbstractContextManager[None]:
+        """Key the dropout of what runs on these rows inside the block: a part, or what it checkpointed of itself."""
+        return nullcontext() if self.seed is None else dropout_key(self.seed, rows.ids, self.device)
 
     def run(self, rows: Rows, work: Callable[[Rows], T]) -> list[tuple[Rows, T]]:
         """Call `work` on all of `rows`, halving the number at once when the device is out of memory.
@@ -150,7 +155,7 @@ class Reader:
             stop = min(start + self.most_rows, count)
             part = rows if stop - start == count else rows.part(start, stop)
             try:
-                with nullcontext() if self.seed is None else dropout_key(self.seed, part.ids, self.device):
+                with self.keyed(part):
                     results.append((part, work(part)))
             except torch.OutOfMemoryError:
                 if stop - start == 1:
@@ -209,6 +214,8 @@ class Joined:
         if self.reduce == "sum":
             # The first is copied: where a CUDA graph made it, the next replay would overwrite it.
             widened = [t.detach().to(at_least_float32(t.dtype), copy=not self.tensors) for t in outputs]
+            for whole, t in zip(self.tensors, widened, strict=False):
+                _check_alike(t.shape, whole.shape)
             self.tensors = [a + b for a, b in zip(self.tensors, widened, strict=True)] if self.tensors else widened
             return
         count = rows.count
@@ -222,11 +229,14 @@ class Joined:
             self.per_row = [t.shape[0] // count for t in outputs]
             self.tensors = [t.new_empty((0, *t.shape[1:])) for t in outputs]
         for i, (t, k) in enumerate(zip(outputs, self.per_row, strict=True)):
-            if rows.stop * k > len(self.tensors[i]):
-                grown = t.new_empty((max(rows.stop, count * chunks) * k, *t.shape[1:]))
-                grown[: rows.start * k] = self.tensors[i][: rows.start * k]
-                self.tensors[i] = grown
-            self.tensors[i][rows.start * k : rows.stop * k] = t.detach()
+            whole = self.tensors[i]
+            if rows.stop * k > len(whole):
+                grown = whole.new_empty((max(rows.stop, count * chunks) * k, *whole.shape[1:]))
+                grown[: rows.start * k] = whole[: rows.start * k]
+                self.tensors[i] = whole = grown
+            place = whole[rows.start * k : rows.stop * k]
+            _check_alike((t.shape, t.dtype), (place.shape, place.dtype))
+            place.copy_(t.detach())
 
     def results(self, rows: int) -> tuple[Tensor, ...]:
         """The whole, handed over; `rows` is the number of all regions.
@@ -236,9 +246,21 @@ class Joined:
         tensors, self.tensors = self.tensors, []
         if self.reduce == "sum":
             return tuple(tensors)
-        return tuple(t[: rows * k] for t, k in zip(tensors, self.per_row, strict=True))
+        # Cut to size in place: a view could not be changed in place by whoever gets it.
+        return tuple(t.resize_(rows * k, *t.shape[1:]) for t, k in zip(tensors, self.per_row, strict=True))
+
+
+def _check_alike(found: object, expected: object) -> None:
+    """Refuse an output that would be repeated or rounded to fit in."""
+    if found != expected:
+        raise ConfigError(f"stream: a chunk's output is {found}, but as the first chunk's it had to be {expected}")
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """`dtype`, or float32 where it is a smaller float; integers become int64."""
-    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.int64
+    """`dtype`, or float32 where it is a smaller float, complex or not; integers become int64."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point or dtype.is_complex else torch.int64
+
+
+def differentiable(tensor: Tensor) -> bool:
+    """Whether numbers of its type can have a gradient."""
+    return tensor.is_floating_point() or tensor.is_complex()

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from gigaxt.cuda_graphs import Recordings
 from gigaxt.errors import ConfigError
 from gigaxt.host_copies import offloaded
-from gigaxt.known import Known, Look, known_of
+from gigaxt.known import Known, Look, Unchanged, known_of
 from gigaxt.nn.keyed import keyed_by, region_keys
 from gigaxt.prefetch import form
 from gigaxt.replay import (
@@ -36,9 +36,10 @@ from gigaxt.replay import (
     grad,
     gradient_of,
     one_pass,
+    refuse_learning,
     refuse_unstreamable,
 )
-from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, join, merged
+from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, differentiable, join, merged
 
 __all__ = ["Streaming", "stream"]
 
@@ -79,8 +80,9 @@ def stream(
         What the module returns, joined or added. First derivatives only.
 
     Raises:
-        ConfigError: BatchNorm in training mode, buffers that change, global random state, FSDP, pixels that require
-            grad, or a tensor that requires grad and is no input: each would make the gradient wrong.
+        ConfigError: BatchNorm in training mode, buffers, weights or pixels that are changed in place, global random
+            state, FSDP, pixels that require grad, or a tensor that requires grad and is no input: each would make the
+            gradient wrong.
     """
     chunks = list(chunks)
     if not chunks:
@@ -89,10 +91,9 @@ def stream(
         raise ConfigError(f"stream: reduce is 'cat' or 'sum', got {reduce!r}")
     job = _Job(module, load, chunks, reduce, draw_seed() if seed is None else seed, streaming or Streaming())
     inputs = _Inputs(tuple(module.parameters()), tuple(sliced), tuple(shared))
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for group in inputs for t in group)
-    if needs_grad and job.streaming.budget_gib is None:
+    if job.grad_enabled and job.streaming.budget_gib is None:
         outputs = job.run_ordinarily(inputs)
-    elif needs_grad:
+    elif job.grad_enabled and any(t.requires_grad for group in inputs for t in group):
         refuse_unstreamable(module)
         job.inputs_shape = inputs.shape
         job.known = known_of(module, job.autocast)
@@ -142,7 +143,8 @@ class _Stream(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         outputs = job.forward(_Inputs.of(tensors, job.inputs_shape), training=True)
-        ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
+        job.unchanged = Unchanged(job.module)
+        ctx.mark_non_differentiable(*(t for t in outputs if not differentiable(t)))
         return outputs
 
     @staticmethod
@@ -157,6 +159,8 @@ class _Job:
     inputs_shape = (0, 0, 0)
     known: Known | None = None
     """Of the module; None: it is not asked for."""
+    unchanged: Unchanged | None = None
+    """Of the module, between the passes."""
     recordings: Recordings | None = None
     """Of chunks that are not kept; None: each is run."""
 
@@ -173,7 +177,7 @@ class _Job:
         first = next(module.parameters(), None)
         device = torch.device("cpu") if first is None else first.device
         self.reader = Reader(load, device, seed, streaming)
-        self.autocast = Autocast.now(device)
+        self.grad_enabled, self.autocast = torch.is_grad_enabled(), Autocast.now(device)
         self.aliases = Aliases(module)
         self.joined = Joined(reduce)
         self.kept: dict[int, list[tuple[Rows, _Run]]] = {}
@@ -207,6 +211,8 @@ class _Job:
         total = 0
         for i, rows in enumerate(self.reader.rows(self.chunks)):
             self.starts.append(rows.start)
+            if i == 0 and self.grad_enabled:
+                refuse_learning(rows)
             if training and i == 0:
                 self.first = rows.loaded
                 look_form = form([rows.loaded, *inputs.sliced, *inputs.shared])
@@ -258,6 +264,8 @@ class _Job:
     @one_pass
     def backward(self, inputs: _Inputs, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients of the inputs for `grads` of the outputs."""
+        if self.unchanged is not None:
+            self.unchanged.check()
         sums = Sums([*inputs.parameters, *inputs.shared])
         slices = [torch.zeros_like(t) if t.requires_grad else None for t in inputs.sliced]
         missing = [i for i in range(len(self.chunks)) if i not in self.kept]
@@ -273,7 +281,11 @@ class _Job:
         p, n = len(inputs.parameters), len(inputs.sliced)
         for i in range(len(self.chunks)):  # in order, so that the sums do not depend on the budget
             if i in self.kept:
-                found = [(rows, gradients(rows, run)) for rows, run in self.kept.pop(i)]
+                found = []
+                for rows, run in self.kept.pop(i):
+                    with self.reader.keyed(rows):
+                        found.append((rows, gradients(rows, run)))
+                    del run
             else:
                 found = self.reader.run(next(reread), gradients)
             while found:  # nothing of it may stand beside the next chunk's

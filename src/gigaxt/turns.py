@@ -1,11 +1,15 @@
-"""Chunks of a nested stream, which go through it more than once and need not be loaded whole each time."""
+"""Chunks of a nested stream, which go through it more than once and are not loaded whole each time; what is kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+Maps = tuple[Tensor, ...]
 
 
 class Turn(NamedTuple):
@@ -45,3 +49,26 @@ def load_turn(load: Callable[[Any], Any], load_targets: Callable[[Any], Any] | N
     targets = load_targets(turn.chunk) if turn.targets and load_targets else None
     # The empty tensor tells the number of regions where nothing else is loaded.
     return pixels, targets, torch.empty(turn.regions, 0) if turn.regions else None
+
+
+@dataclass
+class Encoded:
+    """What is kept of a chunk after the encode stage."""
+
+    start: int
+    """Place of its first region in the stream."""
+    tokens: Tensor | None
+    """With its graph; None where only the maps are kept."""
+    maps: Maps
+    """With their graph, or plain on the host."""
+    map_grads: list[Maps] = field(default_factory=list)
+    """From the decode stage, a tuple for each part of the rows."""
+
+
+class Decoded(NamedTuple):
+    """Outputs of the decoder on some rows, and what flows back through it."""
+
+    outputs: tuple[Tensor, ...]
+    context_grad: Tensor | None = None
+    map_grads: Maps = ()
+    parameter_grads: Sequence[Tensor | None] = ()
