@@ -272,6 +272,8 @@ class _Builder:
                 " or open it with a larger max_pixels"
             )
         planar = page.planarconfig == 2 and samples > 1
+        if planar and int(page.compression) == JPEG and page.photometric == tifffile.PHOTOMETRIC.RGB:
+            page.photometric = tifffile.PHOTOMETRIC.MINISBLACK  # of each band's picture, which `page.decode` looks at
         plane = Plane(
             width=width,
             height=height,
