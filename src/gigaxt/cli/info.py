@@ -87,6 +87,7 @@ def image_facts(image: Image, region: int) -> dict[str, str]:
         "bands": named(image.channels, image.band_names),
         "dtype": image.dtype.name,
         "levels": ", ".join(f"{level.width} x {level.height}" for level in image.levels),
+        "pages": _pages(image),
         "storage": getattr(image, "storage", ""),
         "nodata": _nodata(image),
         "pixel size": _pixel_size(image),
@@ -147,6 +148,12 @@ def named(count: int, names: Sequence[str]) -> str:
         return str(count)
     more = ", ..." if len(names) > MANY else ""
     return f"{count}: {', '.join(names[:MANY])}{more}"
+
+
+def _pages(image: Image) -> str:
+    read, there = image.pages
+    which = "the first is" if read == 1 else f"{read} are"
+    return f"{there} of this size, of which {which} read" if there > read else ""
 
 
 def _nodata(image: Image) -> str:
