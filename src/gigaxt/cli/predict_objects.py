@@ -109,8 +109,8 @@ def _found(
     from gigaxt.image import open_image
 
     head = cast("ObjectsConfig", model.config.head)
-    default = head.score if as_coco else head.counted_from
-    least = default if arguments.score is None else arguments.score
+    counted = head.counted_from if arguments.score is None else arguments.score
+    least = head.score if as_coco and arguments.score is None else counted
     model.eval()
     for i, path in enumerate(images):
         try:
@@ -124,7 +124,8 @@ def _found(
             continue
         objects = objects.take(objects.scores >= least)
         if pictures:
-            print(f"{draw(model, image, objects, pictures[i])}: the objects over the image")
+            shown = objects.take(objects.scores >= counted)  # of COCO results, which go far below, not all
+            print(f"{draw(model, image, shown, pictures[i])}: the objects over the image")
         yield path, image, objects
 
 
