@@ -87,7 +87,7 @@ def image_facts(image: Image, region: int) -> dict[str, str]:
         "bands": named(image.channels, image.band_names),
         "dtype": image.dtype.name,
         "levels": ", ".join(f"{level.width} x {level.height}" for level in image.levels),
-        "pages": _pages(image),
+        "pages": unread_pages(image),
         "storage": getattr(image, "storage", ""),
         "nodata": _nodata(image),
         "pixel size": _pixel_size(image),
@@ -132,6 +132,13 @@ def describe_size(image: Image) -> str:
     return f"{image.width:,} x {image.height:,} px"
 
 
+def unread_pages(image: Image) -> str:
+    """How many pages the file of a stack has, and how many are read; empty where all are."""
+    read, there = image.pages
+    which = "the first is" if read == 1 else f"{read} are"
+    return f"{there} of this size, of which {which} read" if there > read else ""
+
+
 def file_size(path: Path) -> str:
     """Of a file or of all files in a folder, such as "12.3 MB"."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
@@ -148,12 +155,6 @@ def named(count: int, names: Sequence[str]) -> str:
         return str(count)
     more = ", ..." if len(names) > MANY else ""
     return f"{count}: {', '.join(names[:MANY])}{more}"
-
-
-def _pages(image: Image) -> str:
-    read, there = image.pages
-    which = "the first is" if read == 1 else f"{read} are"
-    return f"{there} of this size, of which {which} read" if there > read else ""
 
 
 def _nodata(image: Image) -> str:
