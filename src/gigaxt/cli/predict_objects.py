@@ -53,16 +53,16 @@ def predict_objects(
         ids = image_ids(arguments.images)
         with_ids = ((ids.get(path, path.name), image, objects) for path, image, objects in found)
         count = write_coco_results(out, with_ids, cast("ObjectsConfig", model.config.head).category_ids)
-        print(f"{out}: {count:,} objects as COCO results")
+        print(f"{out}: {amount(count, 'object')} as COCO results")
     elif suffix == ".csv":
         counts: list[int] = []
         write_csv(out, ((image, objects) for _, image, objects in _counted(found, counts)), names)
-        print(f"{out}: {sum(counts):,} objects of {amount(len(counts), 'image')}")
+        print(f"{out}: {amount(sum(counts), 'object')} of {amount(len(counts), 'image')}")
     else:
         place = dict(zip(images, paths, strict=True))
         for path, image, objects in found:
             write_geojson(place[path], image, objects, names)
-            print(f"{place[path]}: {len(objects):,} objects")
+            print(f"{place[path]}: {amount(len(objects), 'object')}")
 
 
 def image_ids(paths: Sequence[Path]) -> dict[Path, int | str]:
