@@ -34,6 +34,15 @@ def test_pyramid(picture: np.ndarray, compression: str, capsys: pytest.CaptureFi
         assert tiff.pages[0].compression.name.lower().removeprefix("adobe_") == compression
 
 
+def test_pages_that_are_left_out_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tifffile.imwrite("stack.tif", np.zeros((5, 40, 40), np.uint8), photometric="minisblack")
+    assert main(["convert", "stack.tif", "out.tif"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["stack.tif: pages: 5 of this size, of which the first is read"]
+
+
 def test_nodata(picture: np.ndarray) -> None:
     assert main(["convert", "photo.png", "out.tif", "--nodata", "7"]) == 0
     assert open_image("out.tif").nodata == 7

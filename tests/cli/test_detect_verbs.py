@@ -97,7 +97,9 @@ def test_from_coco_json_to_predictions(tmp_path: Path, capsys: pytest.CaptureFix
     rows = list(csv.DictReader((tmp_path / "found.csv").read_text().splitlines()))
     assert min(float(row["score"]) for row in rows) >= 0.5
     assert {row["class"] for row in rows} == {"bright", "dark"}
-    assert main([*predict, str(tmp_path / "found")]) == 0
+    assert main([*predict, str(tmp_path / "found"), "--png"]) == 0
+    for i in range(3):  # a picture is of what the model calls found, whatever a file for scoring takes besides
+        assert (tmp_path / "out" / f"{i}.png").read_bytes() == (tmp_path / "found" / f"{i}.png").read_bytes()
     features = json.loads((tmp_path / "found" / "0.geojson").read_text())["features"]
     assert features[0]["properties"]["classification"]["name"] in ("bright", "dark")
 

@@ -77,3 +77,22 @@ def test_csvs_are_read_as_manifests_are(tmp_path: Path, text: bytes, message: st
 def test_a_path_that_is_too_long_is_no_image() -> None:
     with pytest.raises(ImageError, match="expected an image, a folder or a CSV, but there is nothing"):
         list(expand([Path("x" * 300 + ".tif")]))
+
+
+def test_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in a folder may be an image, of which opening it says what is wrong, or it is skipped; root reads all."""
+    for name in ("a.tif", "b.tif", "c.txt"):
+        (tmp_path / name).write_bytes(b"II*\0" if name == "b.tif" else b"text")
+
+    def denied(path: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *a: denied(path) if path.name == "a.tif" else opened(path, *a))
+    assert list(expand([tmp_path])) == [tmp_path / "a.tif", tmp_path / "b.tif"]
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(ImageError, match="cannot be read: Permission denied"):
+        list(expand([tmp_path]))
+    monkeypatch.setattr(Path, "stat", denied)
+    with pytest.raises(ImageError, match="Permission denied"):
+        list(expand([tmp_path / "b.tif"]))

@@ -57,6 +57,26 @@ def test_storage_of_tiffs(tmp_path: Path, options: dict[str, object], storage: s
     assert image_facts(open_image(tmp_path / "x.tif"), 64)["storage"] == storage
 
 
+def test_pages_that_are_not_read_are_told(tmp_path: Path) -> None:
+    path, stack = tmp_path / "x.ome.tif", np.zeros((4, 3, 70, 90), np.uint8)
+
+    def pages() -> str:
+        return image_facts(open_image(path), 64).get("pages", "")
+
+    tifffile.imwrite(path, stack[:, 0], photometric="minisblack", ome=False)
+    assert pages() == "4 of this size, of which the first is read"
+    tifffile.imwrite(path, stack, photometric="minisblack", metadata={"axes": "ZCYX"})
+    assert pages() == "12 of this size, of which 3 are read"
+    tifffile.imwrite(path, stack[0], photometric="minisblack", metadata={"axes": "CYX"})
+    assert pages() == ""
+    with tifffile.TiffWriter(path, ome=False) as tiff:  # a mask, an overview, a label
+        tiff.write(stack[0, 0], metadata=None)
+        tiff.write(stack[0, 0] > 0, photometric="mask", subfiletype=4, metadata=None)
+        tiff.write(stack[0, 0, ::2, ::2], subfiletype=1, metadata=None)
+        tiff.write(stack[0, 0, :30, :40], metadata=None)
+    assert pages() == ""
+
+
 def test_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = segmenter(
         bands=2, head={"class_names": ["sea", "land", "ice", "town"]}, mean=[1, 2], std=[3, 4], gsd_m=10, overview=[8]

@@ -252,6 +252,12 @@ def test_indices_of_a_palette_are_no_brightness(tmp_path: Path) -> None:
     assert "indices of a palette would be learnt as brightness (2 images): model.input.rgb: true" in lines
 
 
+def test_stacks_of_pages(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((5, 32, 32), np.uint16), photometric="minisblack")
+    report = check_manifest(table(tmp_path / "d.csv", "image,label\na.tif,x\n"))
+    assert "only the first page of stacks is read (1 image): see gigaxt info" in report.proposals()
+
+
 def test_labels_with_decimals(tmp_path: Path) -> None:
     for name in ("i", "j"):
         tifffile.imwrite(tmp_path / f"{name}.tif", np.arange(64 * 48, dtype=np.uint16).reshape(64, 48))

@@ -110,7 +110,7 @@ def test_scenes_without_labels_and_labels_without_scenes(tmp_path: Path, capsys:
     root, out = write_root(tmp_path, 2), tmp_path / "x.csv"
     write_scene(root, "feed", seed=5)  # whose labels are not written
     assert main(["import-xview3", str(root), str(out)]) == 0
-    assert "1 scenes have no label: they count as scenes without an object" in capsys.readouterr().out
+    assert "scenes without a label, which count as scenes without an object: 1" in capsys.readouterr().out
     assert main(["check", str(out)]) == 0
     capsys.readouterr()
     shutil.rmtree(root / "validation" / f"{0:016x}v")
@@ -149,7 +149,8 @@ def test_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         write_manifest(tmp_path, tmp_path / "x.csv")
     root = write_root(tmp_path, 1)
     assert main(["import-xview3", str(root), str(tmp_path / "x.csv")]) == 0
-    assert "1 scenes to train on, 0 to validate" in capsys.readouterr().out
+    said = "1 scene to train on, 0 to validate, 0 to test, in 1 place, with 8 objects and 1 shoreline\n"
+    assert said in capsys.readouterr().out
     assert main(["import-xview3", str(root), str(tmp_path / "x.csv")]) == 2
     assert "exists" in capsys.readouterr().err
     (root / "validation.csv").unlink()

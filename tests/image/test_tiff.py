@@ -140,6 +140,18 @@ def test_jpeg_ycbcr_with_subsampling(tmp_path: Path, subsampling: tuple[int, int
     check_windows(open_image(path), full(path))
 
 
+def test_jpeg_of_bands_apart_called_rgb(tmp_path: Path) -> None:
+    """GDAL's INTERLEAVE=BAND, which tifffile takes for pictures of three bands."""
+    rasterio = pytest.importorskip("rasterio")
+    path, data = tmp_path / "a.tif", noise((3, H, W), "uint8")
+    profile = {"driver": "GTiff", "height": H, "width": W, "count": 3, "dtype": "uint8", "tiled": True}
+    profile |= {"blockxsize": 64, "blockysize": 64, "compress": "jpeg", "interleave": "band"}
+    with rasterio.open(path, "w", transform=rasterio.Affine(1, 0, 7, 0, -1, 7), **profile) as target:
+        target.write(data)
+    with rasterio.open(path) as source:
+        check_windows(open_image(path), np.moveaxis(source.read(), 0, -1))
+
+
 @pytest.mark.parametrize("outer", ["deflate", "zstd"])
 def test_lerc_inside_another_codec(tmp_path: Path, outer: str) -> None:
     rasterio = pytest.importorskip("rasterio")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from gigaxt.cli.flags import parse
+from gigaxt.errors import ImageError
 
 
 @dataclass(kw_only=True)
@@ -38,7 +40,7 @@ def main(args: Sequence[str]) -> int:
     """Convert one image; exit status 0."""
     arguments = parse(ConvertArguments, args, verb="convert")
 
-    from gigaxt.cli.info import describe_size, file_size
+    from gigaxt.cli.info import describe_size, file_size, unread_pages
     from gigaxt.cli.progress import Steps, clock_text
     from gigaxt.image import open_image
     from gigaxt.image.convert import convert_image
@@ -57,4 +59,7 @@ def main(args: Sequence[str]) -> int:
     image = open_image(arguments.target)
     levels = f"{len(image.levels)} levels" if len(image.levels) > 1 else "1 level"
     print(f"{arguments.target}: {describe_size(image)}, {levels}, {file_size(arguments.target)}, in {seconds}")
+    with suppress(ImageError):  # PNG and JPEG that are too large to be read by window
+        if left_out := unread_pages(open_image(arguments.source)):
+            print(f"{arguments.source}: pages: {left_out}")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from gigaxt.cells import read_cells
@@ -23,17 +24,25 @@ def expand(paths: Sequence[Path]) -> Iterator[Path]:
     if not paths:
         raise DataError("expected at least one image: gigaxt predict runs/a scene.tif --out mask.tif")
     for path in paths:
-        there = not absence(path)
-        if path.suffix.lower() == ".csv":
-            yield from dict.fromkeys(image for image, _ in _lines_of_csv(path))
-        elif there and path.is_dir() and not _is_image_folder(path):
-            yield from _images_of_folder(path)
-        elif not there and any(character in str(path) for character in "*?["):
-            yield from _matches(path)
-        elif not there:
-            raise ImageError(path, "expected an image, a folder or a CSV, but there is nothing")
-        else:
-            yield path
+        try:
+            yield from _meant_by(path)
+        except OSError as error:
+            raise ImageError(path, f"cannot be read: {error.strerror or error}") from error
+
+
+def _meant_by(path: Path) -> Iterator[Path]:
+    absent = absence(path)
+    if path.suffix.lower() == ".csv":
+        yield from dict.fromkeys(image for image, _ in _lines_of_csv(path))
+    elif not absent and path.is_dir() and not _is_image_folder(path):
+        yield from _images_of_folder(path)
+    elif absent and any(character in str(path) for character in "*?["):
+        yield from _matches(path)
+    elif absent:
+        why = "" if absent == "does not exist" else f" ({absent})"
+        raise ImageError(path, f"expected an image, a folder or a CSV, but there is nothing{why}")
+    else:
+        yield path
 
 
 def cases_of(paths: Sequence[Path], images: Sequence[Path]) -> list[str] | None:
@@ -131,7 +140,7 @@ def _images_of_folder(path: Path) -> Iterator[Path]:
         if file.name.startswith(".") or not (_is_image_folder(file) or file.is_file()):
             continue
         if file.is_file():
-            with file.open("rb") as opened:
+            with suppress(OSError), file.open("rb") as opened:  # of a file that may not be read the prediction tells
                 if kind_of(opened.read(HEAD)) is None:
                     continue
         found = True

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from gigaxt.amounts import amount
 from gigaxt.cli.flags import parse
 from gigaxt.errors import ConfigError
 
@@ -43,14 +44,16 @@ def main(args: Sequence[str]) -> int:
     if out.exists() and not arguments.force:
         raise ConfigError(f"{out} exists; choose another name, or use --force to overwrite it")
     counts = write_manifest(arguments.folder, out, learn=arguments.learn, locations=arguments.locations)
+    scenes, places = amount(counts["train"], "scene"), amount(counts["groups"], "place")
+    objects, shorelines = amount(counts["objects"], "object"), amount(counts["shorelines"], "shoreline")
     print(
-        f"{out}: {counts['train']} scenes to train on, {counts['val']} to validate, {counts['test']} to test, in "
-        f"{counts['groups']} places, with {counts['objects']:,} objects and {counts['shorelines']} shorelines"
+        f"{out}: {scenes} to train on, {counts['val']} to validate, {counts['test']} to test, in {places}, with "
+        f"{objects} and {shorelines}"
     )
     if counts["empty"]:
-        print(f"{counts['empty']} scenes have no label: they count as scenes without an object")
+        print(f"scenes without a label, which count as scenes without an object: {counts['empty']}")
     if counts["elsewhere"]:
-        print(f"{counts['elsewhere']:,} labels are of scenes that are not there, and are left out")
+        print(f"labels of scenes that are not there, which are left out: {counts['elsewhere']:,}")
     if not counts["val"]:
         print("all scenes to train on are of one place: there is none to validate on")
     print(f"next: gigaxt train {shlex.quote(str(out))} --config examples/xview3/better.yaml --out runs/better")

@@ -87,6 +87,7 @@ def image_facts(image: Image, region: int) -> dict[str, str]:
         "bands": named(image.channels, image.band_names),
         "dtype": image.dtype.name,
         "levels": ", ".join(f"{level.width} x {level.height}" for level in image.levels),
+        "pages": unread_pages(image),
         "storage": getattr(image, "storage", ""),
         "nodata": _nodata(image),
         "pixel size": _pixel_size(image),
@@ -129,6 +130,13 @@ def model_facts(model: GigaXT) -> dict[str, str]:
 def describe_size(image: Image) -> str:
     """Width and height, such as "10,980 x 10,980 px"."""
     return f"{image.width:,} x {image.height:,} px"
+
+
+def unread_pages(image: Image) -> str:
+    """How many pages the file of a stack has, and how many are read; empty where all are."""
+    read, there = image.pages
+    which = "the first is" if read == 1 else f"{read} are"
+    return f"{there} of this size, of which {which} read" if there > read else ""
 
 
 def file_size(path: Path) -> str:

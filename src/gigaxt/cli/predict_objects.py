@@ -53,16 +53,16 @@ def predict_objects(
         ids = image_ids(arguments.images)
         with_ids = ((ids.get(path, path.name), image, objects) for path, image, objects in found)
         count = write_coco_results(out, with_ids, cast("ObjectsConfig", model.config.head).category_ids)
-        print(f"{out}: {count:,} objects as COCO results")
+        print(f"{out}: {amount(count, 'object')} as COCO results")
     elif suffix == ".csv":
         counts: list[int] = []
         write_csv(out, ((image, objects) for _, image, objects in _counted(found, counts)), names)
-        print(f"{out}: {sum(counts):,} objects of {amount(len(counts), 'image')}")
+        print(f"{out}: {amount(sum(counts), 'object')} of {amount(len(counts), 'image')}")
     else:
         place = dict(zip(images, paths, strict=True))
         for path, image, objects in found:
             write_geojson(place[path], image, objects, names)
-            print(f"{place[path]}: {len(objects):,} objects")
+            print(f"{place[path]}: {amount(len(objects), 'object')}")
 
 
 def image_ids(paths: Sequence[Path]) -> dict[Path, int | str]:
@@ -109,8 +109,8 @@ def _found(
     from gigaxt.image import open_image
 
     head = cast("ObjectsConfig", model.config.head)
-    default = head.score if as_coco else head.counted_from
-    least = default if arguments.score is None else arguments.score
+    counted = head.counted_from if arguments.score is None else arguments.score
+    least = head.score if as_coco and arguments.score is None else counted
     model.eval()
     for i, path in enumerate(images):
         try:
@@ -124,7 +124,8 @@ def _found(
             continue
         objects = objects.take(objects.scores >= least)
         if pictures:
-            print(f"{draw(model, image, objects, pictures[i])}: the objects over the image")
+            shown = objects.take(objects.scores >= counted)  # of COCO results, which go far below, not all
+            print(f"{draw(model, image, shown, pictures[i])}: the objects over the image")
         yield path, image, objects
 
 

@@ -61,7 +61,7 @@ def predict_points(
         count = write_points(out, model, images, score=arguments.score, skipped=skipped, progress=steps, found=look)
     for picture in drawn:
         print(f"{picture}: the points over the image")
-    print(f"{out}: {count:,} objects of {amount(len(images) - len(skipped or ()), 'image')}, {steps.summary}")
+    print(f"{out}: {amount(count, 'object')} of {amount(len(images) - len(skipped or ()), 'image')}, {steps.summary}")
 
 
 def draw(model: GigaXT, image: Image, objects: Objects, path: Path) -> Path:

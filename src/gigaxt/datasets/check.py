@@ -281,6 +281,7 @@ def _facts(row: Row, image: Image, keep: NDArray[np.bool_] | None) -> ImageFacts
         gsd_m=image.gsd_m,
         band_names=image.band_names,
         has_palette=getattr(image, "has_palette", False),
+        is_stack=image.pages[1] > image.pages[0],
         kept=None if keep is None else float(keep.mean()),
     )
 

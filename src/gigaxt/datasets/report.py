@@ -56,6 +56,8 @@ class ImageFacts:
     band_names: tuple[str, ...]
     has_palette: bool
     """Its pixels are indices of colours."""
+    is_stack: bool
+    """Its file has more pages of its size than are read."""
     kept: float | None
     """Share of regions that the foreground keeps; None without one."""
 
@@ -268,6 +270,8 @@ class CheckReport:
                 f"indices of a palette would be learnt as brightness ({amount(indexed, 'image')}): model.input.rgb: "
                 "true reads their colours; in_channels is 3 then, and mean and std have three numbers, or are left out"
             )
+        if stacks := sum(fact.is_stack for fact in self.images):
+            found.append(f"only the first page of stacks is read ({amount(stacks, 'image')}): see gigaxt info")
         if len({fact.dtype for fact in self.images}) > 1:
             found.append("images have different number types: check that they are in the same units")
         if len({fact.band_names for fact in self.images}) > 1 and len(bands) == 1 and not self.bands:
@@ -290,14 +294,10 @@ class CheckReport:
 def shared_bands(images: Sequence[ImageFacts]) -> tuple[str, ...]:
     """The bands that all images have, by name, in the most common order; empty where some do not name theirs."""
     names = [fact.band_names for fact in images]
-    if not names or any(_unnamed(own) or len(set(own)) < len(own) for own in names):
+    if not names or any(len(set(own)) < len(own) or own == tuple(map(str, range(1, len(own) + 1))) for own in names):
         return ()
     usual = Counter(names).most_common(1)[0][0]
     return tuple(name for name in usual if all(name in own for own in names))
-
-
-def _unnamed(names: Sequence[str]) -> bool:
-    return names == tuple(str(band + 1) for band in range(len(names)))
 
 
 def _count_lines(manifest: Manifest) -> list[str]:

@@ -50,6 +50,7 @@ class Image(ABC):
         transform: (a, b, c, d, e, f) with x = a*col + b*row + c, y = d*col + e*row + f in the crs, or None.
         band_names: one name a band; "1", "2", ... where the file has none.
         orientation: the EXIF/TIFF orientation (1 = as stored). Reported, never applied.
+        pages: how many of the file's pages are read, and how many are of this size: more in a stack.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Image(ABC):
     transform: tuple[float, float, float, float, float, float] | None = None
     band_names: tuple[str, ...] = ()
     orientation: int = 1
+    pages: tuple[int, int] = (1, 1)
 
     def read(self, x: int, y: int, w: int, h: int, level: int = 0) -> Pixels:
         """Pixels of a window, shape (h, w, channels), in the file's dtype.

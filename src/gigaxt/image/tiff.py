@@ -57,6 +57,7 @@ class TiffImage(Image):
         )
         self.nodata, self.mpp, self.orientation = index.nodata, index.mpp, index.orientation
         self.crs, self.crs_unit_m, self.transform = index.geo
+        self.pages = index.pages
         self.band_names = index.band_names or tuple(str(band + 1) for band in range(self.channels))
         self._number = next(_numbers)
         self._known_readers: dict[tuple[tuple[int, ...], int], list[tuple[PlaneReader, list[tuple[int, int]]]]] = {}

@@ -129,6 +129,8 @@ class TiffIndex:
     orientation: int
     vendor: bool
     """A slide that only openslide reads right."""
+    pages: tuple[int, int]
+    """Directories whose bands are read, and those of their size but overviews and masks: `Image.pages`."""
 
 
 def compression_name(code: int) -> str:
@@ -150,7 +152,7 @@ def build_index(file: File, max_pixels: int, max_tile_bytes: int) -> TiffIndex:
     """
     walk = Walk(file, max_tile_bytes)
     if walk.is_ndpi:
-        return TiffIndex((), (), None, None, GeoReference(None, None, None), (), 1, True)
+        return TiffIndex((), (), None, None, GeoReference(None, None, None), (), 1, True, (0, 0))
     chain = walk.chain()
     try:
         flags: Any = {"is_ndpi": False, "is_lsm": False, "is_scanimage": False}
@@ -221,6 +223,7 @@ class _Builder:
             band_names=(ome.band_names(channels) if ome is not None else ()) or gdal_band_names(first, channels),
             orientation=orientation if orientation in range(1, 9) else 1,
             vendor=vendor,
+            pages=(len(indexes), sum(_is_page_of(directory, full[0]) for directory in self.chain)),
         )
 
     def _ome(self, first: tifffile.TiffPage) -> tuple[OmeImage, list[int]]:
@@ -272,6 +275,8 @@ class _Builder:
                 " or open it with a larger max_pixels"
             )
         planar = page.planarconfig == 2 and samples > 1
+        if planar and int(page.compression) == JPEG and page.photometric == tifffile.PHOTOMETRIC.RGB:
+            page.photometric = tifffile.PHOTOMETRIC.MINISBLACK  # of each band's picture, which `page.decode` looks at
         plane = Plane(
             width=width,
             height=height,
@@ -355,6 +360,10 @@ def _lerc_outer(page: tifffile.TiffPage) -> int:
     if int(page.compression) != LERC or not isinstance(parameters, tuple) or len(parameters) < 2:
         return 0
     return int(parameters[1])
+
+
+def _is_page_of(directory: Directory, plane: Plane) -> bool:
+    return (directory.first(256), directory.first(257), directory.first(254) & 5) == (plane.width, plane.height, 0)
 
 
 def _same_kind(page: tifffile.TiffPage, plane: Plane) -> bool:
