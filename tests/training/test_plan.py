@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+import torch
 import yaml
-from tiny_run import tiny_config
+from tiny_run import TinyModel, tiny_config
 
-from gigaxt.errors import CheckpointError, ConfigError
+from gigaxt.errors import CheckpointError, ConfigError, ImageError
 from gigaxt.machine import host_memory_gib
 from gigaxt.rows import Streaming
-from gigaxt.training import checkpoint, plan, run_config
+from gigaxt.training import RunConfig, checkpoint, plan, rehearsal, run_config
 from gigaxt.training.config_edit import write_streaming
 from gigaxt.training.data import Samples
 from gigaxt.training.device import check_budgets, pick_device
@@ -161,6 +162,39 @@ def test_a_child_that_takes_too_much_is_stopped() -> None:
     assert 0.2 < plan._watch(child, 0.2) < 0.4
     assert child.returncode is not None
     assert plan._watch(subprocess.Popen([sys.executable, "-c", ""], start_new_session=True), 0.2) == 0
+
+
+class Here:
+    """A child process of a plan, in this process."""
+
+    pid = returncode = 0
+
+    def __init__(self, command: list[str], **_: Any) -> None:
+        rehearsal.main(Path(command[-1]))
+
+    def wait(self, timeout: float = 0.0) -> int:
+        return 0
+
+    poll = wait
+
+
+def rehearsed_here(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Found | None:
+    """What `make_plan` finds, by a rehearsal in this process."""
+    monkeypatch.setattr(plan.subprocess, "Popen", Here)
+    monkeypatch.setattr(rehearsal, "keep_freed_memory", lambda: None)
+    return plan.make_plan(config, probe=False).found
+
+
+def test_what_a_rehearsal_raises_is_raised(csv: Path, models: list[TinyModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of images, too, which are made of more than their text."""
+    (csv.parent / "0.tif").write_bytes(b"II*\0garbage")
+    with pytest.raises(ImageError, match=r"0\.tif: expected a TIFF file, got 11 bytes"):
+        rehearsed_here(tiny_config(csv), monkeypatch)
+
+
+def test_a_host_out_of_memory_is_a_run_that_does_not_fit(csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "rehearse", lambda job, folder: torch.empty(1 << 50))
+    assert rehearsed_here(tiny_config(csv), monkeypatch) is None
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])

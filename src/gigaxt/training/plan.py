@@ -219,9 +219,9 @@ def rehearse_apart(
             last = (folder / "errors.txt").read_text(errors="replace").strip().splitlines() or ["no reason given"]
             raise TrainingError(f"the rehearsal ended with status {child.returncode}: {last[-1]}") from None
     if "error" in answer:
-        if answer["error"].startswith("out of memory"):
+        if not answer["error"]:
             return None, room.device_total if room.apart else room.host_free
-        raise getattr(errors, answer["kind"], TrainingError)(answer["error"])
+        raise getattr(errors, answer["kind"])(*answer["error"])
     return from_dict(Found, answer), 0.0
 
 

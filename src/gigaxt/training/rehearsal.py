@@ -20,7 +20,7 @@ from rich.console import Console
 
 from gigaxt.allocator import give_back_freed_memory, keep_freed_memory
 from gigaxt.config import from_dict, to_dict
-from gigaxt.errors import GigaxtError, TrainingError
+from gigaxt.errors import GigaxtError
 from gigaxt.image.file_cache import files_cached
 from gigaxt.image.open import open_image
 from gigaxt.inputs import to_pixel_size, to_size
@@ -150,7 +150,8 @@ def _rehearse(job: Job, folder: Path) -> Found:
     with Signals() as signals:
         torch.manual_seed(derive_seed(config.train.seed, "weights"))
         run = Rehearsal(config, folder_of_run, task, device, signals)
-        sizes = [count_regions(sample, config.model) for sample in _opened(run.train_samples)]
+        opened = map(run.train_samples.plain, range(len(run.train_samples)))  # one after the other, not held
+        sizes = [count_regions(sample, config.model) for sample in opened]
         run.heaviest = _heaviest(run, config, sizes, job.images)
         batch = _model(run).batch([sample.given for sample in run.heaviest])
         regions = len(batch.places)
@@ -221,10 +222,6 @@ def count_regions(sample: Sample, config: ModelConfig) -> int:
         )
         total += len(grid)
     return total
-
-
-def _opened(samples: Samples) -> list[Sample]:
-    return [samples.plain(index) for index in range(len(samples))]
 
 
 def _heaviest(run: Run, config: RunConfig, sizes: list[int], images: Sequence[str]) -> list[Sample]:
@@ -377,6 +374,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether it says so; PyTorch has a class for it on devices, and a RuntimeError of this text on the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def main(folder: Path) -> None:
     """Rehearse the job in `folder`; errors are told in `found.json`, too."""
     keep_freed_memory()  # as the command line does
@@ -384,9 +386,11 @@ def main(folder: Path) -> None:
     try:
         found: dict[str, Any] = asdict(rehearse(job, folder))
     except GigaxtError as error:
-        found = {"error": str(error), "kind": type(error).__name__}
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        found = {"error": f"out of memory: {str(error).splitlines()[0]}", "kind": TrainingError.__name__}
+        found = {"error": [str(part) for part in error.args], "kind": type(error).__name__}
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        found = {"error": []}
     (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
 
 
