@@ -37,6 +37,7 @@ FOUND = Found(
     chunk_s={"4": 0.03, "8": 0.02},
     cold_read_s=0.005,
     read_s=0.001,
+    evaluated=["largest.tif"],
 )
 YAML = """# mine
 data: {csv: data.csv}
@@ -76,6 +77,7 @@ def test_the_table(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         "4.75 GiB, 40.0 free of 64.0",
         "6:40 min, 35.8 ms a region",
         "33:20 min, 5 steps, 5,586 regions a sample",
+        "1:40 min for largest.tif",
         "2.00 forward + 1 backward",
         "4 regions a chunk, budget 0 GiB; 11.17 GiB would keep all",
         "reading            5 ms a region cold, 1 ms again; behind the computation, 17% of that step",

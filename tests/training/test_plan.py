@@ -18,11 +18,9 @@ from gigaxt.machine import host_memory_gib
 from gigaxt.rows import Streaming
 from gigaxt.training import RunConfig, checkpoint, plan, rehearsal, run_config
 from gigaxt.training.config_edit import write_streaming
-from gigaxt.training.data import Samples
 from gigaxt.training.device import check_budgets, pick_device
 from gigaxt.training.loop import train
-from gigaxt.training.rehearsal import Found, count_regions
-from gigaxt.training.run_folder import prepare_run
+from gigaxt.training.rehearsal import Found
 
 ROOM = plan.Room(device="cpu", host_total=64.0, host_free=40.0, device_total=64.0, device_free=40.0)
 CUDA = plan.Room(device="cuda", host_total=64.0, host_free=40.0, device_total=80.0, device_free=70.0)
@@ -145,15 +143,6 @@ def test_a_layout_on_one_line_is_rewritten(tmp_path: Path) -> None:
     assert yaml.safe_load(path.read_text()) == {
         "train": {"epochs": 2, "streaming": {"budget_gib": None, "host_gib": 0.0, "chunk_regions": 4}}
     }
-
-
-def test_regions_are_counted_by_size(csv: Path) -> None:
-    config = tiny_config(csv)
-    _, config, task = prepare_run(config, csv.parent / "run")
-    samples = Samples(task.manifest.cases("train"), task)
-    assert {count_regions(samples.plain(i), config.model) for i in range(len(samples))} == {1}
-    wide = replace(config.model, input=replace(config.model.input, resize_px=200))
-    assert max(count_regions(samples.plain(i), wide) for i in range(len(samples))) == 4 * 4
 
 
 def test_a_child_that_takes_too_much_is_stopped() -> None:

@@ -93,8 +93,7 @@ def table(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
             *advice(plan, config, free_disk),
         ]
     height, width = found.size_px
-    more = f" and {len(found.images) - 1} more" if len(found.images) > 1 else ""
-    head = f"heaviest step: {found.images[0]}{more}, {width:,} x {height:,} px, {found.regions:,} regions in all"
+    head = f"heaviest step: {and_more(found.images)}, {width:,} x {height:,} px, {found.regions:,} regions in all"
     rows = [
         (
             "device memory",
@@ -111,7 +110,7 @@ def table(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
             f"{clock_text(plan.epoch_s)}, {found.steps:,} steps, {found.mean_regions:,.0f} regions a sample",
         ),
         *token_cache_row(plan, config),
-        ("evaluation", f"{clock_text(found.evaluate_s)} for one image of that size"),
+        ("evaluation", f"{clock_text(found.evaluate_s)} for {and_more(found.evaluated)}"),
         ("passes", passes_text(found, config)),
         ("settings", spelled_found(found, plan.streaming)),
         *reading_row(plan),
@@ -119,6 +118,11 @@ def table(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
     ]
     wide = max(len(name) for name, _ in rows)
     return [head, *(f"  {name:<{wide}}  {value}" for name, value in rows), *advice(plan, config, free_disk)]
+
+
+def and_more(names: Sequence[str]) -> str:
+    """The first of some names, and how many follow."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def token_cache_row(plan: Plan, config: RunConfig) -> list[tuple[str, str]]:
@@ -150,8 +154,7 @@ def reading_row(plan: Plan) -> list[tuple[str, str]]:
     speed = f" ({found.cold_bytes / found.cold_read_s / 1e6:.3g} MB/s)" if found.cold_bytes else ""
     rows = [f"{1e3 * found.cold_read_s:.3g} ms a region cold{speed}, {1e3 * found.read_s:.3g} ms again; {limit}"]
     if found.still_cached:
-        more = f" and {len(found.still_cached) - 1} more" if len(found.still_cached) > 1 else ""
-        rows.append(f"not cold: the system would not forget {found.still_cached[0]}{more}; a first read may be slower")
+        rows.append(f"not cold: the system would not forget {and_more(found.still_cached)}; a first read may be slower")
     return [("reading" if i == 0 else "", row) for i, row in enumerate(rows)]
 
 

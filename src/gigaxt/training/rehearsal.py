@@ -23,18 +23,16 @@ from gigaxt.config import from_dict, to_dict
 from gigaxt.errors import GigaxtError
 from gigaxt.image.file_cache import files_cached
 from gigaxt.image.open import open_image
-from gigaxt.inputs import to_pixel_size, to_size
 from gigaxt.machine import peak_resident_gib
-from gigaxt.nn.xt import GigaXT, ModelConfig
-from gigaxt.regions import RegionGrid
+from gigaxt.nn.xt import GigaXT
 from gigaxt.replay import counted_saves
 from gigaxt.rows import GIB, Reader, Streaming
 from gigaxt.scenes import SceneBatch
-from gigaxt.targets.base import SceneTarget
 from gigaxt.training.checkpoint import KEEP
 from gigaxt.training.config import DataConfig, RunConfig, run_config
-from gigaxt.training.data import Sample, Samples, derive_seed
+from gigaxt.training.data import Sample, derive_seed
 from gigaxt.training.device import autocast, has_bfloat16, in_bfloat16, pick_device
+from gigaxt.training.heaviest import given_samples, heaviest_evaluation, heaviest_step, training_sizes
 from gigaxt.training.log import RunLog
 from gigaxt.training.loop import Run
 from gigaxt.training.reading_speed import Reading, time_reading
@@ -46,8 +44,6 @@ STEPS = 2
 """Steps that are always made; the first is slower than the rest."""
 MOST_STEPS, ENOUGH_S = 8, 10.0
 """Short steps are repeated, up to so many or so long, because one alone tells little."""
-CANDIDATES = 4
-"""Samples of most pixels whose regions are counted exactly, with foreground and nodata, for each sample of a step."""
 BETTER = 0.97
 """A chunk of twice the regions must take less than this share of the time a region."""
 
@@ -83,7 +79,7 @@ class Found:
     step_s: float
     """Of the heaviest step."""
     evaluate_s: float
-    """Of one evaluation of a sample of that size."""
+    """Of the evaluation of `evaluated`."""
     host_gib: float
     """Most that the process held, everything included."""
     device_gib: float
@@ -122,6 +118,8 @@ class Found:
     """How the first image lies in its file, such as "tiles of 512 x 512 px, jpeg"; empty where that is not known."""
     still_cached: list[str] = field(default_factory=list)
     """Images that could not be read cold: the system kept what it held of them."""
+    evaluated: list[str] = field(default_factory=list)
+    """Images of the heaviest evaluation, which is of whole scenes."""
 
 
 class Rehearsal(Run):
@@ -150,9 +148,10 @@ def _rehearse(job: Job, folder: Path) -> Found:
     with Signals() as signals:
         torch.manual_seed(derive_seed(config.train.seed, "weights"))
         run = Rehearsal(config, folder_of_run, task, device, signals)
-        opened = map(run.train_samples.plain, range(len(run.train_samples)))  # one after the other, not held
-        sizes = [count_regions(sample, config.model) for sample in opened]
-        run.heaviest = _heaviest(run, config, sizes, job.images)
+        sizes = training_sizes(run)
+        total = sum(sizes.values())
+        given = given_samples(run, job.images, next(iter(sizes)))
+        run.heaviest, evaluated = heaviest_step(run, sizes, given), heaviest_evaluation(run, given)
         batch = _model(run).batch([sample.given for sample in run.heaviest])
         regions = len(batch.places)
         files = [Path(name) for name in job.images] or [row.image for sample in run.heaviest for row in sample.case]
@@ -161,7 +160,7 @@ def _rehearse(job: Job, folder: Path) -> Found:
         step_s, first_s, passes = _steps(run, regions)
         cached = sum(path.stat().st_size for path in (folder / "tokens").glob("*"))
         give_back_freed_memory()  # here and there, as the loop does
-        evaluate_s = _evaluate(run)
+        evaluate_s = _evaluate(run, evaluated)
         run.save()
         run.save_model()
         give_back_freed_memory()
@@ -174,9 +173,9 @@ def _rehearse(job: Job, folder: Path) -> Found:
             size_px=(batch.scenes[0].grid.height, batch.scenes[0].grid.width),
             regions=regions,
             # Windows of scenes are alike.
-            mean_regions=sum(sizes) / len(sizes) if run.train_samples.windows is None else regions / len(run.heaviest),
+            mean_regions=total / len(sizes) if run.train_samples.windows is None else regions / len(run.heaviest),
             first_step_s=first_s if cached else 0.0,
-            token_cache_gib=cached / regions * sum(sizes) / GIB,
+            token_cache_gib=cached / regions * total / GIB,
             samples=run.samples_per_epoch,
             steps=run.steps_per_epoch,
             step_s=step_s,
@@ -198,6 +197,7 @@ def _rehearse(job: Job, folder: Path) -> Found:
             cold_bytes=reading.cold_bytes,
             storage=str(getattr(open_image(files[0]), "storage", "")),
             still_cached=list(reading.still_cached),
+            evaluated=[image.name for sample in evaluated for image in sample.images],
         )
 
 
@@ -205,52 +205,6 @@ def job_of(config: RunConfig, images: Sequence[Path], streaming: Streaming, *, p
     """The job for a config with other streaming settings."""
     config = replace(config, train=replace(config.train, streaming=streaming))
     return Job(config=to_dict(config), images=[str(path) for path in images], probe=probe)
-
-
-def count_regions(sample: Sample, config: ModelConfig) -> int:
-    """Regions of a sample's images by their sizes alone: as if all had data and were foreground."""
-    total = 0
-    for image in sample.images:
-        seen, _ = to_size(*to_pixel_size(image, config.input), config.input)
-        grid = RegionGrid(
-            seen.height,
-            seen.width,
-            config.region_encoder.region,
-            halo=config.input.halo,
-            overview=tuple(config.input.overview),
-            order="raster",
-        )
-        total += len(grid)
-    return total
-
-
-def _heaviest(run: Run, config: RunConfig, sizes: list[int], images: Sequence[str]) -> list[Sample]:
-    """The `batch` samples of most regions, changed as in training but not cropped."""
-    samples, batch = run.train_samples, config.train.batch
-    if images:
-        return _given(samples, images, batch, rgb=config.model.input.rgb)
-    candidates = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: CANDIDATES * batch]
-    if config.model.input.foreground is not None or len(candidates) > batch:
-        exact = {i: len(_model(run).batch([samples.plain(i).given]).places) for i in candidates}
-        candidates.sort(key=lambda i: -exact[i])
-    whole = replace(config.train.augment, crop_area=None)
-    return [samples.augmented(i, derive_seed(config.train.seed, "plan", i), whole) for i in candidates[:batch]]
-
-
-def _given(samples: Samples, images: Sequence[str], batch: int, *, rgb: bool) -> list[Sample]:
-    """Samples of images that are in no manifest yet: with the target of one that is, stretched to their sizes."""
-    like = samples.plain(0)
-    opened = [open_image(path, rgb=rgb) for path in images]
-    opened.sort(key=lambda image: -image.height * image.width)
-    found = []
-    for i in range(batch):
-        image, target = opened[i % len(opened)], like.target
-        if isinstance(target, SceneTarget):
-            target = target.resized(image.width, image.height)
-            if samples.windows is not None:
-                image, target = samples.windows.take(len(samples) + i, image, target, i)
-        found.append(Sample(like.case[:1], (image,), target))
-    return found
 
 
 def _steps(run: Rehearsal, regions: int) -> tuple[float, float, float]:
@@ -289,12 +243,13 @@ def _steps(run: Rehearsal, regions: int) -> tuple[float, float, float]:
         return log.seconds_per_step(), log.times[0], rows / regions
 
 
-def _evaluate(run: Rehearsal) -> float:
-    model, sample = cast(Any, run.evaluated_model), run.heaviest[0]
+def _evaluate(run: Rehearsal, samples: Sequence[Sample]) -> float:
+    """Time of answering these samples together, as the run does."""
+    model = run.evaluated_model
     model.eval()
     started = time.monotonic()
     with torch.no_grad(), autocast(run.device, run.settings.amp):
-        model.evaluate([sample.given], [sample.target])
+        run.task.answer(model, [sample.given for sample in samples], [sample.target for sample in samples])
     _wait(run.device)
     seconds = time.monotonic() - started
     model.train()
