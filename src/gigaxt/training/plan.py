@@ -125,7 +125,7 @@ def make_plan(config: RunConfig, images: Sequence[Path] = (), *, probe: bool = T
     """
     streaming = config.train.streaming
     # Here too: without waiting for a process to start.
-    check_budgets(streaming, pick_device(config.train.device), context_gib=config.model.context.host_gib)
+    check_budgets(streaming, pick_device(config.train.device), config.model.context)
     room = look_at_machine(config)
     found, stopped = rehearse_apart(config, images, streaming, room, probe=probe)
     plan = Plan(streaming=streaming, room=room, found=found, stopped_gib=stopped)
