@@ -159,7 +159,7 @@ class Here:
     pid = returncode = 0
 
     def __init__(self, command: list[str], **_: Any) -> None:
-        rehearsal.main(Path(command[-1]))
+        rehearsal.main(Path(command[3]))
 
     def wait(self, timeout: float = 0.0) -> int:
         return 0
@@ -184,6 +184,18 @@ def test_what_a_rehearsal_raises_is_raised(csv: Path, models: list[TinyModel], m
 def test_a_host_out_of_memory_is_a_run_that_does_not_fit(csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal, "rehearse", lambda job, folder: torch.empty(1 << 50))
     assert rehearsed_here(tiny_config(csv), monkeypatch) is None
+
+
+def test_a_rehearsal_ends_with_the_process_that_started_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, parents = tmp_path / "job", iter([7, 7, 1])
+    (folder / "run").mkdir(parents=True)
+    monkeypatch.setattr(rehearsal, "WATCH_S", 0.0)
+    monkeypatch.setattr(rehearsal.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(rehearsal.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit):
+        rehearsal.end_with(7, folder)
+    assert not folder.exists()
+    assert not list(parents)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])

@@ -208,7 +208,7 @@ def rehearse_apart(
         job = job_of(config, images, streaming, probe=probe)
         (folder / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
         with (folder / "errors.txt").open("w") as told:
-            command = [sys.executable, "-m", "gigaxt.training.rehearsal", name]
+            command = [sys.executable, "-m", "gigaxt.training.rehearsal", name, str(os.getpid())]
             child = subprocess.Popen(command, stdout=told, stderr=told, start_new_session=True)
             stopped = _watch(child, SPARE * room.host_free)
         if stopped or child.returncode == -signal.SIGKILL:

@@ -1,14 +1,17 @@
 """A run's heaviest steps, rehearsed in a process of their own: what `gigaxt plan` measures.
 
-Run as `python -m gigaxt.training.rehearsal FOLDER`: reads `FOLDER/job.json`, writes `FOLDER/found.json`. It trains the
-model of the config on the samples of most regions, by the loop of a real run in a run folder of its own, evaluates,
-and saves, so that time, memory and space are those of the run.
+Run as `python -m gigaxt.training.rehearsal FOLDER PARENT`, the number of the process that waits for it: reads
+`FOLDER/job.json`, writes `FOLDER/found.json`. It trains the model of the config on the samples of most regions, by the
+loop of a real run in a run folder of its own, evaluates, and saves: so time, memory and space are those of the run.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -40,6 +43,8 @@ from gigaxt.training.report import write_report
 from gigaxt.training.run_folder import prepare_run
 from gigaxt.training.signals import Signals
 
+WATCH_S = 1.0
+"""Time between looks at the process that made the job."""
 STEPS = 2
 """Steps that are always made; the first is slower than the rest."""
 MOST_STEPS, ENOUGH_S = 8, 10.0
@@ -334,6 +339,14 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+def end_with(parent: int, folder: Path) -> None:
+    """Wait until another process has this one, whose plan was killed: nobody watches its memory any more. Then end."""
+    while os.getppid() == parent:
+        time.sleep(WATCH_S)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
 def main(folder: Path) -> None:
     """Rehearse the job in `folder`; errors are told in `found.json`, too."""
     keep_freed_memory()  # as the command line does
@@ -350,4 +363,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    job_folder, its_parent = Path(sys.argv[1]), int(sys.argv[2])
+    threading.Thread(target=end_with, args=(its_parent, job_folder), daemon=True).start()
+    main(job_folder)
