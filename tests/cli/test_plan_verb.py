@@ -12,7 +12,7 @@ import torch
 
 from gigaxt.cli import main
 from gigaxt.rows import Streaming
-from gigaxt.training import plan
+from gigaxt.training import config_edit, plan
 from gigaxt.training.device import has_bfloat16
 from gigaxt.training.rehearsal import Found, job_of, rehearse
 
@@ -164,6 +164,38 @@ def test_bfloat16_is_recommended_where_it_was_faster(
     out = capsys.readouterr().out
     line = "\n- train.amp: bf16 takes 50% of the region encoder's time here: 10 instead of 20 ms a region\n"
     assert (line in out) == ("bf16" in out) == told
+
+
+def test_a_step_of_several_parts_is_told(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(YAML.replace("train:", "train:\n  batch: 2\n  accumulate: 4"))
+    rehearsed(monkeypatch, FOUND)
+    assert main(["plan", str(config)]) == 0
+    out = capsys.readouterr().out
+    assert "heaviest part of a step: scene.tif" in out
+    assert "time of that part  6:40 min, 35.8 ms a region; a step has 4 of them (train.accumulate)" in out
+    rehearsed(monkeypatch, None)
+    assert main(["plan", str(config)]) == 1
+    assert "train.batch: 1, train.accumulate: 8" in capsys.readouterr().out
+
+
+def test_a_config_that_cannot_be_written_is_told_first(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = rehearsed(monkeypatch, FOUND)
+    monkeypatch.setattr(config_edit.os, "access", lambda folder, mode: folder != config.parent)
+    assert main(["plan", str(config), "--fit"]) == 2
+    assert "run.yaml: expected a file in a folder that can be written, for --fit" in capsys.readouterr().err
+    assert not seen
+
+
+def test_a_link_to_a_config_stays_one(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsed(monkeypatch, FOUND)
+    (config.parent / "link.yaml").symlink_to(config)
+    assert main(["plan", str(config.parent / "link.yaml"), "--fit"]) == 0
+    assert (config.parent / "link.yaml").is_symlink()
+    assert "chunk_regions: 8" in config.read_text()
 
 
 def test_reading_threads_survive_a_fit(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

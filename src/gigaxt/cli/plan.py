@@ -53,7 +53,7 @@ def main(args: Sequence[str]) -> int:
 
     from gigaxt.cli.train import run_config_from
     from gigaxt.machine import free_disk_gib
-    from gigaxt.training.config_edit import write_streaming
+    from gigaxt.training.config_edit import check_writable, write_streaming
     from gigaxt.training.plan import make_plan
 
     if not arguments.config.is_file():
@@ -61,6 +61,8 @@ def main(args: Sequence[str]) -> int:
     for image in arguments.images:
         if not image.exists():
             raise ConfigError(f"{image}: there is no such image")
+    if arguments.fit:
+        check_writable(arguments.config)  # now, not after what may take hours
     given = {"--cache": arguments.cache, "--cache-gib": arguments.cache_gib}
     flags = [f"--data.{name[2:]}={value}" for name, value in given.items() if value is not None]
     config = run_config_from(flags, None, str(arguments.config), arguments.out)
@@ -93,7 +95,11 @@ def table(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
             *advice(plan, config, free_disk),
         ]
     height, width = found.size_px
-    head = f"heaviest step: {and_more(found.images)}, {width:,} x {height:,} px, {found.regions:,} regions in all"
+    parts = config.train.accumulate
+    whole = f"; a step has {parts} of them (train.accumulate)" if parts > 1 else ""
+    what = "part of a step" if whole else "step"
+    size = f"{width:,} x {height:,} px, {found.regions:,} regions in all"
+    head = f"heaviest {what}: {and_more(found.images)}, {size}"
     rows = [
         (
             "device memory",
@@ -102,8 +108,8 @@ def table(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
         ("host memory", f"{found.host_gib:.2f} GiB, {room.host_free:.1f} free of {room.host_total:.1f}"),
         ("disk", f"{found.disk_gib:.2f} GiB, {free_disk:.1f} free"),
         (
-            "time of that step",
-            f"{clock_text(plan.computing_s)}, {1e3 * plan.computing_s / found.regions:.3g} ms a region",
+            "time of that part" if whole else "time of that step",
+            f"{clock_text(plan.computing_s)}, {1e3 * plan.computing_s / found.regions:.3g} ms a region{whole}",
         ),
         (
             "time of an epoch",
@@ -195,7 +201,8 @@ def advice(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
         if streaming.chunk_regions > 1:
             lines.append(f"- smaller chunks: train.streaming.chunk_regions: {streaming.chunk_regions // 2}")
         if config.train.batch > 1:
-            lines.append(f"- fewer images at once: train.batch: 1, train.accumulate: {config.train.batch}")
+            images = config.train.batch * config.train.accumulate
+            lines.append(f"- fewer images at once: train.batch: 1, train.accumulate: {images}")
         lines.append("- a narrower context (model.context.dim), or coarser images (model.input.mpp, gsd_m, resize_px)")
         return lines
     if found.streaming["chunk_regions"] < streaming.chunk_regions:
