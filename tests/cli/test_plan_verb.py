@@ -214,6 +214,11 @@ def test_reading_threads_survive_a_fit(config: Path, monkeypatch: pytest.MonkeyP
         ("budget_gibs: 1", [], "did you mean `budget_gib`"),
         ("readers: 0", [], "streaming.readers: expected at least 1 thread"),
         ("budget_gib: 0.0", ["none.tif"], "none.tif: there is no such image"),
+        (
+            "budget_gib: 0.0",
+            ["--out", __file__],
+            f"expected a folder that can be written, {__file__} is a file",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(
@@ -225,6 +230,25 @@ def test_mistakes_are_told_in_one_line(
     error = capsys.readouterr().err
     assert text in error
     assert error.count("\n") == 1
+
+
+def test_a_token_cache_that_cannot_be_written_is_told(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = rehearsed(monkeypatch, FOUND)
+    config.write_text(YAML.replace("train:", "train:\n  encoder: frozen\n  token_cache: run.yaml/tokens"))
+    assert main(["plan", str(config)]) == 2
+    assert "train.token_cache: " in capsys.readouterr().err
+    assert not seen
+
+
+def test_passes_of_a_share_of_the_gradient(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rehearsed(monkeypatch, replace(FOUND, passes=1.25))
+    config.write_text(YAML.replace("train:", "train:\n  grad_share: 0.25"))
+    assert main(["plan", str(config)]) == 0
+    assert "1.25 forward + 0.25 backward" in capsys.readouterr().out
 
 
 def test_no_config_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,6 +181,14 @@ def test_what_a_rehearsal_raises_is_raised(csv: Path, models: list[TinyModel], m
         rehearsed_here(tiny_config(csv), monkeypatch)
 
 
+def test_a_disk_that_has_no_room_for_the_rehearsal_is_named(
+    csv: Path, models: list[TinyModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "free_disk_gib", lambda _: 1e-9)
+    with pytest.raises(CheckpointError, match=r"a checkpoint takes at least .*; gigaxt plan works in .* TMPDIR"):
+        rehearsed_here(tiny_config(csv), monkeypatch)
+
+
 def test_a_host_out_of_memory_is_a_run_that_does_not_fit(csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal, "rehearse", lambda job, folder: torch.empty(1 << 50))
     assert rehearsed_here(tiny_config(csv), monkeypatch) is None
@@ -218,7 +226,7 @@ def test_more_than_the_machine_has_is_refused_before_anything_is_written(csv: Pa
 @pytest.mark.usefixtures("models")
 def test_a_disk_without_room_is_refused(csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "free_disk_gib", lambda _: 1e-9)
-    with pytest.raises(CheckpointError, match="a checkpoint takes at least"):
+    with pytest.raises(CheckpointError, match=r"a checkpoint takes at least"):
         train(tiny_config(csv), csv.parent / "out")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,20 +53,24 @@ def main(args: Sequence[str]) -> int:
     arguments = parse(PlanArguments, args, verb="plan", switches=True)
 
     from gigaxt.cli.train import run_config_from
-    from gigaxt.machine import free_disk_gib
+    from gigaxt.machine import free_disk_gib, what_closes
     from gigaxt.training.config_edit import check_writable, write_streaming
     from gigaxt.training.plan import make_plan
 
-    if not arguments.config.is_file():
+    if not os.path.isfile(arguments.config):  # noqa: PTH113  # Path.is_file raises where its folder is closed
         raise ConfigError(f"{arguments.config}: expected a run's YAML file (gigaxt check data.csv --write run.yaml)")
     for image in arguments.images:
-        if not image.exists():
-            raise ConfigError(f"{image}: there is no such image")
+        if not os.path.exists(image):  # noqa: PTH110
+            raise ConfigError(f"{image}: there is no such image, or its folder is closed to this user")
     if arguments.fit:
         check_writable(arguments.config)  # now, not after what may take hours
     given = {"--cache": arguments.cache, "--cache-gib": arguments.cache_gib}
     flags = [f"--data.{name[2:]}={value}" for name, value in given.items() if value is not None]
     config = run_config_from(flags, None, str(arguments.config), arguments.out)
+    written = {"--out": arguments.out, "train.token_cache": config.train.token_cache}
+    for name, folder in written.items():
+        if folder is not None and (closed := what_closes(Path(folder))):
+            raise ConfigError(f"{name}: {folder}: expected a folder that can be written, {closed}; name another one")
     plan = make_plan(config, arguments.images)
     free = free_disk_gib(arguments.out)
     print("\n".join(table(plan, config, free)))
@@ -146,7 +151,7 @@ def passes_text(found: Found, config: RunConfig) -> str:
     """How often the region encoder runs in a step."""
     if found.first_step_s:
         return "1 forward of the region encoder, which is frozen, then none: tokens are in the cache"
-    backward = "no" if config.train.encoder == "frozen" else "1"
+    backward = "no" if config.train.encoder == "frozen" else f"{config.train.grad_share:g}"
     return f"{found.passes:.2f} forward + {backward} backward of the region encoder"
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gigaxt import errors
 from gigaxt.config import from_dict
-from gigaxt.errors import TrainingError
+from gigaxt.errors import CheckpointError, TrainingError
 from gigaxt.machine import device_memory_gib, host_memory_gib, resident_gib
 from gigaxt.rows import Streaming
 from gigaxt.training.config import RunConfig
@@ -221,6 +221,8 @@ def rehearse_apart(
     if "error" in answer:
         if not answer["error"]:
             return None, room.device_total if room.apart else room.host_free
+        if answer["kind"] == CheckpointError.__name__ and name in answer["error"][0]:
+            answer["error"][0] += f"; gigaxt plan works in {folder.parent}, the variable TMPDIR names another folder"
         raise getattr(errors, answer["kind"])(*answer["error"])
     return from_dict(Found, answer), 0.0
 
