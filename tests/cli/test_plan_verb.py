@@ -198,6 +198,13 @@ def test_a_link_to_a_config_stays_one(config: Path, monkeypatch: pytest.MonkeyPa
     assert "chunk_regions: 8" in config.read_text()
 
 
+def test_a_run_that_keeps_all_gets_a_better_chunk(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.write_text(YAML.replace("budget_gib: 0.0", "budget_gib: null"))
+    rehearsed(monkeypatch, FOUND)
+    assert main(["plan", str(config), "--fit"]) == 0
+    assert "streaming: {budget_gib: 11.41, host_gib: 0.0, chunk_regions: 8}" in config.read_text()
+
+
 def test_reading_threads_survive_a_fit(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config.write_text(YAML.replace("chunk_regions: 4", "chunk_regions: 4, readers: 6"))
     seen = rehearsed(monkeypatch, FOUND)

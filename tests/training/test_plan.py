@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -187,6 +188,18 @@ def test_a_disk_that_has_no_room_for_the_rehearsal_is_named(
     monkeypatch.setattr(checkpoint, "free_disk_gib", lambda _: 1e-9)
     with pytest.raises(CheckpointError, match=r"a checkpoint takes at least .*; gigaxt plan works in .* TMPDIR"):
         rehearsed_here(tiny_config(csv), monkeypatch)
+
+
+@pytest.mark.parametrize(("device", "sizes"), [("cpu", "1 2 4 8"), ("cuda", "1 2 4 8 16 32 64")])
+def test_chunks_that_a_host_has_no_room_for_are_not_tried(
+    device: str, sizes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rehearsal would be ended, and a run that fits be told not to."""
+    monkeypatch.setattr(rehearsal, "_time_chunk", lambda run, batch, size, amp: 1 / size)
+    monkeypatch.setattr(rehearsal, "host_memory_gib", lambda: (8.0, 1.0))
+    run: Any = SimpleNamespace(device=torch.device(device), settings=SimpleNamespace(amp="off"))
+    batch: Any = SimpleNamespace(full_size=64)
+    assert list(rehearsal._time_chunks(run, batch, 1 << 26)) == sizes.split()
 
 
 def test_a_host_out_of_memory_is_a_run_that_does_not_fit(csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:

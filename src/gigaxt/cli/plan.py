@@ -184,10 +184,10 @@ def choice_row(plan: Plan) -> list[tuple[str, str]]:
 def worth_changing(plan: Plan) -> bool:
     """Whether the choice keeps more, or encodes in other chunks, or needs less than what was measured."""
     found, choice, now = plan.found, plan.choice, plan.streaming
-    if found is None or choice is None or now.budget_gib is None:
+    if found is None or choice is None:
         return False
     everything = found.regions * found.graph_gib
-    keeps_all = min(now.budget_gib, choice.budget_gib or 0.0) >= everything
+    keeps_all = now.budget_gib is None or min(now.budget_gib, choice.budget_gib or 0.0) >= everything
     same = (choice.budget_gib, choice.host_gib) == (now.budget_gib, now.host_gib)
     return choice.chunk_regions != now.chunk_regions or not (keeps_all or same)
 

@@ -26,7 +26,7 @@ from gigaxt.config import from_dict, to_dict
 from gigaxt.errors import GigaxtError
 from gigaxt.image.file_cache import files_cached
 from gigaxt.image.open import open_image
-from gigaxt.machine import peak_resident_gib
+from gigaxt.machine import host_memory_gib, peak_resident_gib
 from gigaxt.nn.xt import GigaXT
 from gigaxt.replay import counted_saves
 from gigaxt.rows import GIB, Reader, Streaming
@@ -49,6 +49,8 @@ STEPS = 2
 """Steps that are always made; the first is slower than the rest."""
 MOST_STEPS, ENOUGH_S = 8, 10.0
 """Short steps are repeated, up to so many or so long, because one alone tells little."""
+PROBED = 0.5
+"""Share of the free memory that a chunk may take when chunks are timed."""
 BETTER = 0.97
 """A chunk of twice the regions must take less than this share of the time a region."""
 
@@ -172,7 +174,7 @@ def _rehearse(job: Job, folder: Path) -> Found:
         write_report(folder_of_run, config, task, run.state, None)  # its drawing counts, too
         host_gib = peak_resident_gib()  # before chunks are tried that the run will not have
         reserved = torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0
-        chunk_s = _time_chunks(run, batch) if job.probe else {}
+        chunk_s = _time_chunks(run, batch, graph) if job.probe else {}
         return Found(
             images=[image.name for sample in run.heaviest for image in sample.images],
             size_px=(batch.scenes[0].grid.height, batch.scenes[0].grid.width),
@@ -273,11 +275,16 @@ def _kept_bytes(run: Run, batch: SceneBatch) -> tuple[int, int, int]:
     return saves.bytes, saves.hosted, sum(t.nbytes for t in maps)
 
 
-def _time_chunks(run: Run, batch: SceneBatch) -> dict[str, float]:
-    """Time a region of one pass forward and backward, for chunks that grow until that is of no use any more."""
+def _time_chunks(run: Run, batch: SceneBatch, graph: int) -> dict[str, float]:
+    """Time a region of one pass forward and backward, for chunks that grow until that is of no use any more.
+
+    On a CPU not beyond what memory has room for: a device says when it has none left, a host ends the process.
+    """
     found: dict[str, float] = {}
-    size, best = 1, float("inf")
-    while size <= batch.full_size:
+    size, best, most = 1, float("inf"), batch.full_size
+    if run.device.type == "cpu" and graph:
+        most = min(most, int(PROBED * host_memory_gib()[1] * GIB) // graph)
+    while size <= most:
         seconds = _time_chunk(run, batch, size, run.settings.amp)
         if seconds is None:
             return found
