@@ -202,6 +202,20 @@ def test_chunks_that_a_host_has_no_room_for_are_not_tried(
     assert list(rehearsal._time_chunks(run, batch, 1 << 26)) == sizes.split()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_evaluation_is_timed_without_compiling(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    took = [30.0, 1.0] if compiled else [1.0]
+    clock = [0.0]
+    settings = SimpleNamespace(compile=compiled, amp="off")
+    task = SimpleNamespace(answer=lambda *_: clock.append(clock[-1] + took.pop(0)))
+    run: Any = SimpleNamespace(
+        settings=settings, task=task, device=torch.device("cpu"), evaluated_model=torch.nn.Identity()
+    )
+    monkeypatch.setattr(rehearsal.time, "monotonic", lambda: clock[-1])
+    assert rehearsal._evaluate(run, []) == pytest.approx(1.0)
+    assert run.evaluated_model.training
+
+
 def test_a_host_out_of_memory_is_a_run_that_does_not_fit(csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal, "rehearse", lambda job, folder: torch.empty(1 << 50))
     assert rehearsed_here(tiny_config(csv), monkeypatch) is None
