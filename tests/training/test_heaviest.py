@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tiny_run import TinyModel, tiny_config
 
 from gigaxt.errors import DataError
+from gigaxt.inputs import InputConfig
 from gigaxt.training import RunConfig, run_config
 from gigaxt.training.data import Samples
 from gigaxt.training.heaviest import (
@@ -17,6 +19,7 @@ from gigaxt.training.heaviest import (
     given_samples,
     heaviest_evaluation,
     heaviest_step,
+    mean_regions,
     training_sizes,
 )
 from gigaxt.training.loop import Run
@@ -63,6 +66,19 @@ def test_a_forward_pass_sees_several_windows_of_a_scene_and_an_evaluation_whole_
     assert [sample.images[0].width for sample in heaviest_step(run, found, given)] == [64] * 3
     (evaluated,) = heaviest_evaluation(run, given)
     assert evaluated.images[0].width == 512
+
+
+@pytest.mark.parametrize(
+    ("settings", "resize_px", "mean"), [({}, None, 4), ({"crop_area": 0.5}, None, 3), ({"crop_area": 0.5}, 9, 4)]
+)
+def test_random_windows_have_fewer_regions(
+    settings: dict[str, Any], resize_px: int | None, mean: float, csv: Path, models: list[TinyModel]
+) -> None:
+    config = tiny_config(csv, augment=settings)
+    run = run_of(
+        replace(config, model=replace(config.model, input=InputConfig(resize_px=resize_px))), csv.parent / "run"
+    )
+    assert mean_regions(run, {0: 2, 5: 6}) == mean
 
 
 def test_images_that_training_skips_are_skipped(csv: Path, models: list[TinyModel]) -> None:

@@ -51,6 +51,13 @@ def training_sizes(run: Run) -> dict[int, int]:
     return sizes
 
 
+def mean_regions(run: Run, sizes: Mapping[int, int]) -> float:
+    """Regions of a training sample; of random windows (`crop_area`) those of the mean area, which is drawn evenly."""
+    crop = run.settings.augment.crop_area
+    share = 1.0 if crop is None or run.config.model.input.resize_px is not None else (crop + 1) / 2
+    return share * sum(sizes.values()) / len(sizes)
+
+
 def heaviest_step(run: Run, sizes: Mapping[int, int], given: Sequence[Sample]) -> list[Sample]:
     """The samples of most regions that a forward pass may see together, changed as in training but not cropped.
 

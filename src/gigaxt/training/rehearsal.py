@@ -35,7 +35,7 @@ from gigaxt.training.checkpoint import KEEP
 from gigaxt.training.config import DataConfig, RunConfig, run_config
 from gigaxt.training.data import Sample, derive_seed
 from gigaxt.training.device import autocast, has_bfloat16, in_bfloat16, pick_device
-from gigaxt.training.heaviest import given_samples, heaviest_evaluation, heaviest_step, training_sizes
+from gigaxt.training.heaviest import given_samples, heaviest_evaluation, heaviest_step, mean_regions, training_sizes
 from gigaxt.training.log import RunLog
 from gigaxt.training.loop import Run
 from gigaxt.training.reading_speed import Reading, time_reading
@@ -156,7 +156,6 @@ def _rehearse(job: Job, folder: Path) -> Found:
         torch.manual_seed(derive_seed(config.train.seed, "weights"))
         run = Rehearsal(config, folder_of_run, task, device, signals)
         sizes = training_sizes(run)
-        total = sum(sizes.values())
         given = given_samples(run, job.images, next(iter(sizes)))
         run.heaviest, evaluated = heaviest_step(run, sizes, given), heaviest_evaluation(run, given)
         batch = _model(run).batch([sample.given for sample in run.heaviest])
@@ -180,9 +179,9 @@ def _rehearse(job: Job, folder: Path) -> Found:
             size_px=(batch.scenes[0].grid.height, batch.scenes[0].grid.width),
             regions=regions,
             # Windows of scenes are alike.
-            mean_regions=total / len(sizes) if run.train_samples.windows is None else regions / len(run.heaviest),
+            mean_regions=mean_regions(run, sizes) if run.train_samples.windows is None else regions / len(run.heaviest),
             first_step_s=first_s if cached else 0.0,
-            token_cache_gib=cached / regions * total / GIB,
+            token_cache_gib=cached / regions * sum(sizes.values()) / GIB,
             samples=run.samples_per_epoch,
             steps=run.steps_per_epoch,
             step_s=step_s,
