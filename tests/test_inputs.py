@@ -52,6 +52,11 @@ def test_nothing_is_touched_without() -> None:
     ("settings", "message"),
     [
         ({"resize_px": 0}, "input.resize_px: expected at least 1, got 0"),
+        ({"mpp": float("nan")}, "input.mpp: expected a positive number, got nan"),
+        ({"gsd_m": -1.0}, "input.gsd_m: expected a positive number, got -1.0"),
+        ({"mean": [float("nan")], "std": [1.0]}, "input.mean: expected finite numbers"),
+        ({"mean": [0.0], "std": [float("inf")]}, "input.std: expected numbers above 0"),
+        ({"halo": -32}, "input.halo: expected a multiple of 32 px from 0, got -32"),
         ({"resize_px": 512, "mpp": 0.5}, "`resize_px` and a pixel size .* exclude each other"),
         ({"resize_px": 512, "gsd_m": 10.0}, "`resize_px` and a pixel size .* exclude each other"),
     ],

@@ -100,7 +100,7 @@ def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
         str(getattr(arg, "kind", None)): arg for arg in args if isinstance(arg, type) and dataclasses.is_dataclass(arg)
     }
     if len(by_kind) == len(args) and isinstance(value, Mapping):  # dataclasses told apart by the default of `kind`
-        if value.get("kind") not in by_kind:
+        if str(value.get("kind")) not in by_kind:
             raise ConfigError(
                 f"{join(where, 'kind')}: got {value.get('kind')!r}{nearest(str(value.get('kind')), by_kind)}"
             )

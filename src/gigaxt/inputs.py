@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -51,8 +52,16 @@ class InputConfig:
         if self.mean is not None and self.std is not None:
             if len(self.mean) != len(self.std):
                 raise ConfigError(f"input: {len(self.mean)} values of `mean`, {len(self.std)} of `std`")
-            if not all(s > 0 for s in self.std):
+            if not all(math.isfinite(m) for m in self.mean):
+                raise ConfigError(f"input.mean: expected finite numbers, got {self.mean}")
+            if not all(0 < s < math.inf for s in self.std):
                 raise ConfigError(f"input.std: expected numbers above 0, got {self.std}")
+        for name in ("mpp", "gsd_m"):
+            size = getattr(self, name)
+            if size is not None and not 0 < size < math.inf:
+                raise ConfigError(f"input.{name}: expected a positive number, got {size}")
+        if self.halo < 0:
+            raise ConfigError(f"input.halo: expected a multiple of 32 px from 0, got {self.halo}")
         if self.mpp is not None and self.gsd_m is not None:
             raise ConfigError("input: `mpp` and `gsd_m` exclude each other; give one")
         if self.resize_px is not None and self.resize_px < 1:

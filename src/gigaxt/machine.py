@@ -43,10 +43,23 @@ def device_memory_gib(device: torch.device) -> tuple[float, float]:
 
 def free_disk_gib(path: Path) -> float:
     """Free space where `path` lies or will lie."""
+    return shutil.disk_usage(_nearest(path)).free / GIB
+
+
+def what_closes(path: Path) -> str | None:
+    """Why nothing can be written into a folder that may not be there yet; None: it can, as far as the system tells."""
+    there = _nearest(path)
+    if not there.is_dir():
+        return f"{there} is a file"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"{there} is closed to this user"
+
+
+def _nearest(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there."""
     there = path.absolute()
-    while not there.exists():
+    while not os.path.exists(there):  # noqa: PTH110  # Path.exists raises where a folder above is closed
         there = there.parent
-    return shutil.disk_usage(there).free / GIB
+    return there
 
 
 def resident_gib(pid: int) -> float:

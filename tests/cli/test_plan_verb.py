@@ -12,7 +12,7 @@ import torch
 
 from gigaxt.cli import main
 from gigaxt.rows import Streaming
-from gigaxt.training import plan
+from gigaxt.training import config_edit, plan
 from gigaxt.training.device import has_bfloat16
 from gigaxt.training.rehearsal import Found, job_of, rehearse
 
@@ -37,6 +37,7 @@ FOUND = Found(
     chunk_s={"4": 0.03, "8": 0.02},
     cold_read_s=0.005,
     read_s=0.001,
+    evaluated=["largest.tif"],
 )
 YAML = """# mine
 data: {csv: data.csv}
@@ -76,6 +77,7 @@ def test_the_table(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         "4.75 GiB, 40.0 free of 64.0",
         "6:40 min, 35.8 ms a region",
         "33:20 min, 5 steps, 5,586 regions a sample",
+        "1:40 min for largest.tif",
         "2.00 forward + 1 backward",
         "4 regions a chunk, budget 0 GiB; 11.17 GiB would keep all",
         "reading            5 ms a region cold, 1 ms again; behind the computation, 17% of that step",
@@ -164,6 +166,45 @@ def test_bfloat16_is_recommended_where_it_was_faster(
     assert (line in out) == ("bf16" in out) == told
 
 
+def test_a_step_of_several_parts_is_told(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(YAML.replace("train:", "train:\n  batch: 2\n  accumulate: 4"))
+    rehearsed(monkeypatch, FOUND)
+    assert main(["plan", str(config)]) == 0
+    out = capsys.readouterr().out
+    assert "heaviest part of a step: scene.tif" in out
+    assert "time of that part  6:40 min, 35.8 ms a region; a step has 4 of them (train.accumulate)" in out
+    rehearsed(monkeypatch, None)
+    assert main(["plan", str(config)]) == 1
+    assert "train.batch: 1, train.accumulate: 8" in capsys.readouterr().out
+
+
+def test_a_config_that_cannot_be_written_is_told_first(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = rehearsed(monkeypatch, FOUND)
+    monkeypatch.setattr(config_edit.os, "access", lambda folder, mode: folder != config.parent)
+    assert main(["plan", str(config), "--fit"]) == 2
+    assert "run.yaml: expected a file in a folder that can be written, for --fit" in capsys.readouterr().err
+    assert not seen
+
+
+def test_a_link_to_a_config_stays_one(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsed(monkeypatch, FOUND)
+    (config.parent / "link.yaml").symlink_to(config)
+    assert main(["plan", str(config.parent / "link.yaml"), "--fit"]) == 0
+    assert (config.parent / "link.yaml").is_symlink()
+    assert "chunk_regions: 8" in config.read_text()
+
+
+def test_a_run_that_keeps_all_gets_a_better_chunk(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.write_text(YAML.replace("budget_gib: 0.0", "budget_gib: null"))
+    rehearsed(monkeypatch, FOUND)
+    assert main(["plan", str(config), "--fit"]) == 0
+    assert "streaming: {budget_gib: 11.41, host_gib: 0.0, chunk_regions: 8}" in config.read_text()
+
+
 def test_reading_threads_survive_a_fit(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config.write_text(YAML.replace("chunk_regions: 4", "chunk_regions: 4, readers: 6"))
     seen = rehearsed(monkeypatch, FOUND)
@@ -180,6 +221,11 @@ def test_reading_threads_survive_a_fit(config: Path, monkeypatch: pytest.MonkeyP
         ("budget_gibs: 1", [], "did you mean `budget_gib`"),
         ("readers: 0", [], "streaming.readers: expected at least 1 thread"),
         ("budget_gib: 0.0", ["none.tif"], "none.tif: there is no such image"),
+        (
+            "budget_gib: 0.0",
+            ["--out", __file__],
+            f"expected a folder that can be written, {__file__} is a file",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(
@@ -191,6 +237,25 @@ def test_mistakes_are_told_in_one_line(
     error = capsys.readouterr().err
     assert text in error
     assert error.count("\n") == 1
+
+
+def test_a_token_cache_that_cannot_be_written_is_told(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = rehearsed(monkeypatch, FOUND)
+    config.write_text(YAML.replace("train:", "train:\n  encoder: frozen\n  token_cache: run.yaml/tokens"))
+    assert main(["plan", str(config)]) == 2
+    assert "train.token_cache: " in capsys.readouterr().err
+    assert not seen
+
+
+def test_passes_of_a_share_of_the_gradient(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rehearsed(monkeypatch, replace(FOUND, passes=1.25))
+    config.write_text(YAML.replace("train:", "train:\n  grad_share: 0.25"))
+    assert main(["plan", str(config)]) == 0
+    assert "1.25 forward + 0.25 backward" in capsys.readouterr().out
 
 
 def test_no_config_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,9 +7,10 @@ import torch
 
 from gigaxt.errors import ConfigError
 from gigaxt.machine import host_memory_gib
+from gigaxt.nn.context import ContextConfig
 from gigaxt.rows import Streaming
 from gigaxt.training import device as device_module
-from gigaxt.training.device import check_budgets, slow_precision, small_chunks
+from gigaxt.training.device import check_budgets, pick_device, slow_precision, small_chunks
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,26 @@ def test_chunks_that_let_a_gpu_wait_are_told(device: str, regions: int, told: bo
 def test_the_contexts_host_memory_counts_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     total = host_memory_gib()[0]
     monkeypatch.setattr(device_module, "device_memory_gib", lambda _: (80.0, 80.0))
-    check_budgets(Streaming(host_gib=total / 2), torch.device("cuda"), context_gib=0.4 * total)
-    check_budgets(Streaming(), torch.device("cpu"), context_gib=2 * total)
+    check_budgets(Streaming(host_gib=total / 2), torch.device("cuda"), ContextConfig(host_gib=0.4 * total))
+    check_budgets(Streaming(), torch.device("cpu"), ContextConfig(host_gib=2 * total))
     with pytest.raises(ConfigError, match=r"host_gib \+ model.context.host_gib: expected at most"):
-        check_budgets(Streaming(host_gib=total / 2), torch.device("cuda"), context_gib=0.6 * total)
+        check_budgets(Streaming(host_gib=total / 2), torch.device("cuda"), ContextConfig(host_gib=0.6 * total))
+
+
+def test_the_contexts_budget_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    total = host_memory_gib()[0]
+    with pytest.raises(ConfigError, match=r"^model.context.budget_gib: expected at most the .* this machine has"):
+        check_budgets(Streaming(budget_gib=0), torch.device("cpu"), ContextConfig(budget_gib=2 * total))
+    monkeypatch.setattr(device_module, "device_memory_gib", lambda _: (80.0, 80.0))
+    both = (
+        r"^train.streaming.budget_gib \+ model.context.budget_gib: expected at most the 80.0 GiB that cuda has, got 90"
+    )
+    with pytest.raises(ConfigError, match=both):
+        check_budgets(Streaming(budget_gib=50), torch.device("cuda"), ContextConfig(budget_gib=40))
+
+
+@pytest.mark.parametrize("name", ["meta", "mps", "gpu", "cuda:99"])
+def test_devices_that_cannot_train(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"train.device: expected"):
+        pick_device(name)
+    assert pick_device("cpu:7") == torch.device("cpu")

@@ -4,24 +4,24 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
+import torch
 import yaml
-from tiny_run import tiny_config
+from tiny_run import TinyModel, tiny_config
 
-from gigaxt.errors import CheckpointError, ConfigError
+from gigaxt.errors import CheckpointError, ConfigError, ImageError
 from gigaxt.machine import host_memory_gib
 from gigaxt.rows import Streaming
-from gigaxt.training import checkpoint, plan, run_config
+from gigaxt.training import RunConfig, checkpoint, plan, rehearsal, run_config
 from gigaxt.training.config_edit import write_streaming
-from gigaxt.training.data import Samples
 from gigaxt.training.device import check_budgets, pick_device
 from gigaxt.training.loop import train
-from gigaxt.training.rehearsal import Found, count_regions
-from gigaxt.training.run_folder import prepare_run
+from gigaxt.training.rehearsal import Found
 
 ROOM = plan.Room(device="cpu", host_total=64.0, host_free=40.0, device_total=64.0, device_free=40.0)
 CUDA = plan.Room(device="cuda", host_total=64.0, host_free=40.0, device_total=80.0, device_free=70.0)
@@ -146,21 +146,91 @@ def test_a_layout_on_one_line_is_rewritten(tmp_path: Path) -> None:
     }
 
 
-def test_regions_are_counted_by_size(csv: Path) -> None:
-    config = tiny_config(csv)
-    _, config, task = prepare_run(config, csv.parent / "run")
-    samples = Samples(task.manifest.cases("train"), task)
-    assert {count_regions(samples.plain(i), config.model) for i in range(len(samples))} == {1}
-    wide = replace(config.model, input=replace(config.model.input, resize_px=200))
-    assert max(count_regions(samples.plain(i), wide) for i in range(len(samples))) == 4 * 4
-
-
 def test_a_child_that_takes_too_much_is_stopped() -> None:
     hungry = "import time\nx = bytearray(300 << 20)\ntime.sleep(60)"
     child = subprocess.Popen([sys.executable, "-c", hungry], start_new_session=True)
     assert 0.2 < plan._watch(child, 0.2) < 0.4
     assert child.returncode is not None
     assert plan._watch(subprocess.Popen([sys.executable, "-c", ""], start_new_session=True), 0.2) == 0
+
+
+class Here:
+    """A child process of a plan, in this process."""
+
+    pid = returncode = 0
+
+    def __init__(self, command: list[str], **_: Any) -> None:
+        rehearsal.main(Path(command[3]))
+
+    def wait(self, timeout: float = 0.0) -> int:
+        return 0
+
+    poll = wait
+
+
+def rehearsed_here(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Found | None:
+    """What `make_plan` finds, by a rehearsal in this process."""
+    monkeypatch.setattr(plan.subprocess, "Popen", Here)
+    monkeypatch.setattr(rehearsal, "keep_freed_memory", lambda: None)
+    return plan.make_plan(config, probe=False).found
+
+
+def test_what_a_rehearsal_raises_is_raised(csv: Path, models: list[TinyModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of images, too, which are made of more than their text."""
+    (csv.parent / "0.tif").write_bytes(b"II*\0garbage")
+    with pytest.raises(ImageError, match=r"0\.tif: expected a TIFF file, got 11 bytes"):
+        rehearsed_here(tiny_config(csv), monkeypatch)
+
+
+def test_a_disk_that_has_no_room_for_the_rehearsal_is_named(
+    csv: Path, models: list[TinyModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "free_disk_gib", lambda _: 1e-9)
+    with pytest.raises(CheckpointError, match=r"a checkpoint takes at least .*; gigaxt plan works in .* TMPDIR"):
+        rehearsed_here(tiny_config(csv), monkeypatch)
+
+
+@pytest.mark.parametrize(("device", "sizes"), [("cpu", "1 2 4 8"), ("cuda", "1 2 4 8 16 32 64")])
+def test_chunks_that_a_host_has_no_room_for_are_not_tried(
+    device: str, sizes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rehearsal would be ended, and a run that fits be told not to."""
+    monkeypatch.setattr(rehearsal, "_time_chunk", lambda run, batch, size, amp: 1 / size)
+    monkeypatch.setattr(rehearsal, "host_memory_gib", lambda: (8.0, 1.0))
+    run: Any = SimpleNamespace(device=torch.device(device), settings=SimpleNamespace(amp="off"))
+    batch: Any = SimpleNamespace(full_size=64)
+    assert list(rehearsal._time_chunks(run, batch, 1 << 26)) == sizes.split()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_evaluation_is_timed_without_compiling(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    took = [30.0, 1.0] if compiled else [1.0]
+    clock = [0.0]
+    settings = SimpleNamespace(compile=compiled, amp="off")
+    task = SimpleNamespace(answer=lambda *_: clock.append(clock[-1] + took.pop(0)))
+    run: Any = SimpleNamespace(
+        settings=settings, task=task, device=torch.device("cpu"), evaluated_model=torch.nn.Identity()
+    )
+    monkeypatch.setattr(rehearsal.time, "monotonic", lambda: clock[-1])
+    assert rehearsal._evaluate(run, []) == pytest.approx(1.0)
+    assert run.evaluated_model.training
+
+
+def test_a_host_out_of_memory_is_a_run_that_does_not_fit(csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "rehearse", lambda job, folder: torch.empty(1 << 50))
+    assert rehearsed_here(tiny_config(csv), monkeypatch) is None
+
+
+def test_a_rehearsal_ends_with_the_process_that_started_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, parents = tmp_path / "job", iter([7, 7, 1])
+    (folder / "run").mkdir(parents=True)
+    monkeypatch.setattr(rehearsal, "WATCH_S", 0.0)
+    monkeypatch.setattr(rehearsal.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(rehearsal.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit):
+        rehearsal.end_with(7, folder)
+    assert not folder.exists()
+    assert not list(parents)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
@@ -183,7 +253,7 @@ def test_more_than_the_machine_has_is_refused_before_anything_is_written(csv: Pa
 @pytest.mark.usefixtures("models")
 def test_a_disk_without_room_is_refused(csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "free_disk_gib", lambda _: 1e-9)
-    with pytest.raises(CheckpointError, match="a checkpoint takes at least"):
+    with pytest.raises(CheckpointError, match=r"a checkpoint takes at least"):
         train(tiny_config(csv), csv.parent / "out")
 
 

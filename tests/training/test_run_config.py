@@ -43,6 +43,8 @@ def test_paths_are_relative_to_the_yaml(tmp_path: Path) -> None:
         ({"train": {"learning_rate": 1}}, "train.learning_rate: unknown key"),
         ({"train": {"weight_decy": 1}}, "train.weight_decy: unknown key; did you mean `weight_decay`"),
         ({"train": {"augment": {"dihedrl": True}}}, "train.augment.dihedrl: unknown key; did you mean `dihedral`"),
+        ({"train": {"augment": {"colour": -0.5}}}, "train.augment.colour: expected a strength from 0 to 1, got -0.5"),
+        ({"model": MODEL | {"head": {"kind": [1]}}}, "head.kind: got [1]; known: "),
         ({"train": {"lr": "fast"}}, "train.lr: expected float, got 'fast'"),
         ({"train": {"optimizer": "adamv"}}, "train.optimizer: timm has no `adamv`; did you mean `adam"),
         ({"train": {"optimizer": "adahessian"}}, "train.optimizer"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,18 +53,24 @@ def main(args: Sequence[str]) -> int:
     arguments = parse(PlanArguments, args, verb="plan", switches=True)
 
     from gigaxt.cli.train import run_config_from
-    from gigaxt.machine import free_disk_gib
-    from gigaxt.training.config_edit import write_streaming
+    from gigaxt.machine import free_disk_gib, what_closes
+    from gigaxt.training.config_edit import check_writable, write_streaming
     from gigaxt.training.plan import make_plan
 
-    if not arguments.config.is_file():
+    if not os.path.isfile(arguments.config):  # noqa: PTH113  # Path.is_file raises where its folder is closed
         raise ConfigError(f"{arguments.config}: expected a run's YAML file (gigaxt check data.csv --write run.yaml)")
     for image in arguments.images:
-        if not image.exists():
-            raise ConfigError(f"{image}: there is no such image")
+        if not os.path.exists(image):  # noqa: PTH110
+            raise ConfigError(f"{image}: there is no such image, or its folder is closed to this user")
+    if arguments.fit:
+        check_writable(arguments.config)  # now, not after what may take hours
     given = {"--cache": arguments.cache, "--cache-gib": arguments.cache_gib}
     flags = [f"--data.{name[2:]}={value}" for name, value in given.items() if value is not None]
     config = run_config_from(flags, None, str(arguments.config), arguments.out)
+    written = {"--out": arguments.out, "train.token_cache": config.train.token_cache}
+    for name, folder in written.items():
+        if folder is not None and (closed := what_closes(Path(folder))):
+            raise ConfigError(f"{name}: {folder}: expected a folder that can be written, {closed}; name another one")
     plan = make_plan(config, arguments.images)
     free = free_disk_gib(arguments.out)
     print("\n".join(table(plan, config, free)))
@@ -93,8 +100,11 @@ def table(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
             *advice(plan, config, free_disk),
         ]
     height, width = found.size_px
-    more = f" and {len(found.images) - 1} more" if len(found.images) > 1 else ""
-    head = f"heaviest step: {found.images[0]}{more}, {width:,} x {height:,} px, {found.regions:,} regions in all"
+    parts = config.train.accumulate
+    whole = f"; a step has {parts} of them (train.accumulate)" if parts > 1 else ""
+    what = "part of a step" if whole else "step"
+    size = f"{width:,} x {height:,} px, {found.regions:,} regions in all"
+    head = f"heaviest {what}: {and_more(found.images)}, {size}"
     rows = [
         (
             "device memory",
@@ -103,15 +113,15 @@ def table(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
         ("host memory", f"{found.host_gib:.2f} GiB, {room.host_free:.1f} free of {room.host_total:.1f}"),
         ("disk", f"{found.disk_gib:.2f} GiB, {free_disk:.1f} free"),
         (
-            "time of that step",
-            f"{clock_text(plan.computing_s)}, {1e3 * plan.computing_s / found.regions:.3g} ms a region",
+            "time of that part" if whole else "time of that step",
+            f"{clock_text(plan.computing_s)}, {1e3 * plan.computing_s / found.regions:.3g} ms a region{whole}",
         ),
         (
             "time of an epoch",
             f"{clock_text(plan.epoch_s)}, {found.steps:,} steps, {found.mean_regions:,.0f} regions a sample",
         ),
         *token_cache_row(plan, config),
-        ("evaluation", f"{clock_text(found.evaluate_s)} for one image of that size"),
+        ("evaluation", f"{clock_text(found.evaluate_s)} for {and_more(found.evaluated)}"),
         ("passes", passes_text(found, config)),
         ("settings", spelled_found(found, plan.streaming)),
         *reading_row(plan),
@@ -119,6 +129,11 @@ def table(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
     ]
     wide = max(len(name) for name, _ in rows)
     return [head, *(f"  {name:<{wide}}  {value}" for name, value in rows), *advice(plan, config, free_disk)]
+
+
+def and_more(names: Sequence[str]) -> str:
+    """The first of some names, and how many follow."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def token_cache_row(plan: Plan, config: RunConfig) -> list[tuple[str, str]]:
@@ -136,7 +151,7 @@ def passes_text(found: Found, config: RunConfig) -> str:
     """How often the region encoder runs in a step."""
     if found.first_step_s:
         return "1 forward of the region encoder, which is frozen, then none: tokens are in the cache"
-    backward = "no" if config.train.encoder == "frozen" else "1"
+    backward = "no" if config.train.encoder == "frozen" else f"{config.train.grad_share:g}"
     return f"{found.passes:.2f} forward + {backward} backward of the region encoder"
 
 
@@ -150,8 +165,7 @@ def reading_row(plan: Plan) -> list[tuple[str, str]]:
     speed = f" ({found.cold_bytes / found.cold_read_s / 1e6:.3g} MB/s)" if found.cold_bytes else ""
     rows = [f"{1e3 * found.cold_read_s:.3g} ms a region cold{speed}, {1e3 * found.read_s:.3g} ms again; {limit}"]
     if found.still_cached:
-        more = f" and {len(found.still_cached) - 1} more" if len(found.still_cached) > 1 else ""
-        rows.append(f"not cold: the system would not forget {found.still_cached[0]}{more}; a first read may be slower")
+        rows.append(f"not cold: the system would not forget {and_more(found.still_cached)}; a first read may be slower")
     return [("reading" if i == 0 else "", row) for i, row in enumerate(rows)]
 
 
@@ -170,10 +184,10 @@ def choice_row(plan: Plan) -> list[tuple[str, str]]:
 def worth_changing(plan: Plan) -> bool:
     """Whether the choice keeps more, or encodes in other chunks, or needs less than what was measured."""
     found, choice, now = plan.found, plan.choice, plan.streaming
-    if found is None or choice is None or now.budget_gib is None:
+    if found is None or choice is None:
         return False
     everything = found.regions * found.graph_gib
-    keeps_all = min(now.budget_gib, choice.budget_gib or 0.0) >= everything
+    keeps_all = now.budget_gib is None or min(now.budget_gib, choice.budget_gib or 0.0) >= everything
     same = (choice.budget_gib, choice.host_gib) == (now.budget_gib, now.host_gib)
     return choice.chunk_regions != now.chunk_regions or not (keeps_all or same)
 
@@ -192,7 +206,8 @@ def advice(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
         if streaming.chunk_regions > 1:
             lines.append(f"- smaller chunks: train.streaming.chunk_regions: {streaming.chunk_regions // 2}")
         if config.train.batch > 1:
-            lines.append(f"- fewer images at once: train.batch: 1, train.accumulate: {config.train.batch}")
+            images = config.train.batch * config.train.accumulate
+            lines.append(f"- fewer images at once: train.batch: 1, train.accumulate: {images}")
         lines.append("- a narrower context (model.context.dim), or coarser images (model.input.mpp, gsd_m, resize_px)")
         return lines
     if found.streaming["chunk_regions"] < streaming.chunk_regions:

@@ -74,6 +74,8 @@ class AugmentConfig:
             raise ConfigError(f"train.augment.crop_area: expected a share above 0 and up to 1, got {self.crop_area}")
         if self.randaugment is not None and not 0 <= self.randaugment <= 10:
             raise ConfigError(f"train.augment.randaugment: expected a magnitude from 0 to 10, got {self.randaugment}")
+        if not 0 <= self.colour <= 1:
+            raise ConfigError(f"train.augment.colour: expected a strength from 0 to 1, got {self.colour}")
 
     @property
     def changes(self) -> bool:

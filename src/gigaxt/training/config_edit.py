@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import yaml
 
 from gigaxt.errors import ConfigError
 from gigaxt.rows import Streaming
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that `write_streaming` could not write.
+
+    Raises:
+        ConfigError: its folder is closed to this user, or on a read-only disk.
+    """
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise ConfigError(f"{path}: expected a file in a folder that can be written, for --fit; copy it to another one")
 
 
 def write_streaming(path: Path, streaming: Streaming) -> None:
@@ -33,10 +44,11 @@ def write_streaming(path: Path, streaming: Streaming) -> None:
         same = False
     if not same:  # a layout that is not understood, such as train: {...} on one line
         new = yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True)
-    part = path.with_name(path.name + ".part")
+    file = path.resolve()  # what a link leads to
+    part = file.with_name(file.name + ".part")
     try:
         part.write_text(new, encoding="utf-8")
-        part.replace(path)
+        part.replace(file)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
 

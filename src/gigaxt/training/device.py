@@ -10,6 +10,7 @@ import torch
 
 from gigaxt.errors import ConfigError
 from gigaxt.machine import device_memory_gib, host_memory_gib
+from gigaxt.nn.context import ContextConfig
 from gigaxt.rows import Streaming
 
 FEW_REGIONS = 32
@@ -17,7 +18,7 @@ FEW_REGIONS = 32
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; `auto`: CUDA where there is one, else the CPU.
+    """The device called `name`, the CPU or a CUDA one; `auto`: CUDA where there is one.
 
     Raises:
         ConfigError: there is no such device.
@@ -26,37 +27,46 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"train.device: expected auto, cpu, cuda or cuda:1 for example, got `{name}`") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "cpu":
+        return torch.device("cpu")  # there is one, whatever its number
+    if device.type != "cuda":
+        raise ConfigError(f"train.device: expected auto, cpu, cuda or cuda:1 for example, got `{name}`")
+    if (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"train.device: expected one of {torch.cuda.device_count()} CUDA devices, got `{name}`")
     return device
 
 
-def check_budgets(streaming: Streaming, device: torch.device, *, context_gib: float = 0.0, flags: bool = False) -> None:
+def check_budgets(
+    streaming: Streaming, device: torch.device, context: ContextConfig | None = None, *, flags: bool = False
+) -> None:
     """Refuse budgets that no run on this machine can spend.
 
     Args:
         streaming: with the budgets.
         device: that the run computes on.
-        context_gib: host memory for the context, `model.context.host_gib`; nothing on a CPU.
+        context: with budgets of its own, of which `host_gib` is nothing on a CPU.
         flags: the budgets were given on the command line, not in a config.
 
     Raises:
         ConfigError: more than the device or the host has.
     """
-    budget, host = streaming.budget_gib or 0.0, streaming.host_gib
-    has_host = host_memory_gib()[0]
-    wanted = [("host_gib", host, has_host, "this machine")]
+    on_host = [("train.streaming.host_gib", streaming.host_gib)]
+    budgets = [("train.streaming.budget_gib", streaming.budget_gib or 0.0)]
+    if context is not None:
+        budgets.append(("model.context.budget_gib", context.budget_gib))
     if device.type == "cuda":
-        wanted.append(("host_gib + model.context.host_gib", host + context_gib, has_host, "this machine"))
-        wanted.append(("budget_gib", budget, device_memory_gib(device)[0], str(device)))
+        on_host += [] if context is None else [("model.context.host_gib", context.host_gib)]
+        wanted = [(on_host, host_memory_gib()[0], "this machine"), (budgets, device_memory_gib(device)[0], str(device))]
     else:
-        wanted.append(("budget_gib + host_gib" if host else "budget_gib", budget + host, has_host, "this machine"))
-    for name, gib, has, where in wanted:
+        wanted = [(budgets + on_host, host_memory_gib()[0], "this machine")]
+    for parts, has, where in wanted:
+        gib = sum(part for _, part in parts)
         if gib > has:
-            name = f"--{name.replace('_', '-')}" if flags else f"train.streaming.{name}"
-            hint = "" if flags else "; `gigaxt plan CONFIG --fit` finds what fits"
+            name = " + ".join(name for name, part in parts if part)
+            name = name.replace("train.streaming.", "--").replace("_", "-") if flags else name
+            hint = "" if flags else "; make it smaller, such as 0, and `gigaxt plan CONFIG --fit` finds what fits"
             raise ConfigError(f"{name}: expected at most the {has:.1f} GiB that {where} has, got {gib:g}{hint}")
 
 

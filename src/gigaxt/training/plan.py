@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gigaxt import errors
 from gigaxt.config import from_dict
-from gigaxt.errors import TrainingError
+from gigaxt.errors import CheckpointError, TrainingError
 from gigaxt.machine import device_memory_gib, host_memory_gib, resident_gib
 from gigaxt.rows import Streaming
 from gigaxt.training.config import RunConfig
@@ -125,7 +125,7 @@ def make_plan(config: RunConfig, images: Sequence[Path] = (), *, probe: bool = T
     """
     streaming = config.train.streaming
     # Here too: without waiting for a process to start.
-    check_budgets(streaming, pick_device(config.train.device), context_gib=config.model.context.host_gib)
+    check_budgets(streaming, pick_device(config.train.device), config.model.context)
     room = look_at_machine(config)
     found, stopped = rehearse_apart(config, images, streaming, room, probe=probe)
     plan = Plan(streaming=streaming, room=room, found=found, stopped_gib=stopped)
@@ -208,7 +208,7 @@ def rehearse_apart(
         job = job_of(config, images, streaming, probe=probe)
         (folder / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
         with (folder / "errors.txt").open("w") as told:
-            command = [sys.executable, "-m", "gigaxt.training.rehearsal", name]
+            command = [sys.executable, "-m", "gigaxt.training.rehearsal", name, str(os.getpid())]
             child = subprocess.Popen(command, stdout=told, stderr=told, start_new_session=True)
             stopped = _watch(child, SPARE * room.host_free)
         if stopped or child.returncode == -signal.SIGKILL:
@@ -219,9 +219,11 @@ def rehearse_apart(
             last = (folder / "errors.txt").read_text(errors="replace").strip().splitlines() or ["no reason given"]
             raise TrainingError(f"the rehearsal ended with status {child.returncode}: {last[-1]}") from None
     if "error" in answer:
-        if answer["error"].startswith("out of memory"):
+        if not answer["error"]:
             return None, room.device_total if room.apart else room.host_free
-        raise getattr(errors, answer["kind"], TrainingError)(answer["error"])
+        if answer["kind"] == CheckpointError.__name__ and name in answer["error"][0]:
+            answer["error"][0] += f"; gigaxt plan works in {folder.parent}, the variable TMPDIR names another folder"
+        raise getattr(errors, answer["kind"])(*answer["error"])
     return from_dict(Found, answer), 0.0
 
 

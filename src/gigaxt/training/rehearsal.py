@@ -1,14 +1,17 @@
 """A run's heaviest steps, rehearsed in a process of their own: what `gigaxt plan` measures.
 
-Run as `python -m gigaxt.training.rehearsal FOLDER`: reads `FOLDER/job.json`, writes `FOLDER/found.json`. It trains the
-model of the config on the samples of most regions, by the loop of a real run in a run folder of its own, evaluates,
-and saves, so that time, memory and space are those of the run.
+Run as `python -m gigaxt.training.rehearsal FOLDER PARENT`, the number of the process that waits for it: reads
+`FOLDER/job.json`, writes `FOLDER/found.json`. It trains the model of the config on the samples of most regions, by the
+loop of a real run in a run folder of its own, evaluates, and saves: so time, memory and space are those of the run.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,21 +23,19 @@ from rich.console import Console
 
 from gigaxt.allocator import give_back_freed_memory, keep_freed_memory
 from gigaxt.config import from_dict, to_dict
-from gigaxt.errors import GigaxtError, TrainingError
+from gigaxt.errors import GigaxtError
 from gigaxt.image.file_cache import files_cached
 from gigaxt.image.open import open_image
-from gigaxt.inputs import to_pixel_size, to_size
-from gigaxt.machine import peak_resident_gib
-from gigaxt.nn.xt import GigaXT, ModelConfig
-from gigaxt.regions import RegionGrid
+from gigaxt.machine import host_memory_gib, peak_resident_gib
+from gigaxt.nn.xt import GigaXT
 from gigaxt.replay import counted_saves
 from gigaxt.rows import GIB, Reader, Streaming
 from gigaxt.scenes import SceneBatch
-from gigaxt.targets.base import SceneTarget
 from gigaxt.training.checkpoint import KEEP
 from gigaxt.training.config import DataConfig, RunConfig, run_config
-from gigaxt.training.data import Sample, Samples, Skipped, derive_seed
+from gigaxt.training.data import Sample, Skipped, derive_seed
 from gigaxt.training.device import autocast, has_bfloat16, in_bfloat16, pick_device
+from gigaxt.training.heaviest import given_samples, heaviest_evaluation, heaviest_step, mean_regions, training_sizes
 from gigaxt.training.log import RunLog
 from gigaxt.training.loop import Run
 from gigaxt.training.reading_speed import Reading, time_reading
@@ -43,12 +44,14 @@ from gigaxt.training.run_folder import prepare_run
 from gigaxt.training.signals import Signals
 from gigaxt.training.steps import Steps
 
+WATCH_S = 1.0
+"""Time between looks at the process that made the job."""
 STEPS = 2
 """Steps that are always made; the first is slower than the rest."""
 MOST_STEPS, ENOUGH_S = 8, 10.0
 """Short steps are repeated, up to so many or so long, because one alone tells little."""
-CANDIDATES = 4
-"""Samples of most pixels whose regions are counted exactly, with foreground and nodata, for each sample of a step."""
+PROBED = 0.5
+"""Share of the free memory that a chunk may take when chunks are timed."""
 BETTER = 0.97
 """A chunk of twice the regions must take less than this share of the time a region."""
 
@@ -84,7 +87,7 @@ class Found:
     step_s: float
     """Of the heaviest step."""
     evaluate_s: float
-    """Of one evaluation of a sample of that size."""
+    """Of the evaluation of `evaluated`."""
     host_gib: float
     """Most that the process held, everything included."""
     device_gib: float
@@ -123,6 +126,8 @@ class Found:
     """How the first image lies in its file, such as "tiles of 512 x 512 px, jpeg"; empty where that is not known."""
     still_cached: list[str] = field(default_factory=list)
     """Images that could not be read cold: the system kept what it held of them."""
+    evaluated: list[str] = field(default_factory=list)
+    """Images of the heaviest evaluation, which is of whole scenes."""
 
 
 class Heaviest(Steps):
@@ -163,8 +168,9 @@ def _rehearse(job: Job, folder: Path) -> Found:
     with Signals() as signals:
         torch.manual_seed(derive_seed(config.train.seed, "weights"))
         run = Rehearsal(config, folder_of_run, task, device, signals)
-        sizes = [count_regions(sample, config.model) for sample in _opened(run.train_samples)]
-        run.steps.heaviest = _heaviest(run, config, sizes, job.images)
+        sizes = training_sizes(run)
+        given = given_samples(run, job.images, next(iter(sizes)))
+        run.steps.heaviest, evaluated = heaviest_step(run, sizes, given), heaviest_evaluation(run, given)
         batch = _model(run).batch([sample.given for sample in run.heaviest])
         regions = len(batch.places)
         files = [Path(name) for name in job.images] or [row.image for sample in run.heaviest for row in sample.case]
@@ -173,22 +179,22 @@ def _rehearse(job: Job, folder: Path) -> Found:
         step_s, first_s, passes = _steps(run, regions)
         cached = sum(path.stat().st_size for path in (folder / "tokens").glob("*"))
         give_back_freed_memory()  # here and there, as the loop does
-        evaluate_s = _evaluate(run)
+        evaluate_s = _evaluate(run, evaluated)
         run.save()
         run.save_model()
         give_back_freed_memory()
         write_report(folder_of_run, config, task, run.state, None)  # its drawing counts, too
         host_gib = peak_resident_gib()  # before chunks are tried that the run will not have
         reserved = torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0
-        chunk_s = _time_chunks(run, batch) if job.probe else {}
+        chunk_s = _time_chunks(run, batch, graph) if job.probe else {}
         return Found(
             images=[image.name for sample in run.heaviest for image in sample.images],
             size_px=(batch.scenes[0].grid.height, batch.scenes[0].grid.width),
             regions=regions,
             # Windows of scenes are alike.
-            mean_regions=sum(sizes) / len(sizes) if run.train_samples.windows is None else regions / len(run.heaviest),
+            mean_regions=mean_regions(run, sizes) if run.train_samples.windows is None else regions / len(run.heaviest),
             first_step_s=first_s if cached else 0.0,
-            token_cache_gib=cached / regions * sum(sizes) / GIB,
+            token_cache_gib=cached / regions * sum(sizes.values()) / GIB,
             samples=run.steps.samples_per_epoch,
             steps=run.steps.per_epoch,
             step_s=step_s,
@@ -210,6 +216,7 @@ def _rehearse(job: Job, folder: Path) -> Found:
             cold_bytes=reading.cold_bytes,
             storage=str(getattr(open_image(files[0]), "storage", "")),
             still_cached=list(reading.still_cached),
+            evaluated=[image.name for sample in evaluated for image in sample.images],
         )
 
 
@@ -217,56 +224,6 @@ def job_of(config: RunConfig, images: Sequence[Path], streaming: Streaming, *, p
     """The job for a config with other streaming settings."""
     config = replace(config, train=replace(config.train, streaming=streaming))
     return Job(config=to_dict(config), images=[str(path) for path in images], probe=probe)
-
-
-def count_regions(sample: Sample, config: ModelConfig) -> int:
-    """Regions of a sample's images by their sizes alone: as if all had data and were foreground."""
-    total = 0
-    for image in sample.images:
-        seen, _ = to_size(*to_pixel_size(image, config.input), config.input)
-        grid = RegionGrid(
-            seen.height,
-            seen.width,
-            config.region_encoder.region,
-            halo=config.input.halo,
-            overview=tuple(config.input.overview),
-            order="raster",
-        )
-        total += len(grid)
-    return total
-
-
-def _opened(samples: Samples) -> list[Sample]:
-    return [samples.plain(index) for index in range(len(samples))]
-
-
-def _heaviest(run: Run, config: RunConfig, sizes: list[int], images: Sequence[str]) -> list[Sample]:
-    """The `batch` samples of most regions, changed as in training but not cropped."""
-    samples, batch = run.train_samples, config.train.batch
-    if images:
-        return _given(samples, images, batch, rgb=config.model.input.rgb)
-    candidates = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: CANDIDATES * batch]
-    if config.model.input.foreground is not None or len(candidates) > batch:
-        exact = {i: len(_model(run).batch([samples.plain(i).given]).places) for i in candidates}
-        candidates.sort(key=lambda i: -exact[i])
-    whole = replace(config.train.augment, crop_area=None)
-    return [samples.augmented(i, derive_seed(config.train.seed, "plan", i), whole) for i in candidates[:batch]]
-
-
-def _given(samples: Samples, images: Sequence[str], batch: int, *, rgb: bool) -> list[Sample]:
-    """Samples of images that are in no manifest yet: with the target of one that is, stretched to their sizes."""
-    like = samples.plain(0)
-    opened = [open_image(path, rgb=rgb) for path in images]
-    opened.sort(key=lambda image: -image.height * image.width)
-    found = []
-    for i in range(batch):
-        image, target = opened[i % len(opened)], like.target
-        if isinstance(target, SceneTarget):
-            target = target.resized(image.width, image.height)
-            if samples.windows is not None:
-                image, target = samples.windows.take(len(samples) + i, image, target, i)
-        found.append(Sample(like.case[:1], (image,), target))
-    return found
 
 
 def _steps(run: Rehearsal, regions: int) -> tuple[float, float, float]:
@@ -306,14 +263,16 @@ def _steps(run: Rehearsal, regions: int) -> tuple[float, float, float]:
         return log.seconds_per_step(), log.times[0], rows / regions
 
 
-def _evaluate(run: Rehearsal) -> float:
-    model, sample = cast(Any, run.evaluated_model), run.heaviest[0]
+def _evaluate(run: Rehearsal, samples: Sequence[Sample]) -> float:
+    """Time of answering these samples together, as the run does."""
+    model, seconds = run.evaluated_model, 0.0
     model.eval()
-    started = time.monotonic()
-    with torch.no_grad(), autocast(run.device, run.settings.amp):
-        model.evaluate([sample.given], [sample.target])
-    _wait(run.device)
-    seconds = time.monotonic() - started
+    for _ in range(2 if run.settings.compile else 1):  # what is compiled for evaluation is compiled once a run
+        started = time.monotonic()
+        with torch.no_grad(), autocast(run.device, run.settings.amp):
+            run.task.answer(model, [sample.given for sample in samples], [sample.target for sample in samples])
+        _wait(run.device)
+        seconds = time.monotonic() - started
     model.train()
     return seconds
 
@@ -330,11 +289,16 @@ def _kept_bytes(run: Run, batch: SceneBatch) -> tuple[int, int, int]:
     return saves.bytes, saves.hosted, sum(t.nbytes for t in maps)
 
 
-def _time_chunks(run: Run, batch: SceneBatch) -> dict[str, float]:
-    """Time a region of one pass forward and backward, for chunks that grow until that is of no use any more."""
+def _time_chunks(run: Run, batch: SceneBatch, graph: int) -> dict[str, float]:
+    """Time a region of one pass forward and backward, for chunks that grow until that is of no use any more.
+
+    On a CPU not beyond what memory has room for: a device says when it has none left, a host ends the process.
+    """
     found: dict[str, float] = {}
-    size, best = 1, float("inf")
-    while size <= batch.full_size:
+    size, best, most = 1, float("inf"), batch.full_size
+    if run.device.type == "cpu" and graph:
+        most = min(most, int(PROBED * host_memory_gib()[1] * GIB) // graph)
+    while size <= most:
         seconds = _time_chunk(run, batch, size, run.settings.amp)
         if seconds is None:
             return found
@@ -391,6 +355,19 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether it says so; PyTorch has a class for it on devices, and a RuntimeError of this text on the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def end_with(parent: int, folder: Path) -> None:
+    """Wait until another process has this one, whose plan was killed: nobody watches its memory any more. Then end."""
+    while os.getppid() == parent:
+        time.sleep(WATCH_S)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
 def main(folder: Path) -> None:
     """Rehearse the job in `folder`; errors are told in `found.json`, too."""
     keep_freed_memory()  # as the command line does
@@ -398,11 +375,15 @@ def main(folder: Path) -> None:
     try:
         found: dict[str, Any] = asdict(rehearse(job, folder))
     except GigaxtError as error:
-        found = {"error": str(error), "kind": type(error).__name__}
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        found = {"error": f"out of memory: {str(error).splitlines()[0]}", "kind": TrainingError.__name__}
+        found = {"error": [str(part) for part in error.args], "kind": type(error).__name__}
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        found = {"error": []}
     (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    job_folder, its_parent = Path(sys.argv[1]), int(sys.argv[2])
+    threading.Thread(target=end_with, args=(its_parent, job_folder), daemon=True).start()
+    main(job_folder)

@@ -48,8 +48,7 @@ def prepare_run(config: RunConfig, out: Path) -> tuple[RunFolder, RunConfig, Tas
         DataError: the manifest does not fit; files are missing and `on_bad_image` is `stop`.
         CheckpointError: the folder cannot be written.
     """
-    device, context_gib = pick_device(config.train.device), config.model.context.host_gib
-    check_budgets(config.train.streaming, device, context_gib=context_gib)
+    check_budgets(config.train.streaming, pick_device(config.train.device), config.model.context)
     data = config.data
     manifest = read_manifest(config.model.head, data.csv, split_seed=data.split_seed, fold=data.part)
     if config.train.on_bad_image == "stop":

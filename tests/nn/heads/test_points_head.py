@@ -157,6 +157,7 @@ def test_settings_that_do_not_fit() -> None:
         ({"stride": 3}, r"head.stride: expected a divisor"),
         ({"stride": 64}, r"head.stride: expected a divisor"),
         ({"sigma_px": 0.0}, "head.sigma_px"),
+        ({"offset_weight": float("nan")}, "head.offset_weight"),
         ({"score": 1.5}, "head.score"),
         ({"threshold": [0.5]}, "head.threshold: expected 3 values"),
         ({"flag_threshold": [0.5, 0.5]}, "head.flag_threshold: expected 1 values"),

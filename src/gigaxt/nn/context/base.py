@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -68,7 +69,7 @@ class ContextConfig:
             raise ConfigError(f"context.order: got {self.order!r}{nearest(self.order, ('hilbert', 'raster', 'snake'))}")
         if self.heads is not None and self.heads < 1:
             raise ConfigError(f"context.heads: expected at least 1, got {self.heads}")
-        if not self.mlp_ratio > 0 or round(self.dim * self.mlp_ratio) < 1:
+        if not 0 < self.mlp_ratio < math.inf or round(self.dim * self.mlp_ratio) < 1:
             raise ConfigError(
                 f"context.mlp_ratio: expected more than 0, and a hidden width of at least 1 at dim {self.dim}, got "
                 f"{self.mlp_ratio}"
@@ -84,7 +85,7 @@ def check_least(section: str, settings: object, **least: int) -> None:
     """
     for name, bound in least.items():
         value = getattr(settings, name)
-        if value is not None and value < bound:
+        if value is not None and not bound <= value < math.inf:
             raise ConfigError(f"{section}.{name}: expected at least {bound}, got {value}")
 
 

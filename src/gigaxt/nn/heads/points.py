@@ -83,6 +83,8 @@ class PointsConfig(BaseHeadConfig):
             value = getattr(self, name)
             if value is not None and not 0.0 < value < math.inf:
                 raise ConfigError(f"head.{name}: expected a positive number, got {value}")
+        if not 0.0 <= self.offset_weight < math.inf:
+            raise ConfigError(f"head.offset_weight: expected zero or a positive number, got {self.offset_weight}")
         for name in ("score", "threshold", "flag_threshold"):
             value = getattr(self, name)
             if not all(0.0 <= x <= 1.0 for x in (value if isinstance(value, list) else [value or 0.0])):
