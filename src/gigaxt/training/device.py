@@ -77,14 +77,14 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def slow_precision(device: torch.device, amp: Literal["auto", "off", "bf16"]) -> str | None:
+def precision_advice(device: torch.device, amp: Literal["auto", "off", "bf16"]) -> str | None:
     """What to tell who asked for a precision that makes this device slower instead of faster; None: it does not."""
     if amp != "bf16" or device.type != "cpu" or has_bfloat16(device):
         return None
     return "this CPU has no fast bfloat16: with amp bf16 a step can take ten times as long as with amp off"
 
 
-def small_chunks(device: torch.device, streaming: Streaming) -> str | None:
+def chunk_advice(device: torch.device, streaming: Streaming) -> str | None:
     """What to tell who lets a GPU wait for the launches of small chunks; None: nothing."""
     if device.type != "cuda" or streaming.chunk_regions >= FEW_REGIONS or streaming.most_regions is not None:
         return None
@@ -94,7 +94,7 @@ def small_chunks(device: torch.device, streaming: Streaming) -> str | None:
     )
 
 
-def smaller(streaming: Streaming) -> tuple[Streaming, str] | None:
+def smaller_streaming(streaming: Streaming) -> tuple[Streaming, str] | None:
     """What to go on with after CUDA ran out of memory, and what that is called; None: nothing is left to give up."""
     if streaming.chunk_regions > 1:
         half = streaming.chunk_regions // 2

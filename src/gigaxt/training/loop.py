@@ -29,7 +29,7 @@ from gigaxt.tasks import Evaluation, Task
 from gigaxt.token_cache import TokenCache
 from gigaxt.training.config import RunConfig
 from gigaxt.training.data import Sample, Samples, balanced_weights, derive_seed, epoch_order
-from gigaxt.training.device import autocast, pick_device, slow_precision, small_chunks, smaller
+from gigaxt.training.device import autocast, chunk_advice, pick_device, precision_advice, smaller_streaming
 from gigaxt.training.evaluate import Stopping, named, open_samples, tallied, without_guilty
 from gigaxt.training.initial import what_learns
 from gigaxt.training.log import RunLog, decimals, duration
@@ -121,7 +121,7 @@ class Run(Trainee):
     # The loop
 
     def fit(self, console: Console | None, on_step: OnStep | None = None) -> None:
-        """Step, evaluate and save until all epochs are done or a signal asks to stop."""
+        """Step, evaluate and save until all epochs are done or a signal asks to stop; all of it is logged."""
         state = self.state
         self._told_skipped = len(state.skipped)
         log = RunLog(
@@ -136,44 +136,38 @@ class Run(Trainee):
         )
         with log:
             self.log = log
-            log.line(self._headline())
-            if self.steps_per_epoch < FEW_STEPS and self.task.images_per_call == 1 and self.settings.window is None:
-                log.line(
-                    f"{self.train_samples.size} make {self.steps_per_epoch} steps an epoch: for more of them train on "
-                    "windows (train.window, such as 1024, and train.windows_per_scene)"
-                )
-            for advice in (
-                what_learns(self.model, self.config)[1],
-                slow_precision(self.device, self.settings.amp),
-                small_chunks(self.device, self.settings.streaming),
-            ):
-                if advice:
-                    log.line(advice)
-            saved, saved_at = (state.step, state.evaluated), time.monotonic()
-            try:
-                self.evaluate_if_due()  # a run may have been stopped between a step and its evaluation
-                while state.step < self.total_steps and self.signals.caught is None:
-                    self.step()
-                    if on_step is not None:
-                        on_step(state.step, self.total_steps)
-                    self.evaluate_if_due()
-                    minutes = (time.monotonic() - saved_at) / 60
-                    if minutes >= self.settings.checkpoint_minutes or state.step % self.steps_per_epoch == 0:
-                        self.save()
-                        saved, saved_at = (state.step, state.evaluated), time.monotonic()
-                if state.step >= self.total_steps and not len(self.val_samples):
-                    self.finish_without_val()
-            except CheckpointError:
-                raise  # nothing can be written, the previous checkpoint stays
-            except (GigaxtError, OSError):  # OSError: the log cannot be written, for example
-                if saved != (state.step, state.evaluated):  # the steps before the failed one are good
-                    self.save()
-                raise
-            if saved != (state.step, state.evaluated):
-                self.save()
+            for line in [self._headline(), *self._advice()]:
+                log.line(line)
+            self._loop(on_step)
             if (cache := file_cache()) is not None:
                 log.line(f"read: {cache.summary}")
             log.line(self._farewell())
+
+    def _loop(self, on_step: OnStep | None) -> None:
+        """The steps. A checkpoint follows every epoch, every `checkpoint_minutes`, and the last step, failed or not."""
+        state = self.state
+        saved, saved_at = (state.step, state.evaluated), time.monotonic()
+        try:
+            self.evaluate_if_due()  # a run may have been stopped between a step and its evaluation
+            while state.step < self.total_steps and self.signals.caught is None:
+                self.step()
+                if on_step is not None:
+                    on_step(state.step, self.total_steps)
+                self.evaluate_if_due()
+                minutes = (time.monotonic() - saved_at) / 60
+                if minutes >= self.settings.checkpoint_minutes or state.step % self.steps_per_epoch == 0:
+                    self.save()
+                    saved, saved_at = (state.step, state.evaluated), time.monotonic()
+            if state.step >= self.total_steps and not len(self.val_samples):
+                self.finish_without_val()
+        except CheckpointError:
+            raise  # nothing can be written, the previous checkpoint stays
+        except (GigaxtError, OSError):  # OSError: the log cannot be written, for example
+            if saved != (state.step, state.evaluated):  # the steps before the failed one are good
+                self.save()
+            raise
+        if saved != (state.step, state.evaluated):
+            self.save()
 
     def step(self) -> None:
         """One update of the weights; none where a number is not finite."""
@@ -262,7 +256,7 @@ class Run(Trainee):
             free_device_memory()
 
     def _shrink(self, reason: str) -> None:
-        found = smaller(cast(Streaming, self.model.streaming))
+        found = smaller_streaming(cast(Streaming, self.model.streaming))
         if found is None:
             raise TrainingError(
                 f"step {self.state.step + 1}: out of memory with one region a chunk and nothing kept ({reason}); "
@@ -367,6 +361,23 @@ class Run(Trainee):
             f"{what_learns(self.model, self.config)[0]}, "
             f"{self.total_steps} steps ({self.steps_per_epoch} an epoch) on {self.device}"
         )
+
+    def _advice(self) -> list[str]:
+        """What the user should know before the first step: settings that waste time or learn little."""
+        windows_would_help = self.task.images_per_call == 1 and self.settings.window is None
+        few_steps = (
+            f"{self.train_samples.size} make {self.steps_per_epoch} steps an epoch: for more of them train on windows "
+            "(train.window, such as 1024, and train.windows_per_scene)"
+            if self.steps_per_epoch < FEW_STEPS and windows_would_help
+            else None
+        )
+        advice = (
+            few_steps,
+            what_learns(self.model, self.config)[1],
+            precision_advice(self.device, self.settings.amp),
+            chunk_advice(self.device, self.settings.streaming),
+        )
+        return [line for line in advice if line]
 
     def _farewell(self) -> str:
         state = self.state
