@@ -21,6 +21,7 @@ from gigaxt.errors import CheckpointError, ConfigError
 from gigaxt.nn.context import base
 from gigaxt.nn.ready import Ready
 from gigaxt.nn.xt import GigaXT, ModelConfig
+from gigaxt.replaced_file import replaced_file
 
 FORMAT = 1
 
@@ -163,12 +164,7 @@ def _expect_ready(folder: Path, given_ready: Mapping[str, str], ready: Ready) ->
 
 
 def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replaced_file(path) as part, part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

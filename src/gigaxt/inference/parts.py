@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from gigaxt.config import to_dict
 from gigaxt.errors import DataError, ImageError
 from gigaxt.nn.xt import GigaXT
+from gigaxt.replaced_file import replaced_file
 
 Plan = dict[str, Any]
 """All that an output depends on, as plain data: two equal plans have equal results."""
@@ -109,16 +110,11 @@ class Parts:
         Raises:
             ImageError: they cannot be written.
         """
-        path = self._tensors(name)
-        part = path.with_suffix(".part")
-        with self._telling():
+        with self._telling(), replaced_file(self._tensors(name)) as part:
             try:
                 save_file(tensors, part)
-                part.replace(path)
             except SafetensorError as error:  # wraps what the system says
                 raise OSError(None, str(error)) from error
-            finally:
-                part.unlink(missing_ok=True)
 
     def load(self, name: str) -> dict[str, Tensor]:
         """The tensors kept under a name."""
@@ -254,12 +250,8 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, which appears under its name when it is complete."""
-    part = path.with_name(f"{path.name}.part")
-    try:
+    with replaced_file(path) as part:
         part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _stamp(path: Path) -> list[int]:
