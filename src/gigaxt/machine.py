@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gigaxt.rows import GIB
+from gigaxt.amounts import GIB
 
 _CGROUP = Path("/sys/fs/cgroup")
 _LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))

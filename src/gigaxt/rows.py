@@ -12,12 +12,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from gigaxt.amounts import GIB
 from gigaxt.errors import ConfigError
 from gigaxt.nn.keyed import dropout_key
 from gigaxt.prefetch import READERS, count_rows, form, join_rows, read_ahead, take_rows
 
 T = TypeVar("T")
-GIB = 2**30
 Reduce = Literal["cat", "sum"]
 
 

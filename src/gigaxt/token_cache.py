@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from gigaxt.amounts import GIB
 from gigaxt.augment import Dihedral
 from gigaxt.config import to_dict
 from gigaxt.errors import CheckpointError
@@ -54,7 +55,7 @@ class TokenCache:
     """
 
     def __init__(self, folder: str | Path, most_gib: float) -> None:
-        self.folder, self.most_bytes = Path(folder), int(most_gib * 2**30)
+        self.folder, self.most_bytes = Path(folder), int(most_gib * GIB)
         self._notes: dict[str, bool] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ class TokenCache:
         try:
             if not self._make_room(len(data)):
                 self._notes.setdefault(
-                    f"token cache: {self.folder} is full at {self.most_bytes / 2**30:g} GiB; the tokens of further "
+                    f"token cache: {self.folder} is full at {self.most_bytes / GIB:g} GiB; the tokens of further "
                     "images are computed anew each time (train.token_cache_gib)",
                     False,
                 )

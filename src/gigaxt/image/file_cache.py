@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gigaxt.amounts import GIB
 from gigaxt.errors import ConfigError
 from gigaxt.image.cache import SegmentCache
 from gigaxt.image.process import PerProcess
@@ -65,7 +66,7 @@ class FileCache:
     def __init__(self, folder: str | Path, most_gib: float) -> None:
         if not 0 < most_gib < float("inf"):
             raise ConfigError(f"cache: expected a size above 0 GiB, got {most_gib}")
-        self.folder, self.most_bytes = Path(folder).absolute(), int(most_gib * 2**30)
+        self.folder, self.most_bytes = Path(folder).absolute(), int(most_gib * GIB)
         self._state = PerProcess(_State)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

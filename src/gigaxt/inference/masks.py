@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from gigaxt.amounts import GIB
 from gigaxt.errors import ConfigError, ImageError
 from gigaxt.image import Image, open_image
 from gigaxt.image.base import Mask, Pixels
@@ -23,6 +23,7 @@ from gigaxt.inference.scene_pass import ScenePass
 from gigaxt.inference.stitching import Stitcher
 from gigaxt.nn.heads import SegmentConfig
 from gigaxt.pixel_answers import answer_raster, as_probabilities, names_of
+from gigaxt.rows import at_least_float32
 
 if TYPE_CHECKING:
     from gigaxt.nn.xt import GigaXT
@@ -195,7 +196,7 @@ def _write_strips(
     rows = sorted({reached for row in missing for reached in windows.rows_reaching(row)})
     there = windows.needed.sum(axis=1)
     tick(int(there.sum() - there[rows].sum()) * len(scene.turns))
-    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    dtype = at_least_float32(next(model.parameters()).dtype)
 
     def to_map(answers: tuple[Tensor, ...]) -> Tensor:
         return as_probabilities(head, answers[0].to(dtype))
@@ -248,7 +249,7 @@ def _check_disk(scene: ScenePass, rasters: Sequence[Raster], parts: Parts) -> No
     if needed - there > free:
         raise ImageError(
             parts.output,
-            f"about {needed / 2**30:.2g} GiB are needed in {parts.output.parent} while it is made, and"
-            f" {free / 2**30:.2g} GiB are free: free some space, write elsewhere"
+            f"about {needed / GIB:.2g} GiB are needed in {parts.output.parent} while it is made, and"
+            f" {free / GIB:.2g} GiB are free: free some space, write elsewhere"
             + ("" if len(rasters) == 1 else ", or leave out the probabilities"),
         )

@@ -34,6 +34,7 @@ from gigaxt.nn.region_encoder import RegionEncoderConfig
 from gigaxt.nn.stages import Answers, FrozenMaps, LossSums, TokensOnly
 from gigaxt.nn.stages import RegionTokens as RegionTokens
 from gigaxt.replay import draw_seed
+from gigaxt.rows import at_least_float32
 from gigaxt.scenes import Chunk, SceneBatch
 from gigaxt.streaming import Streaming, stream
 from gigaxt.targets.base import SceneTarget, target_for
@@ -384,4 +385,4 @@ class GigaXT(nn.Module):
 
 
 def _loss_dtype(module: nn.Module) -> torch.dtype:
-    return torch.promote_types(next(module.parameters()).dtype, torch.float32)
+    return at_least_float32(next(module.parameters()).dtype)

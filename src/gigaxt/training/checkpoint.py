@@ -23,9 +23,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from gigaxt.amounts import GIB
 from gigaxt.errors import CheckpointError
 from gigaxt.machine import free_disk_gib
-from gigaxt.rows import GIB
 
 KEEP = 2
 """Checkpoints kept: the newest, and the one before in case the newest is damaged."""

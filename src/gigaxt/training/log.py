@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gigaxt.amounts import GIB
 from gigaxt.errors import CheckpointError
 from gigaxt.machine import peak_resident_gib
 from gigaxt.replaced_file import replaced_file
@@ -215,7 +216,7 @@ class RunLog:
 def memory_gib() -> float:
     """Peak memory so far, GiB: of the CUDA device where one is in use, else of this process."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_allocated() / GIB
     return peak_resident_gib()
 
 

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from gigaxt.allocator import give_back_freed_memory, keep_freed_memory
+from gigaxt.amounts import GIB
 from gigaxt.config import from_dict, to_dict
 from gigaxt.errors import GigaxtError, TrainingError
 from gigaxt.image.file_cache import files_cached
@@ -28,7 +29,7 @@ from gigaxt.machine import peak_resident_gib
 from gigaxt.nn.xt import GigaXT, ModelConfig
 from gigaxt.regions import RegionGrid
 from gigaxt.replay import counted_saves
-from gigaxt.rows import GIB, Reader, Streaming
+from gigaxt.rows import Reader, Streaming
 from gigaxt.scenes import SceneBatch
 from gigaxt.targets.base import SceneTarget
 from gigaxt.training.checkpoint import KEEP

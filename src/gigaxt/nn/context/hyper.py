@@ -18,6 +18,7 @@ from gigaxt.nn.context.layers import Run
 from gigaxt.nn.context.ordering import Places
 from gigaxt.nn.context.positions import rotary_angles, rotate
 from gigaxt.recurrence import State
+from gigaxt.rows import at_least_float32
 
 DRAW_STEPS = 2**24
 """Resolution of the draws. They are kept as integers, which `model.to(torch.bfloat16)` does not round."""
@@ -206,7 +207,7 @@ def hash_order(x: Tensor, directions: Tensor) -> Tensor:
     The hash says on which side of each direction's plane a token lies. It is read as a Gray code, so that buckets
     next to each other in the order differ in one side only.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = at_least_float32(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         sides = x.to(dtype) @ directions.to(dtype) > 0  # (batch, heads, n, hashes)
     bucket = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gigaxt.nn.context.layers import Mlp, Norm, Run, linear, split_heads
 from gigaxt.recurrence import State
+from gigaxt.rows import at_least_float32
 
 SHARPNESS = 2.0
 """Standard deviation of the reading scores at the start, so that each latent picks some tokens out. Near 0 all weights
@@ -82,7 +83,7 @@ class Read(nn.Module):
 
 def empty_softmax(query: Tensor) -> State:
     """Maximum, total and weighted values (like `query`) of a softmax over no tokens, in float32 or better."""
-    zeros = torch.zeros_like(query, dtype=torch.promote_types(query.dtype, torch.float32))
+    zeros = torch.zeros_like(query, dtype=at_least_float32(query.dtype))
     # Not -inf: where a whole segment is masked, the difference of two maxima must be 0, not NaN.
     return torch.full_like(zeros[..., :1], torch.finfo(zeros.dtype).min), zeros[..., :1], zeros
 

@@ -19,6 +19,7 @@ from gigaxt.nn.context.layered import LayeredContext, Mixer
 from gigaxt.nn.context.layers import Norm, Run, largest_divisor, linear, split_heads
 from gigaxt.nn.context.ordering import Places
 from gigaxt.recurrence import State
+from gigaxt.rows import at_least_float32
 
 LONGEST_WAVE = 10_000.0
 """Of the sinusoids of relative distances, over 2 pi; as in the paper."""
@@ -246,7 +247,7 @@ class RelativeAttention(nn.Module):
         )
         # (heads, rows, segment, width), in float32 or better
         scores = content @ key.transpose(-1, -2)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = scores.to(at_least_float32(scores.dtype))
         # (heads, rows * segment, head_dim) @ (heads, head_dim, distances)
         by_distance = (position.flatten(1, 2) @ distances).unflatten(1, query.shape[1:3])
         scores += shift(by_distance, key.shape[-2])
@@ -261,7 +262,7 @@ class RelativeAttention(nn.Module):
         """
         count = reach.width + (1 if self.causal else reach.segment)
         weight = self.position.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = at_least_float32(weight.dtype)
         distances = (reach.before + 1) * reach.segment - 1 - torch.arange(count, device=device, dtype=dtype)
         steps = torch.arange(0, weight.shape[1], 2, device=device, dtype=dtype) / weight.shape[0]
         angles = distances.unsqueeze(1) * LONGEST_WAVE**-steps

@@ -23,7 +23,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image, roi_align
 
 from gigaxt.errors import ConfigError
-from gigaxt.nn.heads.base import ObjectsConfig, at_least_float32
+from gigaxt.nn.heads.base import ObjectsConfig, widened
 from gigaxt.nn.heads.levels import ContextClassifier, Level, chosen_strides, joined_levels, resize
 from gigaxt.nn.heads.scene import SceneHead, Size
 from gigaxt.scenes import Scene
@@ -208,7 +208,7 @@ class MaskRCNNHead(SceneHead):
         names = [*map(str, range(len(self.strides))), CONTEXT]
         for name, found, stride in zip(names, maps, self.given_strides, strict=True):
             missing = (0, width // stride - found.shape[2], 0, height // stride - found.shape[1])
-            features[name] = F.pad(at_least_float32(found)[None], missing)
+            features[name] = F.pad(widened(found)[None], missing)
         # Of the pixels only their number is asked.
         return features, ImageList(features["0"].new_empty(1).expand(1, 1, height, width), [size])
 
