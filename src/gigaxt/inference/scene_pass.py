@@ -16,7 +16,7 @@ from gigaxt.errors import ConfigError
 from gigaxt.image.base import Image, Mask
 from gigaxt.inference.windows import WindowGrid, usual_overlap
 from gigaxt.nn.kept_maps import KeptMaps
-from gigaxt.nn.ready import check_told
+from gigaxt.nn.ready import check_context_output
 from gigaxt.nn.region_answers import own_tokens
 from gigaxt.nn.stages import Answers
 from gigaxt.prefetch import host_buffer
@@ -202,7 +202,7 @@ class ScenePass:
         # (regions, t * t, ...) -> (1, regions * t * t, ...)
         tokens, coords, valid = (x.flatten(0, 1)[None].to(self.device) for x in (tokens, coords, valid))
         found = self.model.context(tokens, coords, valid)
-        check_told(found, tokens, all_of_them=True)
+        check_context_output(found, tokens, all_of_them=True)
         context = found[0][0].unflatten(0, (-1, t, t)).cpu()  # (regions * t * t, dim) -> (regions, t, t, dim)
         del found, tokens
         if k:
@@ -244,13 +244,13 @@ class ScenePass:
             regions = _turned_regions(loaded, k)
             if context is None:
                 tokens, maps = self.model.encode(regions)
-                told = own_tokens(tokens, regions, self.t)
+                own_context = own_tokens(tokens, regions, self.t)
             else:
                 maps = self._kept.pop((k, part.chunk.row, int(loaded["col"][0]), part.count))
                 maps = maps or self.model.encode(regions)[1]
                 # (n, side, side, dim) -> (n, side * side, dim)
-                told = turned(context.of(k, loaded["col"]), k).flatten(1, 2)
-            answers = to_map(decode(maps, told))
+                own_context = turned(context.of(k, loaded["col"]), k).flatten(1, 2)
+            answers = to_map(decode(maps, own_context))
             answers = turned(answers, inverse(k), first=2)
             total = answers if total is None else total + answers
         assert total is not None

@@ -93,11 +93,14 @@ class RegionTokens(nn.Module):
         x = x.to(dtype)
         if "valid" in loaded:
             x = x.masked_fill(~loaded["valid"], 0)
-        return x.permute(0, 3, 1, 2)
+        return x.permute(0, 3, 1, 2)  # (n, h, w, C) -> (n, C, h, w)
 
 
 class _Frozen(nn.Module):
-    """Its parameters are the encoder's: none learns."""
+    """A part of the encoder whose parameters are those of the backbone alone, of which none learns.
+
+    Norm and projection of the tokens, which do learn, stay outside of the stream: see `RegionTokens.embed`.
+    """
 
     def __init__(self, encode: RegionTokens) -> None:
         super().__init__()
@@ -185,4 +188,5 @@ class LossSums(Answers):
 
 
 def _core(answer: Tensor, cut: int) -> Tensor:
+    """(n, channels, side, side) without `cut` cells at each border."""
     return answer[:, :, cut : answer.shape[2] - cut, cut : answer.shape[3] - cut]
