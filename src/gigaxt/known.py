@@ -1,8 +1,8 @@
-"""What earlier steps found out about a module, for as long as it is what it was.
+"""What earlier steps found out about a module, kept as long as nothing changes that a run of it depends on.
 
 A module that is streamed is looked at once (`replay.first_look`), and its chunks are recorded once (`cuda_graphs`).
-Both hold while nothing changes its course: the kinds of its parts, their modes and the numbers in their attributes,
-hooks, where its weights and buffers lie, autocast. What the weights hold does not matter.
+Both stay valid while these are the same: classes, modes and plain attributes of all its submodules, hooks, the memory
+of its weights and buffers, autocast. The values of the weights do not matter.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Known:
     """What is known of a module.
 
     Args:
-        state: it holds as long as this stays.
-        recordable: whether its chunks may be recorded.
+        state: what a run of the module depends on; once that is another, a new `Known` takes the place of this one.
+        recordable: whether its chunks may be recorded as CUDA graphs.
 
     Attributes:
         look: what a stream found when it looked at the module; None: none did.

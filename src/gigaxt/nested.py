@@ -182,7 +182,7 @@ class _Job:
         self.autocast = Autocast.now(self.device)
         self.encode, self.decode = Aliases(encode), Aliases(decode)
         self.encode_learns = any(p.requires_grad for p in self.encode)
-        """Without, no chunk is encoded for the sake of gradients, and none is taken of the maps."""
+        """If not, no chunk is encoded again for its gradients, and none are taken of the feature maps."""
         self.tokens, self.outputs = Joined("cat"), Joined(reduce)
         self.counts: list[int] = []
         self.kept: dict[int, _Encoded] = {}
@@ -193,7 +193,7 @@ class _Job:
         self.output_grads: Sequence[Tensor | None] | None = None
 
     def run_ordinarily(self, join_tokens: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-        """Everything kept by autograd itself, on the modules' own parameters."""
+        """Ordinary autograd on the modules' own parameters, which keeps everything."""
         encoded: list[tuple[Tensor, Maps]] = []
         for rows in self._rows(lambda i: (True, False)):
             self.counts.append(rows.count)
@@ -323,7 +323,7 @@ class _Job:
     def _decode_stage(
         self, grads: Sequence[Tensor | None] | None, *, check: bool = False
     ) -> Iterator[tuple[Rows, _Decoded]]:
-        """Decode all chunks; with `grads` of the outputs, take those of the context and of what is in `kept`."""
+        """Decode all chunks; given `grads` of the outputs, also take the gradients of the context and of kept maps."""
         context_grad = self.context_grad = None if grads is None else torch.zeros_like(self.context)
         for i, rows in enumerate(self._rows(lambda i: (i not in self.kept, True))):
             kept = self.kept.get(i)

@@ -244,7 +244,7 @@ def refuse_foreign_leaves(outputs: Sequence[Tensor], known: Sequence[Tensor]) ->
 
 
 class Saves:
-    """What autograd saved."""
+    """How much memory autograd saved tensors in, of one graph."""
 
     def __init__(self) -> None:
         self.storages: dict[int, int] = {}
