@@ -165,8 +165,8 @@ class Samples:
             raise ImageError(row.image, str(error)) from error
 
 
-def guilty(samples: Sequence[Sample], error: ImageError) -> tuple[int, Row] | None:
-    """Which of `samples` an error is about, and which of its rows, by image or target; None: about something else."""
+def failed_sample(samples: Sequence[Sample], error: ImageError) -> tuple[int, Row] | None:
+    """Whose image or target an error is about: its place in `samples` and its row; None: something else failed."""
     for position, (case, images, target) in enumerate(samples):
         for row, image in zip(case, images, strict=True):
             if error.path in {

@@ -11,7 +11,7 @@ from torch import nn
 from gigaxt.datasets.row import Case
 from gigaxt.errors import DataError, ImageError
 from gigaxt.tasks.base import Tally, Task
-from gigaxt.training.data import Sample, Samples, guilty
+from gigaxt.training.data import Sample, Samples, failed_sample
 
 
 class Stopping(Exception):  # noqa: N818  # no error: the user asked for it
@@ -57,10 +57,10 @@ def tallied(
                     with torch.no_grad():
                         output = task.answer(model, images, targets)
                 except ImageError as error:
-                    group = without_guilty(group, error, skipped)
+                    group = without_failed(group, error, skipped)
                     continue
                 except DataError as error:
-                    raise named(error, group) from error
+                    raise with_names(error, group) from error
                 tally.update([sample.case[0] for sample in group], targets, output)
                 break
     finally:
@@ -90,9 +90,13 @@ def open_samples(wanted: Iterable[tuple[Case, Callable[[], Sample]]], skipped: d
     return opened
 
 
-def without_guilty(group: list[Sample], error: ImageError, skipped: dict[str, str] | None) -> list[Sample]:
-    """`group` without the case that `error` is about, whose image is noted in `skipped`; or raises the error."""
-    found = guilty(group, error)
+def without_failed(group: list[Sample], error: ImageError, skipped: dict[str, str] | None) -> list[Sample]:
+    """`group` without the case that `error` is about, whose image is noted in `skipped`.
+
+    Raises:
+        ImageError: the error itself, where nothing may be skipped (`skipped` is None) or it is about no case.
+    """
+    found = failed_sample(group, error)
     if skipped is None or found is None:
         raise error
     position, row = found
@@ -100,8 +104,8 @@ def without_guilty(group: list[Sample], error: ImageError, skipped: dict[str, st
     return group[:position] + group[position + 1 :]
 
 
-def named(error: DataError, group: list[Sample]) -> DataError:
-    """The error with the images' names where it has none."""
+def with_names(error: DataError, group: list[Sample]) -> DataError:
+    """The error with the images' names ahead of it, where it names none of them."""
     names = [image.name for sample in group for image in sample.images]
     if any(name in str(error) for name in names):
         return error

@@ -30,7 +30,7 @@ from gigaxt.token_cache import TokenCache
 from gigaxt.training.config import RunConfig
 from gigaxt.training.data import Sample, Samples, balanced_weights, derive_seed, epoch_order
 from gigaxt.training.device import autocast, chunk_advice, pick_device, precision_advice, smaller_streaming
-from gigaxt.training.evaluate import Stopping, named, open_samples, tallied, without_guilty
+from gigaxt.training.evaluate import Stopping, open_samples, tallied, with_names, without_failed
 from gigaxt.training.initial import what_learns
 from gigaxt.training.log import RunLog, decimals, duration
 from gigaxt.training.optim import set_lr
@@ -90,7 +90,11 @@ def _train(config: RunConfig, out: Path, console: Console | None, on_step: OnSte
 
 
 class Run(Trainee):
-    """A model in training, with everything that a step needs."""
+    """A model in training, with everything that a step needs; `signals` say when to stop, for the rest see `Trainee`.
+
+    Raises:
+        DataError: the split `train` is empty. Others: see `Trainee`.
+    """
 
     def __init__(
         self, config: RunConfig, folder: RunFolder, task: Task, device: torch.device, signals: Signals
@@ -193,9 +197,15 @@ class Run(Trainee):
         self.log.train(state.step, epoch + 1, loss, lr, norm, images, seconds)
 
     def gradients(self) -> tuple[float, int]:
-        """The mean loss over the cases of this step and their images' number; gradients are left in the parameters.
+        """Leave the gradients of this step in the parameters.
 
         A pure function of the weights, the seed and the step: whatever fails in between is simply done again.
+
+        Returns:
+            The mean loss over the cases of this step, and how many images these have; NaN and 0 where all were skipped.
+
+        Raises:
+            TrainingError: the loss is not finite, or no training image is left. Others: see `train`.
         """
         samples = self.step_samples()
         while samples:
@@ -203,7 +213,7 @@ class Run(Trainee):
             try:
                 return self._accumulate(samples), sum(len(sample.images) for sample in samples)
             except ImageError as error:
-                samples = without_guilty(samples, error, self.skipped)
+                samples = without_failed(samples, error, self.skipped)
         if all(any(str(row.image) in self.state.skipped for row in case) for case in self.train_samples.cases):
             raise TrainingError(f"step {self.state.step + 1}: no image is left, all were skipped; try `gigaxt check`")
         return math.nan, 0
@@ -218,7 +228,7 @@ class Run(Trainee):
                 try:
                     loss = self.model([s.given for s in group], [s.target for s in group], seed=seed)
                 except DataError as error:
-                    raise named(error, group) from error
+                    raise with_names(error, group) from error
             value = float(loss.detach())  # sync: a loss that is not finite must not reach the weights
             if not math.isfinite(value):
                 raise self._not_finite(f"the loss is {value}", group)
@@ -364,13 +374,12 @@ class Run(Trainee):
 
     def _advice(self) -> list[str]:
         """What the user should know before the first step: settings that waste time or learn little."""
-        windows_would_help = self.task.images_per_call == 1 and self.settings.window is None
-        few_steps = (
-            f"{self.train_samples.size} make {self.steps_per_epoch} steps an epoch: for more of them train on windows "
-            "(train.window, such as 1024, and train.windows_per_scene)"
-            if self.steps_per_epoch < FEW_STEPS and windows_would_help
-            else None
-        )
+        few_steps = None
+        if self.steps_per_epoch < FEW_STEPS and self.task.images_per_call == 1 and self.settings.window is None:
+            few_steps = (
+                f"{self.train_samples.size} make {self.steps_per_epoch} steps an epoch: for more of them train on "
+                "windows (train.window, such as 1024, and train.windows_per_scene)"
+            )
         advice = (
             few_steps,
             what_learns(self.model, self.config)[1],
