@@ -27,6 +27,11 @@ Spec = str | os.PathLike[str] | Image | Sequence[ArrayLike]
 
 TINY = 1e-9
 """Fractions below this are rounding: one pixel of a core of 4,096 px is 6e-8."""
+THUMBNAIL_PX = 2048
+"""Longer side at which tissue is looked for: 8 micrometres a pixel on a large slide, a few cells."""
+
+_TISSUE: WeakKeyDictionary[Image, Mask] = WeakKeyDictionary()
+"""Tissue that was found, of images that somebody else still holds."""
 
 
 class Foreground(ABC):
@@ -35,6 +40,9 @@ class Foreground(ABC):
     Attributes:
         name: what messages call it.
         min_fraction: share of a region's core that must be foreground; 0: any.
+
+    Raises:
+        ConfigError: `min_fraction` is not 0 to 1.
     """
 
     def __init__(self, name: str, min_fraction: float = 0.0) -> None:
@@ -44,7 +52,7 @@ class Foreground(ABC):
 
     @staticmethod
     def from_spec(spec: Spec, *, min_fraction: float = 0.0) -> Foreground:
-        """Make the kind that `spec` asks for.
+        """Make the kind of foreground that `spec` asks for.
 
         Args:
             spec: `"tissue"`: Otsu's threshold on saturation at a low level; the path of a raster (or an Image): what is
@@ -270,20 +278,12 @@ def area_between(mask: Mask, rows: NDArray[np.float64], cols: NDArray[np.float64
     return np.asarray(np.diff(above, axis=0))
 
 
-_TISSUE: WeakKeyDictionary[Image, Mask] = WeakKeyDictionary()
-"""Of images that somebody else still holds."""
-
-
 def _tissue_of(image: Image) -> Mask:
     """Kept for windows of the same image, of which there are many."""
     mask = _TISSUE.get(image)
     if mask is None:
         mask = _TISSUE[image] = tissue_mask(image)
     return mask
-
-
-THUMBNAIL_PX = 2048
-"""Longer side at which tissue is looked for: 8 micrometres a pixel on a large slide, a few cells."""
 
 
 def tissue_mask(image: Image) -> Mask:
