@@ -9,7 +9,7 @@ from gigaxt.errors import ConfigError, DataError
 from gigaxt.image import Image, open_image
 from gigaxt.inference.found import write_found
 from gigaxt.inference.masks import Probabilities, segment
-from gigaxt.inference.parts import is_done, make_plan
+from gigaxt.inference.parts import is_done, provenance_of
 from gigaxt.inference.points import write_points
 from gigaxt.inference.scores import class_names, scores, write_scores
 from gigaxt.nn.xt import GigaXT
@@ -89,16 +89,15 @@ def predict(
         else:
             settings = {"overlap": overlap, "dihedral": dihedral, "probabilities": probabilities}
             # Of an Image in memory, or a view of a file, nothing tells whether its pixels are those of last time.
-            plan = (
-                None if isinstance(sources[0], Image) else make_plan(model, Path(sources[0]), settings, digest=digest)
-            )
-            if not is_done(output, plan):
+            file = None if isinstance(sources[0], Image) else Path(sources[0])
+            provenance = None if file is None else provenance_of(model, file, settings, digest=digest)
+            if not is_done(output, provenance):
                 image = open_image(sources[0], rgb=model.config.input.rgb)
                 segment(
                     model,
                     image,
                     output,
-                    plan=plan,
+                    provenance=provenance,
                     overlap=overlap,
                     dihedral=dihedral,
                     probabilities=probabilities,

@@ -18,7 +18,7 @@ from gigaxt.errors import ConfigError, ImageError
 from gigaxt.image import Image, open_image
 from gigaxt.image.base import Mask, Pixels
 from gigaxt.image.writer import TiffWriter
-from gigaxt.inference.parts import PARTS, Parts, Plan, record_path, write_record
+from gigaxt.inference.parts import PARTS, Parts, Provenance, record_path, write_record
 from gigaxt.inference.scene_pass import ScenePass
 from gigaxt.inference.stitching import Stitcher
 from gigaxt.nn.heads import SegmentConfig
@@ -73,7 +73,7 @@ def segment(
     image: Image,
     output: Path,
     *,
-    plan: Plan | None,
+    provenance: Provenance | None,
     overlap: int | None = None,
     dihedral: int = 1,
     probabilities: Probabilities | None = None,
@@ -98,7 +98,7 @@ def segment(
         if progress:
             progress(done, scene.work)
 
-    with Parts(output, image.name, plan) as parts, _telling_what_is_left(output, parts):
+    with Parts(output, image.name, provenance) as parts, _telling_what_is_left(output, parts):
         _check_disk(scene, rasters, parts)
         missing = [row for row in range(len(scene.windows.ys)) if not _kept(parts, rasters, scene, row)]
         if missing:
@@ -106,8 +106,8 @@ def segment(
             _write_strips(scene, rasters, parts, missing, tick)
         for raster in rasters:
             _put_together(scene, raster, parts)
-        if plan is not None:
-            write_record(output, [raster.path for raster in rasters], plan)
+        if provenance is not None:
+            write_record(output, [raster.path for raster in rasters], provenance)
     return [raster.path for raster in rasters]
 
 
@@ -136,7 +136,7 @@ def _telling_what_is_left(output: Path, parts: Parts) -> Iterator[None]:
     try:
         yield
     except ImageError as error:
-        if parts.plan is None or not parts.names() or not is_output_error(error, output):
+        if parts.provenance is None or not parts.names() or not is_output_error(error, output):
             raise
         left = f"{error.cause}; what is complete waits in {parts.folder}: repeat the command to go on from there"
         raise ImageError(error.path, left, error.place) from error
