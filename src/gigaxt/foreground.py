@@ -270,7 +270,7 @@ def area_between(mask: Mask, rows: NDArray[np.float64], cols: NDArray[np.float64
         lines = np.clip(lines, 0, len(sums))
         whole = np.minimum(lines.astype(np.int64), len(sums) - 1)
         part = (lines - whole).reshape(-1, *[1] * (sums.ndim - 1))
-        before = np.where((whole > 0).reshape(part.shape), sums[whole - 1], 0)
+        before = np.where((whole > 0).reshape(part.shape), sums[whole - 1], 0)  # (lines, 1, ...) against (lines, ...)
         return np.asarray(before + part * (sums[whole] - before))
 
     left_of = at(np.cumsum(mask, axis=1, dtype=np.int32).T, cols)  # (h, w) -> (lines, h)

@@ -213,7 +213,11 @@ class Joined:
         """Rows of each output for one region; "cat" only."""
 
     def add(self, rows: Rows, outputs: Sequence[Tensor], chunks: int) -> None:
-        """Put `outputs` of `rows` at their place; `chunks` (the number of all) sizes the first allocation."""
+        """Put `outputs` of `rows` at their place; `chunks` (the number of all) sizes the first allocation.
+
+        Raises:
+            ConfigError: outputs that cannot be joined, as they do not have k rows for each region.
+        """
         if self.reduce == "sum":
             # The first is copied: where a CUDA graph made it, the next replay would overwrite it.
             widened = [t.detach().to(at_least_float32(t.dtype), copy=not self.tensors) for t in outputs]

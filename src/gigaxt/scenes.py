@@ -377,5 +377,5 @@ def _crop(tensor: Tensor, x: int, y: int, w: int, h: int) -> Tensor:
     _, height, width = tensor.shape
     x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
     window = tensor.new_zeros(h, w, tensor.shape[0])
-    window[y0 - y : y1 - y, x0 - x : x1 - x] = tensor[:, y0:y1, x0:x1].permute(1, 2, 0)
+    window[y0 - y : y1 - y, x0 - x : x1 - x] = tensor[:, y0:y1, x0:x1].permute(1, 2, 0)  # (C, h, w) -> (h, w, C)
     return window

@@ -18,7 +18,22 @@ if TYPE_CHECKING:
 
 
 class RegionTokens(nn.Module):
-    """Loaded regions to tokens of the context's width, cut to the core, and whole feature maps for dense heads."""
+    """Loaded regions to tokens of the context's width, cut to the core, and whole feature maps for dense heads.
+
+    Args:
+        config: of the model.
+        maps: give feature maps, for a dense head.
+        encoder: a ready region encoder in place of the config's (see `gigaxt.build_model`).
+
+    Attributes:
+        tokens_per_core: t, tokens along a side of a region's core.
+        tokens_with_halo: tokens along a side of a region.
+        halo_tokens: k, tokens along the halo.
+        halo_px: the same in px.
+
+    Raises:
+        ConfigError: the halo is no whole number of tokens.
+    """
 
     def __init__(self, config: ModelConfig, *, maps: bool, encoder: nn.Module | None = None) -> None:
         super().__init__()

@@ -94,6 +94,9 @@ class MaskRCNNHead(SceneHead):
         dim: channels of the context.
         map_channels: channels of each feature map, fine to coarse.
         map_strides: px per cell of each, fine to coarse.
+
+    Raises:
+        ConfigError: `strides` are none of the maps', or not powers of two that double.
     """
 
     def __init__(

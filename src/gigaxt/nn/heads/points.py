@@ -132,6 +132,9 @@ class PointsHead(DenseHead):
         dim: channels of the context.
         map_channels: channels of each feature map, fine to coarse.
         map_strides: px per cell of each, fine to coarse.
+
+    Raises:
+        ConfigError: there are no maps, or `stride` divides none of their strides.
     """
 
     linear = True

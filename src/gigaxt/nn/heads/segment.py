@@ -29,6 +29,9 @@ class SegmentHead(DenseHead):
         dim: channels of the context.
         map_channels: channels of each feature map, fine to coarse.
         map_strides: px per cell of each, fine to coarse.
+
+    Raises:
+        ConfigError: there are no maps.
     """
 
     def __init__(
