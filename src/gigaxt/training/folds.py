@@ -17,10 +17,9 @@ from pathlib import Path
 from rich.console import Console
 
 from gigaxt.datasets.split import Fold, check_fold
-from gigaxt.errors import CheckpointError, ConfigError
+from gigaxt.errors import CheckpointError, ConfigError, one_line
 from gigaxt.replaced_file import replaced_file
 from gigaxt.tasks.base import Evaluation
-from gigaxt.training.checkpoint import one_line
 from gigaxt.training.config import RunConfig
 from gigaxt.training.loop import train
 

@@ -16,10 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gigaxt.amounts import GIB
-from gigaxt.errors import CheckpointError
+from gigaxt.errors import CheckpointError, one_line
 from gigaxt.machine import peak_resident_gib
 from gigaxt.replaced_file import replaced_file
-from gigaxt.training.checkpoint import one_line
 
 TIME_COLUMNS = ("s_per_step", "images_per_s", "memory_gib")
 """Columns that differ between two runs of the same numbers."""

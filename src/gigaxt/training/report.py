@@ -20,7 +20,7 @@ from PIL import Image as Pillow
 
 from gigaxt.config import to_dict
 from gigaxt.draw import Picture, thumbnail, with_case
-from gigaxt.errors import CheckpointError, GigaxtError
+from gigaxt.errors import CheckpointError, GigaxtError, one_line
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image
 from gigaxt.inference import predict
@@ -32,7 +32,6 @@ from gigaxt.tasks import Detection, Evaluation, Points, Segmentation, Task, Vess
 from gigaxt.tasks.base import COUNT_COLUMNS
 from gigaxt.tasks.bootstrap import DRAWS
 from gigaxt.tasks.metrics import CALIBRATION_BINS
-from gigaxt.training.checkpoint import one_line
 from gigaxt.training.config import RunConfig
 from gigaxt.training.data import derive_seed
 from gigaxt.training.log import duration, environment, read_metrics

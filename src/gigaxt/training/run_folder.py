@@ -12,12 +12,12 @@ import yaml
 from gigaxt.config import to_dict
 from gigaxt.datasets.labels import LABEL
 from gigaxt.datasets.manifest import Manifest
-from gigaxt.errors import CheckpointError, ConfigError
+from gigaxt.errors import CheckpointError, ConfigError, one_line
 from gigaxt.nn.heads import ClassifyConfig, PointsConfig, SegmentConfig
 from gigaxt.nn.heads.base import ObjectsConfig
 from gigaxt.replaced_file import replaced_file
 from gigaxt.tasks import Detection, Task, fitted, fitted_numbers, fitted_points, make_task, read_manifest
-from gigaxt.training.checkpoint import checkpoints, one_line, recover_folder
+from gigaxt.training.checkpoint import checkpoints, recover_folder
 from gigaxt.training.config import RunConfig, differences, read_yaml, run_config
 from gigaxt.training.device import check_budgets, pick_device
 
