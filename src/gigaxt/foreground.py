@@ -31,7 +31,7 @@ THUMBNAIL_PX = 2048
 """Longer side at which tissue is looked for: 8 micrometres a pixel on a large slide, a few cells."""
 
 _TISSUE: WeakKeyDictionary[Image, Mask] = WeakKeyDictionary()
-"""Tissue that was found, of images that somebody else still holds."""
+"""The tissue mask of each image, for as long as the image exists."""
 
 
 class Foreground(ABC):

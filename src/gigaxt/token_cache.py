@@ -140,7 +140,7 @@ class TokenCache:
         self._bytes += len(data)
 
     def new_notes(self) -> list[str]:
-        """What a user should know: that it is full, that it cannot be written. Each is told once."""
+        """What the user should know, such as that the cache is full or cannot be written; each note is given once."""
         new = [note for note, told in self._notes.items() if not told]
         self._notes = dict.fromkeys(self._notes, True)
         return new
@@ -182,7 +182,7 @@ class TokenCache:
 
 
 def _identity(image: object) -> list[Any] | None:
-    """What tells an image's pixels from all others'; None where they are drawn anew or are in no file."""
+    """What identifies an image's pixels; None if they are changed at random or are in no file."""
     if isinstance(image, Dihedral):
         below = _identity(image.base)
         return None if below is None else ["turned", image.k, *below]

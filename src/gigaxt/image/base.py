@@ -96,8 +96,8 @@ class Image(ABC):
     def read_into(self, out: Sequence[Pixels], windows: Sequence[Window], level: int = 0) -> None:
         """`read` of many windows at once, each into an array of its own.
 
-        What lies together in the file is fetched together, and what several windows share is decoded once. TIFF makes
-        use of it; other formats read one window after the other.
+        From TIFF, what lies together in the file is fetched together, and what several windows share is decoded once.
+        Other formats read one window after the other.
 
         Args:
             out: (h, w, channels) each, such as the rows of a stack; of the file's dtype or one that holds its values.
@@ -127,7 +127,7 @@ class Image(ABC):
     def expect(self, windows: Sequence[Window], level: int = 0) -> None:
         """Announce windows that are read next, so that what lies together in the file is fetched together.
 
-        Changes no result and raises nothing: what cannot be fetched is told by the read itself. TIFF makes use of it.
+        Changes no result and raises nothing: the read itself reports what cannot be fetched. Only TIFF needs it.
 
         Args:
             windows: (x, y, w, h) in px of `level`; may lie outside the image.

@@ -90,7 +90,7 @@ def copy_description(view: Image, image: Image) -> None:
 class Cropped(Image):
     """A window of an image at full resolution, an image of its own.
 
-    Its name tells the window, so that what is remembered of a file is not taken for that of its parts.
+    Its name holds the window, so that what is cached for the file is not taken for what belongs to its part.
 
     Attributes:
         base: the image below.
@@ -247,7 +247,7 @@ class Resampled(Image):
             masks = [mask for _, mask in parts if mask is not None]
             return np.concatenate([part for part, _ in parts], axis), np.concatenate(masks, axis) if masks else None
         source = self._image if bands is None else Select(self._image, bands)
-        # Whether to weigh by validity is decided by the image, never by the window: rounding must not tell them apart.
+        # Whether to weigh by validity is decided by the image, not by the window: windows would differ by rounding.
         pixels, mask = (
             (source.read(left, top, right - left, bottom - top, self._level), None)
             if source.all_valid

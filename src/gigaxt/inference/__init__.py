@@ -63,7 +63,7 @@ def predict(
             to 254 for 0 to 1, which the file's scale says, nodata 255), float16 or float32 (nodata NaN).
         skipped: images of a list that cannot be read or do not fit the model are left out of the CSV, with their case,
             and added here (name -> reason); None: the first one ends it.
-        progress: told how far it is.
+        progress: called with (regions or images done, all).
         digest: `gigaxt.inference.parts.model_digest(model)` where it is known, which saves time with many scenes.
 
     Returns:

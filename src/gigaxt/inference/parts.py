@@ -41,7 +41,7 @@ class Parts:
     Args:
         output: what is being made.
         source: the image's name; errors of it are the input's fault.
-        provenance: of the output; None: it cannot be told, and nothing is used again.
+        provenance: of the output; None: it is not known, and nothing is used again.
 
     Raises:
         ImageError: the folder cannot be made, or another process works in it.
@@ -94,7 +94,7 @@ class Parts:
         return sorted(path.name for path in self._files() if path.name != PLAN and path.suffix != ".part")
 
     def path(self, name: str) -> Path:
-        """Where a file of this name is, or will be written by somebody who gives it its name when it is complete."""
+        """Where a file of this name is, or is to be written; its writer must give it that name once it is complete."""
         return self.folder / name
 
     def has(self, name: str) -> bool:
@@ -192,7 +192,7 @@ def is_done(output: Path, provenance: Provenance | None) -> bool:
 def provenance_of(
     model: GigaXT, source: Path, settings: dict[str, Any], *, digest: str | None = None
 ) -> Provenance | None:
-    """What a prediction of a file depends on; None where the file's state cannot be told.
+    """What a prediction of a file depends on; None if the file's state cannot be read.
 
     Args:
         model: with all its weights.

@@ -78,14 +78,14 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def precision_advice(device: torch.device, amp: Literal["auto", "off", "bf16"]) -> str | None:
-    """What to tell who asked for a precision that makes this device slower instead of faster; None: it does not."""
+    """A warning about a precision that makes this device slower instead of faster; None: it does not."""
     if amp != "bf16" or device.type != "cpu" or has_bfloat16(device):
         return None
     return "this CPU has no fast bfloat16: with amp bf16 a step can take ten times as long as with amp off"
 
 
 def chunk_advice(device: torch.device, streaming: Streaming) -> str | None:
-    """What to tell who lets a GPU wait for the launches of small chunks; None: nothing."""
+    """A warning about chunks so small that a GPU waits for their kernels to be launched; None: they are not."""
     if device.type != "cuda" or streaming.chunk_regions >= FEW_REGIONS or streaming.most_regions is not None:
         return None
     return (
@@ -95,7 +95,7 @@ def chunk_advice(device: torch.device, streaming: Streaming) -> str | None:
 
 
 def smaller_streaming(streaming: Streaming) -> tuple[Streaming, str] | None:
-    """What to go on with after CUDA ran out of memory, and what that is called; None: nothing is left to give up."""
+    """Settings that need less memory, for after CUDA ran out of it, and their description; None: there are none."""
     if streaming.chunk_regions > 1:
         half = streaming.chunk_regions // 2
         return replace(streaming, chunk_regions=half), f"{half} regions a chunk"

@@ -277,7 +277,7 @@ class Run(Trainee):
         self.log.line(f"step {self.state.step + 1}: out of memory, going on with {what} ({reason})")
 
     def _keep_smaller_chunks(self) -> None:
-        """Where a stream halved its chunks by itself because memory ran out, go on with such chunks, and say so."""
+        """If a stream halved its chunks because memory ran out, make that the setting from now on, and log it."""
         streaming = cast(Streaming, self.model.streaming)
         most = streaming.most_regions
         if most is not None and most < streaming.chunk_regions:

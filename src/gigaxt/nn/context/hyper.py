@@ -76,8 +76,8 @@ class HyperAttention(AttentionContext):
     attention, whatever the number of tokens. Memory: forward and backward together peak at
     `2 * depth + 4.2 + 13 / heads` token stores above the tokens in float32 (measured; one head at a time is at work),
     and at about four more in bfloat16, as a head normalises all tokens in float32.
-    Reach without the summary path: the whole scene, but beyond `exact_below` tokens not from each token to each: a
-    layer's head tells of a token to the queries of its block, wherever they lie, and to all if it is among the samples.
+    Reach without the summary path: the whole scene, but beyond `exact_below` tokens not from each token to each: in a
+    layer's head a token reaches the queries of its block, wherever they lie, and all queries if it is sampled.
     Choose it to compare with published results, or where tokens fall into groups that look for their like. Where
     attention is spread over many unlike tokens the sample's noise exceeds what it estimates: choose `mamba2`.
     """

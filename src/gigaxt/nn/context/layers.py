@@ -100,7 +100,7 @@ class Finish(nn.Module):
         self.heads = heads
         if heads:
             self.read_norm, self.read_query = Norm(dim), linear(dim, dim)
-            # Full gain: the mean of many latents' values is small, and a far region has to be heard in it.
+            # Full gain: the mean of many latents' values is small, and a far region must still have an effect in it.
             self.read_out = linear(dim, dim, bias=True)
         self.norm, self.mlp = Norm(dim), Mlp(dim, mlp_ratio, gain)
         self.final_norm = Norm(dim) if final_norm else None

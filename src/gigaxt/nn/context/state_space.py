@@ -48,11 +48,11 @@ class Direction(nn.Module, ABC):
 
 
 class Directions(Mixer):
-    """Adds what one or two directions found to the tokens.
+    """Runs a recurrence in one or two directions and adds the results to the tokens.
 
     Args:
         forth: along the scan order; its output includes the tokens themselves.
-        back: against it, with weights of its own; its output is the found alone. None: causal, with a state.
+        back: against it, with weights of its own; its output is only what is added to them. None: causal, with a state.
     """
 
     def __init__(self, forth: Direction, back: Direction | None) -> None:

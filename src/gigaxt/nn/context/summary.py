@@ -14,7 +14,7 @@ from gigaxt.rows import at_least_float32
 
 SHARPNESS = 2.0
 """Standard deviation of the reading scores at the start, so that each latent picks some tokens out. Near 0 all weights
-are 1 / tokens, and one region among thousands is hardly heard."""
+are 1 / tokens, and one region among thousands has hardly any effect."""
 
 
 class Summary(nn.Module):

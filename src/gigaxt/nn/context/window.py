@@ -48,7 +48,7 @@ class Window(AttentionContext):
     long as a pair of linear layers with threefold width (CPU, dim 256, radius 8; 4.2 times where activations are kept),
     and the tables of neighbours 1 us a token and call. Memory: see `LayeredContext`; keys and values exist for one
     piece of the lattice at a time, of `config.segment` tokens, and are made again for the tokens around it. A radius
-    of more than an eighth of `segment**0.5` wants a longer segment. The tables of neighbours take 7 bytes a token.
+    of more than an eighth of `segment**0.5` needs a longer segment. The tables of neighbours take 7 bytes a token.
     Choose it where what surrounds a token matters most and the same in all directions.
     """
 

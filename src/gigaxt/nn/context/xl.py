@@ -49,8 +49,8 @@ class TransformerXL(LayeredContext):
     The scan order is cut into segments. A token looks at its own segment (if causal: up to itself) and at the memory,
     the layer's inputs of the `memory` segments before; the scores are the paper's, with biases u and v and a learned
     projection of sinusoids of the distance along the scan. Layer by layer the memory holds what its tokens learnt from
-    theirs, so content travels `memory` segments a layer: without the summary path a token hears of `depth * memory`
-    segments before its own and of no more. The gradient goes back as far only with `memory_grad`; as in the paper it
+    theirs, so content travels `memory` segments a layer: without the summary path a token depends on `depth * memory`
+    segments before its own and on no more. The gradient goes back as far only with `memory_grad`; as in the paper it
     otherwise stops at the first memory, that is, tokens learn from the answers within their own segment alone.
 
     Ours: with `bidirectional` the memory lies before and after, in one softmax (distances are signed, as in XLNet);

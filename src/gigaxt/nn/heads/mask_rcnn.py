@@ -159,7 +159,7 @@ class MaskRCNNHead(SceneHead):
         wanted: dict[str, Tensor],
         crops: list[Crop],
     ) -> dict[str, Tensor]:
-        """As `RoIHeads.forward`, which would want a mask of the whole scene for each of its objects."""
+        """As `RoIHeads.forward`, which would need a mask of the size of the scene for each of its objects."""
         heads = self.roi_heads
         boxes, matched, labels, shifts = heads.select_training_samples(proposals, [wanted])
         logits, regressed = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, boxes, sizes)))
@@ -370,7 +370,7 @@ def _mostly_in(boxes_xyxy: Tensor, areas_xyxy: Tensor) -> Tensor:
 
 @contextmanager
 def _in_mode(head: MaskRCNNHead, *, training: bool) -> Iterator[None]:
-    """The parts tell by their mode whether a loss or an answer is wanted; nothing else in them depends on it."""
+    """Training or evaluation mode decides whether torchvision's parts return a loss or an answer, and nothing else."""
     parts: list[tuple[nn.Module, bool]] = [(part, part.training) for part in (head.rpn, head.roi_heads)]
     try:
         for part, _ in parts:
