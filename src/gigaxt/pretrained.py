@@ -84,6 +84,16 @@ def load(
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     model.config = config
+    _fill(model, folder)
+    return model.eval()
+
+
+def _fill(model: GigaXT, folder: Path) -> None:
+    """Give the model the weights of a folder, and their dtypes.
+
+    Raises:
+        CheckpointError: they cannot be read, or are those of another architecture.
+    """
     path = folder / "model.safetensors"
     try:
         weights = load_file(path)
@@ -106,7 +116,6 @@ def load(
     for name, tensor in model.state_dict(keep_vars=True).items():  # a ready module may have a dtype of its own
         tensor.data = tensor.data.to(weights[name].dtype)
     model.load_state_dict(weights)
-    return model.eval()
 
 
 def read_config(folder: Path) -> ModelConfig:
