@@ -170,7 +170,7 @@ class PolygonForeground(Foreground):
             return [[change(ring) for ring in polygon] for polygon in self.polygons]
         below = image
         while isinstance(below, Select | Resampled):
-            below = below._image
+            below = below.base
         scale = np.array([image.width / below.width, image.height / below.height])
         return [[ring * scale for ring in polygon] for polygon in self.polygons]
 
