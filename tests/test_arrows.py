@@ -19,7 +19,7 @@ LAYERS = (
     "tasks datasets found pretrained pixel_answers",
     "nn xt_release",
     "targets scenes cases inputs kept token_cache",
-    f"shapes regions region_pixels foreground augment randaugment metrics draw cells machine {HEART}",
+    f"shapes regions region_pixels foreground augment randaugment metrics draw csv_cells machine {HEART}",
     "image",
     "allocator amounts config errors replaced_file untraced",
 )

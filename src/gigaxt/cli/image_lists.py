@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gigaxt.cells import read_cells
+from gigaxt.csv_cells import read_cells
 from gigaxt.datasets.manifest import absence
 from gigaxt.errors import ConfigError, DataError, ImageError
 
