@@ -1,8 +1,8 @@
 """What earlier steps found out about a module, kept as long as nothing changes that a run of it depends on.
 
 A module that is streamed is looked at once (`replay.first_look`), and its chunks are recorded once (`cuda_graphs`).
-Both stay valid while these are the same: classes, modes and plain attributes of all its submodules, hooks, the memory
-of its weights and buffers, autocast. The values of the weights do not matter.
+Both hold while nothing changes its course: the kinds of its parts, their modes and the numbers in their attributes,
+hooks, where its weights and buffers lie, autocast. What the weights hold does not matter.
 """
 
 from __future__ import annotations

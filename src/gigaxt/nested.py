@@ -323,7 +323,7 @@ class _Job:
     def _decode_stage(
         self, grads: Sequence[Tensor | None] | None, *, check: bool = False
     ) -> Iterator[tuple[Rows, _Decoded]]:
-        """Decode all chunks; given `grads` of the outputs, also take the gradients of the context and of kept maps."""
+        """Decode all chunks; with `grads` of the outputs, take those of the context and of what is in `kept`."""
         context_grad = self.context_grad = None if grads is None else torch.zeros_like(self.context)
         for i, rows in enumerate(self._rows(lambda i: (i not in self.kept, True))):
             kept = self.kept.get(i)

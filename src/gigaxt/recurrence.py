@@ -277,7 +277,7 @@ def _record(
     inputs, shared, state = tensors
     pieces = [*plan.cut(inputs, i), *shared, *state]
     wanted = list(needs[: len(pieces)])
-    if i > 0:  # the state was computed by earlier segments, from inputs and parameters that may want its gradient
+    if i > 0:  # earlier segments may hold parameters and inputs that want the state's gradient
         wanted[len(inputs) + len(shared) :] = [t.is_floating_point() for t in state]
     leaves = [t.detach().requires_grad_(want) for t, want in zip(pieces, wanted, strict=True)]
     with torch.enable_grad(), plan.autocast.restored():

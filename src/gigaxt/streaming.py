@@ -156,7 +156,7 @@ class _Job:
 
     inputs_shape = (0, 0, 0)
     known: Known | None = None
-    """What earlier steps found out about the module; None: nothing is asked, as in evaluation."""
+    """Of the module; None: it is not asked for."""
     recordings: Recordings | None = None
     """CUDA graphs of the chunks that are not kept; None: these are run without."""
 

@@ -151,62 +151,54 @@ def _rehearse(job: Job, folder: Path) -> Found:
     with Signals() as signals:
         torch.manual_seed(derive_seed(config.train.seed, "weights"))
         run = Rehearsal(config, folder_of_run, task, device, signals)
-        samples = run.train_samples
-        sizes = [count_regions(samples.plain(i), config.model) for i in range(len(samples))]
+        sizes = [count_regions(sample, config.model) for sample in _opened(run.train_samples)]
         run.heaviest = _heaviest(run, config, sizes, job.images)
         batch = _model(run).batch([sample.given for sample in run.heaviest])
-        found = {**_sizes(run, batch, sizes), **_reading(run, batch, job)}
+        regions = len(batch.places)
+        files = [Path(name) for name in job.images] or [row.image for sample in run.heaviest for row in sample.case]
+        reading = time_reading(batch, config.train.streaming, files) if job.probe else Reading()
         graph, hosted, maps = _kept_bytes(run, batch)
-        found |= {"graph_gib": graph / GIB, "hosted_gib": hosted / GIB, "maps_gib": maps / GIB}
-        found["step_s"], first_step_s, found["passes"] = _steps(run, len(batch.places))
-        if cached := sum(path.stat().st_size for path in (folder / "tokens").glob("*")):
-            found["first_step_s"] = first_step_s
-            found["token_cache_gib"] = cached / len(batch.places) * sum(sizes) / GIB
+        step_s, first_s, passes = _steps(run, regions)
+        cached = sum(path.stat().st_size for path in (folder / "tokens").glob("*"))
         give_back_freed_memory()  # here and there, as the loop does
-        found["evaluate_s"] = _evaluate(run)
+        evaluate_s = _evaluate(run)
         run.save()
         run.save_model()
         give_back_freed_memory()
         write_report(folder_of_run, config, task, run.state, None)  # its drawing counts, too
-        found["host_gib"] = peak_resident_gib()  # before chunks are tried that the run will not have
-        found["device_gib"] = torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0
+        host_gib = peak_resident_gib()  # before chunks are tried that the run will not have
+        reserved = torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0
         chunk_s = _time_chunks(run, batch) if job.probe else {}
         return Found(
-            **found,
+            images=[image.name for sample in run.heaviest for image in sample.images],
+            size_px=(batch.scenes[0].grid.height, batch.scenes[0].grid.width),
+            regions=regions,
+            # Windows of scenes are alike.
+            mean_regions=sum(sizes) / len(sizes) if run.train_samples.windows is None else regions / len(run.heaviest),
+            first_step_s=first_s if cached else 0.0,
+            token_cache_gib=cached / regions * sum(sizes) / GIB,
+            samples=run.samples_per_epoch,
+            steps=run.steps_per_epoch,
+            step_s=step_s,
+            evaluate_s=evaluate_s,
+            host_gib=host_gib,
+            device_gib=reserved,
+            graph_gib=graph / GIB,
+            hosted_gib=hosted / GIB,
+            maps_gib=maps / GIB,
+            passes=passes,
             streaming=to_dict(_model(run).streaming),
             disk_gib=_disk_gib(run),
             device=str(device),
             chunk_s=chunk_s,
             bf16_s=_time_in_bfloat16(run, batch, chunk_s),
+            cold_read_s=reading.cold_s,
+            read_s=reading.again_s,
+            decode_s=reading.decode_s,
+            cold_bytes=reading.cold_bytes,
+            storage=str(getattr(open_image(files[0]), "storage", "")),
+            still_cached=list(reading.still_cached),
         )
-
-
-def _sizes(run: Rehearsal, batch: SceneBatch, sizes: Sequence[int]) -> dict[str, Any]:
-    """Fields of `Found` that need no measuring; `sizes`: regions of each training sample."""
-    regions = len(batch.places)
-    return {
-        "images": [image.name for sample in run.heaviest for image in sample.images],
-        "size_px": (batch.scenes[0].grid.height, batch.scenes[0].grid.width),
-        "regions": regions,
-        # Windows of scenes are alike.
-        "mean_regions": sum(sizes) / len(sizes) if run.train_samples.windows is None else regions / len(run.heaviest),
-        "samples": run.samples_per_epoch,
-        "steps": run.steps_per_epoch,
-    }
-
-
-def _reading(run: Rehearsal, batch: SceneBatch, job: Job) -> dict[str, Any]:
-    """Fields of `Found` that say how fast the regions of a batch come from the disk."""
-    files = [Path(name) for name in job.images] or [row.image for sample in run.heaviest for row in sample.case]
-    reading = time_reading(batch, run.settings.streaming, files) if job.probe else Reading()
-    return {
-        "cold_read_s": reading.cold_s,
-        "read_s": reading.again_s,
-        "decode_s": reading.decode_s,
-        "cold_bytes": reading.cold_bytes,
-        "storage": str(getattr(open_image(files[0]), "storage", "")),
-        "still_cached": list(reading.still_cached),
-    }
 
 
 def job_of(config: RunConfig, images: Sequence[Path], streaming: Streaming, *, probe: bool) -> Job:
@@ -230,6 +222,10 @@ def count_regions(sample: Sample, config: ModelConfig) -> int:
         )
         total += len(grid)
     return total
+
+
+def _opened(samples: Samples) -> list[Sample]:
+    return [samples.plain(index) for index in range(len(samples))]
 
 
 def _heaviest(run: Run, config: RunConfig, sizes: list[int], images: Sequence[str]) -> list[Sample]:
