@@ -7,7 +7,6 @@ from pathlib import Path
 import yaml
 
 from gigaxt.errors import ConfigError
-from gigaxt.replaced_file import replaced_file
 from gigaxt.rows import Streaming
 
 
@@ -34,9 +33,10 @@ def write_streaming(path: Path, streaming: Streaming) -> None:
         same = False
     if not same:  # a layout that is not understood, such as train: {...} on one line
         new = yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True)
+    part = path.with_name(path.name + ".part")
     try:
-        with replaced_file(path) as part:
-            part.write_text(new, encoding="utf-8")
+        part.write_text(new, encoding="utf-8")
+        part.replace(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
 
