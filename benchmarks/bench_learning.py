@@ -55,7 +55,7 @@ TEST_SCENES, FIRST_TEST = 96, 10**8
 def scene_config(rule: str, seed: int) -> LegendConfig:
     """Easier to tell apart than the data set's own settings, so that minutes are enough."""
     return LegendConfig(
-        rule=rule,  # type: ignore[arg-type]  # argparse has checked it
+        rule=rule,
         size_px=(SIDE, SIDE),
         kinds=KINDS,
         density=400.0,

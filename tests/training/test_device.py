@@ -26,7 +26,7 @@ def test_bfloat16_without_instructions_for_it_is_told(
     device: str, amp: str, fast: bool, slow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_is_mkldnn_bf16_supported=lambda: fast))
-    told = precision_advice(torch.device(device), amp)  # type: ignore[arg-type]  # parameters are plain str
+    told = precision_advice(torch.device(device), amp)
     assert (told is not None and "no fast bfloat16" in told) == slow
 
 
