@@ -16,12 +16,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 from gigaxt.errors import ConfigError
 
 C = TypeVar("C")
+_reader = threading.local()
+"""`pins`: whether this thread's chunks go to CUDA."""
 
 READERS = 2
 """Reading threads where nobody says otherwise, and chunks that they are ahead. The codecs release the GIL."""
-
-_reader = threading.local()
-"""Of a reading thread: `pins` says whether its chunks go to CUDA, and so are read into pinned memory."""
 
 
 def read_ahead(
@@ -63,7 +62,7 @@ def read_ahead(
                 parts = [chunks[later]] if later else first
                 queue.append([executor.submit(_load, load, part, pin=pin) for part in parts])
             loaded = [to_device(part.result(), device) for part in queue.popleft()] or [known]
-            if any(form(part) != form(loaded[0]) for part in loaded):  # only some parts have a mask, for example
+            if any(form(part) != form(loaded[0]) for part in loaded):  # such as masks, of some parts only
                 loaded = [to_device(_load(load, chunk, pin=False), device)]
             yield chunk, join_rows(loaded)
     finally:
