@@ -23,7 +23,7 @@ from torchvision.ops import nms
 from gigaxt.found.boxes import CandidatePool, candidates, select
 from gigaxt.found.nms import suppress
 from gigaxt.nn.heads import DetectConfig
-from gigaxt.nn.xt import RegionAnswer
+from gigaxt.nn.region_answers import RegionAnswer
 from gigaxt.targets.boxes import BoxTarget, Lattice
 from gigaxt.tasks.box_matching import FALSE, FOUND, match
 

@@ -12,16 +12,14 @@ have masks too; what is scored are their boxes.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bench_learning import BATCH, DECAY, DIM, FIRST_TEST, KINDS, OPTIONS, REGION, SIDE, scene_config
-from report import RESULTS, publish
+from bench_learning import BATCH, DECAY, DIM, FIRST_TEST, KINDS, OPTIONS, REGION, SIDE, lr_share, scene_config
+from report import RESULTS, finished_runs, publish
 
 import gigaxt
 from gigaxt.datasets.legend import LegendConfig, boxes, draw_scene, render
@@ -69,12 +67,7 @@ def scene(config: LegendConfig, index: int) -> tuple[np.ndarray, dict[str, np.nd
 
 def train(model: gigaxt.GigaXT, config: LegendConfig, steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=DECAY)
-
-    def share(step: int) -> float:
-        rest = max(0, step - WARMUP) / max(1, steps - WARMUP)
-        return min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * rest)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_share(step, steps, WARMUP))
     for step in range(steps):
         pixels, targets = zip(*(scene(config, step * BATCH + i) for i in range(BATCH)), strict=True)
         if model.config.head.kind == "detect":
@@ -140,19 +133,13 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="write the result file")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    done = [json.loads(line) for line in options.runs.read_text().splitlines()] if options.runs.exists() else []
-    rows = []
-    for seed in options.seeds:
-        for rule in options.rules:
-            for kind in options.kinds:
-                wanted = {"head": options.head, "rule": rule, "kind": kind, "seed": seed, "steps": options.steps}
-                row = next((old for old in done if wanted.items() <= old.items()), None)
-                if row is None:
-                    row = one_run(**wanted)
-                    with options.runs.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                    print(row, flush=True)
-                rows.append(row)
+    wanted = (
+        {"head": options.head, "rule": rule, "kind": kind, "seed": seed, "steps": options.steps}
+        for seed in options.seeds
+        for rule in options.rules
+        for kind in options.kinds
+    )
+    rows = finished_runs(options.runs, wanted, one_run)
     publish("detect_learning", {"lr": LR, "batch": BATCH, "rows": rows}, keep=options.keep)
 
 

@@ -17,10 +17,9 @@ remove it. One run takes one to two and a half minutes of one core.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from report import RESULTS, publish
+from report import RESULTS, finished_runs, publish
 from torch import Tensor
 
 import gigaxt
@@ -56,7 +55,7 @@ TEST_SCENES, FIRST_TEST = 96, 10**8
 def scene_config(rule: str, seed: int) -> LegendConfig:
     """Easier to tell apart than the data set's own settings, so that minutes are enough."""
     return LegendConfig(
-        rule=rule,  # type: ignore[arg-type]  # argparse has checked it
+        rule=rule,
         size_px=(SIDE, SIDE),
         kinds=KINDS,
         density=400.0,
@@ -98,14 +97,15 @@ def scenes(config: LegendConfig, first: int) -> tuple[Tensor, NDArray[np.uint8],
     return (images - 115) / 30, np.stack(masks), glyphs
 
 
+def lr_share(step: int, steps: int, warmup: int) -> float:
+    """The share of the learning rate that step `step` of `steps` uses: linear up, then half a cosine down to 0."""
+    rest = max(0, step - warmup) / max(1, steps - warmup)
+    return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * rest)))
+
+
 def train(model: gigaxt.GigaXT, config: LegendConfig, steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=DECAY)
-
-    def share(step: int) -> float:
-        rest = max(0, step - WARMUP) / max(1, steps - WARMUP)
-        return min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * rest)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_share(step, steps, WARMUP))
     for step in range(steps):
         images, masks, _ = scenes(config, step * BATCH)
         model(images, list(masks)).backward()
@@ -117,15 +117,21 @@ def train(model: gigaxt.GigaXT, config: LegendConfig, steps: int) -> None:
 
 @torch.no_grad()
 def glyph_iou(model: gigaxt.GigaXT, config: LegendConfig) -> float:
-    """Mean IoU of the glyph classes on the pixels of glyphs."""
-    classes = len(config.mask_classes)
-    counts = np.zeros((classes, classes))  # true class as row
+    """`iou_on_glyphs` of all test scenes."""
+    shown = []
     for first in range(FIRST_TEST, FIRST_TEST + TEST_SCENES, BATCH):
         images, masks, glyphs = scenes(config, first)
         logits = model(images)
         assert isinstance(logits, Tensor)
-        answer = logits.argmax(1).numpy()
-        cells = masks[glyphs].astype(np.int64) * classes + answer[glyphs]
+        shown.append((masks[glyphs], logits.argmax(1).numpy()[glyphs]))
+    return iou_on_glyphs(shown, len(config.mask_classes))
+
+
+def iou_on_glyphs(shown: Iterable[tuple[NDArray[np.uint8], NDArray[np.int64]]], classes: int) -> float:
+    """Mean IoU of the glyph classes, of pairs of true and answered classes (n,) of the pixels of glyphs."""
+    counts = np.zeros((classes, classes))  # true class as row
+    for true, answered in shown:
+        cells = true.astype(np.int64) * classes + answered
         counts += np.bincount(cells, minlength=classes**2).reshape(classes, classes)
     right = counts.diagonal()
     union = counts.sum(0) + counts.sum(1) - right
@@ -172,20 +178,13 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="write the result file")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    options.runs.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in options.runs.read_text().splitlines()] if options.runs.exists() else []
-    rows = []
-    for seed in options.seeds:  # outermost: what is there early has all kinds
-        for rule in options.rules:
-            for kind in options.kinds:
-                wanted = {"rule": rule, "kind": kind, "seed": seed, "steps": options.steps or STEPS[rule]}
-                row = next((old for old in done if wanted.items() <= old.items()), None)
-                if row is None:
-                    row = one_run(**wanted)
-                    with options.runs.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                    print(row, flush=True)
-                rows.append(row)
+    wanted = (
+        {"rule": rule, "kind": kind, "seed": seed, "steps": options.steps or STEPS[rule]}
+        for seed in options.seeds  # outermost: what is there early has all kinds
+        for rule in options.rules
+        for kind in options.kinds
+    )
+    rows = finished_runs(options.runs, wanted, one_run)
     print(table(rows, options.rules, options.kinds), flush=True)
     publish("learning", {"lr": LR, "batch": BATCH, "rows": rows}, keep=options.keep)
 

@@ -92,19 +92,18 @@ def make_mask(path: Path, size: Size) -> None:
     tifffile.imwrite(path, data, shape=shape, dtype=np.uint8, tile=(256, 256), compression="zlib", bigtiff=True)
 
 
-def child(path: str, head: str, device: str, per_side: str) -> dict[str, Any]:
+def build(head: str, device: str, tokens_a_side: int) -> Any:
+    """A small model that keeps nothing for the backward pass."""
     import torch
 
     import gigaxt
-    from gigaxt.allocator import keep_freed_memory
 
-    keep_freed_memory()  # unless the environment says otherwise
     torch.manual_seed(0)
     config = {
         "region_encoder": {
             "name": "convnextv2_atto",
             "region": REGION,
-            "tokens": int(per_side),
+            "tokens": tokens_a_side,
             "options": {"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]},
         },
         "context": {"kind": "mamba2", "dim": DIM, "depth": DEPTH, "segment": SEGMENT, "keep_tokens": 0},
@@ -112,6 +111,17 @@ def child(path: str, head: str, device: str, per_side: str) -> dict[str, Any]:
     }
     model = gigaxt.build_model(gigaxt.ModelConfig.from_dict(config)).to(device).train()
     model.streaming = gigaxt.Streaming(budget_gib=0.0, chunk_regions=4)
+    return model
+
+
+def child(path: str, head: str, device: str, per_side: str) -> dict[str, Any]:
+    import torch
+
+    import gigaxt
+    from gigaxt.allocator import keep_freed_memory
+
+    keep_freed_memory()  # unless the environment says otherwise
+    model = build(head, device, int(per_side))
     image = gigaxt.open_image(path)
     small = torch.zeros(1, 3, REGION, REGION, device=device)  # loads what the first use of each library loads
     target = [np.zeros((REGION, REGION), np.uint8)] if head == "segment" else [1]

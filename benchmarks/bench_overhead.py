@@ -31,7 +31,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -154,15 +154,20 @@ def bare_dense(timed: Timer, image: gigaxt.Image, mask: gigaxt.Image, regions: i
     return floors
 
 
-def compare(backbone: str, head: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    side, device = options.side, options.device
-    path = folder / f"{side}.tif"
+def open_scene(folder: Path, side: int) -> tuple[gigaxt.Image, gigaxt.Image]:
+    """The image and its mask, made where they are missing."""
+    path, mask = folder / f"{side}.tif", folder / "mask.tif"
     if not path.exists():
         make_image(path, (side, side))
-        make_mask(path.with_name("mask.tif"), (side, side))
-    image = gigaxt.open_image(path)
+        make_mask(mask, (side, side))
+    return gigaxt.open_image(path), gigaxt.open_image(mask)
+
+
+def compare(backbone: str, head: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    device = options.device
+    image, mask = open_scene(folder, options.side)
     model = build(backbone, head, device)
-    target: Any = [1] if head == "classify" else [gigaxt.open_image(path.with_name("mask.tif"))]
+    target: Any = [1] if head == "classify" else [mask]
     chunk, timed = options.chunk, Timer(model, options.amp)
     floors = bare(timed, image, chunk) if head == "classify" else bare_dense(timed, image, target[0], chunk)
     small: Any = [1] if head == "classify" else [np.zeros((REGION, REGION), np.uint8)]
@@ -206,19 +211,28 @@ def compare(backbone: str, head: str, options: argparse.Namespace, folder: Path)
         for name, (cpu, wall) in found.items():
             ratios[name].append((cpu / floor[name][0], wall / floor[name][1]))
     regions = len(model.batch([image]).places)
-    result: dict[str, Any] = {"backbone": backbone, "head": head, "side_px": side, "regions": regions}
-    result["bare_ms_a_region"] = round(1e3 * statistics.median(floor_s) / regions, 2)
-    for name in names:
-        result[name] = {
-            "cpu_ratio": round(statistics.median(cpu for cpu, _ in ratios[name]), 3),
-            "rounds": [round(cpu, 3) for cpu, _ in ratios[name]],
-            "wall_ratio": round(statistics.median(wall for _, wall in ratios[name]), 3),
-            "limit": LIMITS[head][name],
-        }
-    result.update(failed)
+    result = {
+        "backbone": backbone,
+        "head": head,
+        "side_px": options.side,
+        "regions": regions,
+        "bare_ms_a_region": round(1e3 * statistics.median(floor_s) / regions, 2),
+        **{name: summary(ratios[name], LIMITS[head][name]) for name in names},
+        **failed,
+    }
     reading.shutdown()
     print(result, flush=True)
     return result
+
+
+def summary(ratios: Sequence[Times], limit: float) -> dict[str, Any]:
+    """Of the ratios (CPU, wall) of all rounds."""
+    return {
+        "cpu_ratio": round(statistics.median(cpu for cpu, _ in ratios), 3),
+        "rounds": [round(cpu, 3) for cpu, _ in ratios],
+        "wall_ratio": round(statistics.median(wall for _, wall in ratios), 3),
+        "limit": limit,
+    }
 
 
 def main() -> None:

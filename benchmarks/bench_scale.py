@@ -20,6 +20,8 @@ import struct
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,17 @@ def busy_share(trace: Path) -> float:
     return busy / (end - spans[0][0])
 
 
+@contextmanager
+def profiled(trace: Path, on_cuda: bool) -> Iterator[None]:
+    """Write what the device, or the CPU, does in the block as a Chrome trace."""
+    import torch
+
+    kind = torch.profiler.ProfilerActivity.CUDA if on_cuda else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profile:
+        yield
+    profile.export_chrome_trace(str(trace))
+
+
 def child(path: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
@@ -156,14 +169,8 @@ def child(path: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     trace = Path(path).with_suffix(".json")
-    activities = [torch.profiler.ProfilerActivity.CUDA if on_cuda else torch.profiler.ProfilerActivity.CPU]
     clock, cpu = Clock(model, options.device), time.process_time()
-    if options.profile:
-        with torch.profiler.profile(activities=activities) as profile:
-            loss = step(image)
-            parts = clock.parts()
-        profile.export_chrome_trace(str(trace))
-    else:
+    with profiled(trace, on_cuda) if options.profile else nullcontext():
         loss, parts = step(image), clock.parts()
     cpu, seconds = time.process_time() - cpu, sum(parts.values())
     regions = -(-image.height // REGION) * -(-image.width // REGION)

@@ -13,8 +13,6 @@ Each finished run is a line of the runs file, and is not run again. One run take
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_learning import DECAY, OPTIONS, STEPS, make_model, scene_config, table, train
+from bench_learning import DECAY, OPTIONS, STEPS, iou_on_glyphs, lr_share, make_model, scene_config, table, train
 from numpy.typing import NDArray
-from report import RESULTS, publish
+from report import RESULTS, finished_runs, publish
 from torch import Tensor
 
 import gigaxt
@@ -52,9 +50,8 @@ def go_on(model: gigaxt.GigaXT, config: LegendConfig) -> None:
     steps = [(side, batch) for side, batch, count in STAGES for _ in range(count)]
     index = FIRST_TRAIN
     for step, (side, batch) in enumerate(steps):
-        rest = max(0, step - LARGE_WARMUP) / (len(steps) - LARGE_WARMUP)
         for group in optimizer.param_groups:
-            group["lr"] = LARGE_LR * min((step + 1) / LARGE_WARMUP, 0.5 * (1 + math.cos(math.pi * rest)))
+            group["lr"] = LARGE_LR * lr_share(step, len(steps), LARGE_WARMUP)
         sized = replace(config, size_px=(side, side))
         images, masks, _ = zip(*(large_scene(sized, index + i) for i in range(batch)), strict=True)
         index += batch
@@ -66,17 +63,12 @@ def go_on(model: gigaxt.GigaXT, config: LegendConfig) -> None:
 
 @torch.no_grad()
 def glyph_iou(model: gigaxt.GigaXT, config: LegendConfig) -> float:
-    """Mean IoU of the glyph classes on the pixels of glyphs, over the test scenes."""
-    classes = len(config.mask_classes)
-    counts = np.zeros((classes, classes))  # true class as row
+    """`iou_on_glyphs` of all test scenes."""
+    shown = []
     for index in range(FIRST_TEST, FIRST_TEST + TEST_SCENES):
         image, mask, glyphs = large_scene(config, index)
-        answer = model(image[None]).argmax(1)[0].numpy()
-        cells = mask[glyphs].astype(np.int64) * classes + answer[glyphs]
-        counts += np.bincount(cells, minlength=classes**2).reshape(classes, classes)
-    right = counts.diagonal()
-    union = counts.sum(0) + counts.sum(1) - right
-    return float((right / union)[1:].mean())
+        shown.append((mask[glyphs], model(image[None]).argmax(1)[0].numpy()[glyphs]))
+    return iou_on_glyphs(shown, len(config.mask_classes))
 
 
 def one_run(rule: str, kind: str, seed: int) -> dict[str, Any]:
@@ -107,19 +99,13 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="write the result file")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    done = [json.loads(line) for line in options.runs.read_text().splitlines()] if options.runs.exists() else []
-    rows = []
-    for seed in options.seeds:
-        for rule in options.rules:
-            for kind in options.kinds:
-                wanted = {"rule": rule, "kind": kind, "seed": seed}
-                row = next((old for old in done if wanted.items() <= old.items()), None)
-                if row is None:
-                    row = one_run(**wanted)
-                    with options.runs.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                    print(row, flush=True)
-                rows.append(row)
+    wanted = (
+        {"rule": rule, "kind": kind, "seed": seed}
+        for seed in options.seeds
+        for rule in options.rules
+        for kind in options.kinds
+    )
+    rows = finished_runs(options.runs, wanted, one_run)
     print(table(rows, options.rules, options.kinds), flush=True)
     publish("scene_learning", {"side_px": SIDE, "rows": rows}, keep=options.keep)
 

@@ -250,7 +250,7 @@ def ratios(
     return rows
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="swinv2_tiny_window16_256", help="any timm network for regions of 256 px")
     parser.add_argument("--context", default="mamba2", help="the kind that is measured beside `none`")
@@ -268,7 +268,26 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="peak resident memory of a step of each, too; on a CPU")
     parser.add_argument("--keep", action="store_true", help="write the result file")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def made(makers: Mapping[str, Callable[[], Step]]) -> tuple[dict[str, Step], dict[str, str]]:
+    """The contenders' steps, each run once; and those that failed, with the reason."""
+    steps, failed = {}, {}
+    for name, make in makers.items():
+        step = make()
+        try:
+            step()
+        except Exception as error:  # such as a compiler's; the others shall be told of all the same
+            failed[name] = str(error).splitlines()[0]
+            print(name, "failed:", failed[name], flush=True)
+        else:
+            steps[name] = step
+    return steps, failed
+
+
+def main() -> None:
+    options = parse()
     bench = Bench(options)
     if options.child:
         print(json.dumps(child(bench, options.child[0], int(options.child[1]))))
@@ -279,18 +298,9 @@ def main() -> None:
     print(f"the backbone is fastest with {batch} regions of {options.batches}, {layout}", flush=True)
     makers = contenders(bench, batch)
     context = {"kind": options.context, "dim": options.dim, "depth": 2}
-    steps = {"backbone": choices[best], "context": bench.context_alone(context)}
-    failed = {}
-    for name, make in makers.items():
-        step = make()
-        try:
-            step()
-        except Exception as error:  # such as a compiler's; the others shall be told of all the same
-            failed[name] = str(error).splitlines()[0]
-            print(name, "failed:", failed[name], flush=True)
-        else:
-            steps[name] = step
-    floors = {name: ["backbone", *["context"] * name.startswith(options.context)] for name in makers if name in steps}
+    own, failed = made(makers)
+    floors = {name: ["backbone", *["context"] * name.startswith(options.context)] for name in own}
+    steps = {"backbone": choices[best], "context": bench.context_alone(context), **own}
     found = race(steps, options.repetitions, bench.device)
     settings = {k: v for k, v in vars(options).items() if k not in ("keep", "batches", "only", "child")}
     card = (

@@ -29,7 +29,6 @@ from report import publish
 WIDTH, HEIGHT, REGION, CLASSES = 29_000, 25_000, 256, 6
 COLORMAP = [(0, 0, 0), (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48)]
 CASES = ("baseline", "raster", "z-order", "two threads", "zstd", "rasterio")
-RESULTS = Path(__file__).parent / "results"
 
 
 def region(x: int, y: int, w: int, h: int) -> NDArray[np.uint8]:

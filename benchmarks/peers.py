@@ -81,7 +81,7 @@ def train_whole(path: Path) -> Step:
 def train_checkpointed(path: Path) -> Step:
     """The same with timm's gradient checkpointing."""
     network = backbone()
-    network.set_grad_checkpointing(True)  # type: ignore[operator]  # timm's
+    network.set_grad_checkpointing(True)
     return lambda: F.cross_entropy(network(whole(path)), torch.tensor([1])).backward()
 
 

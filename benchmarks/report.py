@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,30 @@ def in_child(script: str, arguments: Sequence[str], env: Mapping[str, str] | Non
         return {"failed": (done.stderr.strip().splitlines() or ["killed"])[-1]}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def finished_runs(
+    path: Path, wanted: Iterable[dict[str, Any]], one_run: Callable[..., dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows of all runs that are wanted: each is a line of the file `path`, and is run only if it is not there yet.
+
+    Args:
+        path: of the lines of JSON; continued.
+        wanted: the arguments of each run, which are part of its row.
+        one_run: makes a row.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = []
+    for arguments in wanted:
+        row = next((old for old in done if arguments.items() <= old.items()), None)
+        if row is None:
+            row = one_run(**arguments)
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(row, flush=True)
+        rows.append(row)
+    return rows
 
 
 def lattice(tokens: int) -> Any:

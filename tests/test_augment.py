@@ -28,7 +28,7 @@ def pyramid(channels: int = 2, **kwargs: object) -> ArrayImage:
     rng = np.random.default_rng(0)
     shapes = [(13, 22), (7, 11), (3, 5)]
     arrays = [rng.integers(0, 4, (h, w, channels), dtype=np.uint8) for h, w in shapes]
-    return ArrayImage(*arrays, **kwargs)  # type: ignore[arg-type]
+    return ArrayImage(*arrays, **kwargs)
 
 
 def numpy_turn(array: np.ndarray, k: int) -> np.ndarray:
@@ -102,7 +102,7 @@ def test_transform_and_pixel_size_follow_the_turn(k: int) -> None:
     image.transform, image.crs, image.mpp = (10.0, 0.5, 500.0, -0.25, -20.0, 900.0), "EPSG:32633", (0.25, 0.5)
     view = dihedral(image, k)
     assert view.transform is not None
-    assert view.gsd_m == pytest.approx(image.gsd_m if k < 4 else image.gsd_m[::-1])  # type: ignore[index]
+    assert view.gsd_m == pytest.approx(image.gsd_m if k < 4 else image.gsd_m[::-1])
     assert view.mpp == (image.mpp if k < 4 else image.mpp[::-1])
 
     def centres(transform: tuple[float, ...], height: int, width: int) -> np.ndarray:

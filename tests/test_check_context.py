@@ -167,7 +167,7 @@ def test_settings_reach_the_config() -> None:
     with pytest.raises(ConfigError, match=r"context.depth: expected at least 1, got 0"):
         check_context(Mean, depth=0)
     with pytest.raises(ConfigError, match=r"expected a subclass of .*ContextEncoder, got <class .*Linear"):
-        check_context(nn.Linear)  # type: ignore[arg-type]
+        check_context(nn.Linear)
 
 
 def test_a_baseline_is_excused_from_hearing() -> None:

@@ -131,7 +131,7 @@ def test_scores_of_several_images(tmp_path: Path) -> None:
         ("regression", lambda x: x, lambda v, _: " ".join(f"{x:.6g}" for x in v)),
     ],
 )
-def test_scores_of_other_targets(tmp_path: Path, target: str, of, prediction) -> None:  # type: ignore[no-untyped-def]
+def test_scores_of_other_targets(tmp_path: Path, target: str, of, prediction) -> None:
     model, path = classifier(target=target), scene(tmp_path / "scene.tif")
     gigaxt.predict(model, path, tmp_path / "scores.csv")
     with (tmp_path / "scores.csv").open(newline="") as file:

@@ -151,7 +151,7 @@ def test_decoder_learns_where_the_context_is_cut_off() -> None:
     """Nothing flows back through the tokens; the encoder still gets what comes through its feature maps."""
     found, expected = Problem(), Problem()
     for problem, streaming in ((found, Streaming()), (expected, ORDINARY)):
-        problem.join = lambda tokens: tokens.detach() * 2  # type: ignore[method-assign]
+        problem.join = lambda tokens: tokens.detach() * 2
         problem.loss(3, streaming, linear=True).backward()
     assert found.encode.fine.weight.grad is not None
     for x, y in zip(found.grads(), expected.grads(), strict=True):
@@ -250,7 +250,7 @@ def test_a_decoder_of_the_context_alone(streaming: Streaming) -> None:
     """An encoder without feature maps."""
 
     class Tokens(Encode):
-        def forward(self, x: Tensor) -> tuple[Tensor, tuple[()]]:  # type: ignore[override]  # no maps
+        def forward(self, x: Tensor) -> tuple[Tensor, tuple[()]]:
             return super().forward(x)[0], ()
 
     class Context(nn.Module):
@@ -262,7 +262,7 @@ def test_a_decoder_of_the_context_alone(streaming: Streaming) -> None:
     for budget in (streaming, ORDINARY):
         torch.manual_seed(0)
         encode, pixels = Tokens().double(), torch.randn(REGIONS, 3, 8, 8, dtype=torch.float64)
-        encode.drop = nn.Identity()  # type: ignore[assignment]  # not keyed here
+        encode.drop = nn.Identity()
         chunks = [slice(0, 4), slice(4, REGIONS)]
         (loss,) = stream_nested(encode, torch.tanh, Context(), lambda c, p=pixels: p[c], chunks, streaming=budget)
         loss.backward()
@@ -381,7 +381,7 @@ def test_wrong_use() -> None:
     problem = Problem()
     with pytest.raises(ConfigError, match="one sum"):
         problem.run(3, Streaming(), linear=True, reduce="cat")
-    problem.join = lambda tokens: tokens[:3]  # type: ignore[method-assign]
+    problem.join = lambda tokens: tokens[:3]
     with pytest.raises(ConfigError, match="expected 7 rows"):
         problem.loss(3, Streaming(), linear=True)
     twice = Problem()

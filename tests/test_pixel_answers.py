@@ -12,7 +12,7 @@ import torch
 from gigaxt import GigaXT, open_image, predict
 from gigaxt.image.memory import ArrayImage
 from gigaxt.nn.heads import SegmentConfig
-from gigaxt.pixel_answers import answer_raster, over_picture, shares
+from gigaxt.pixel_answers import answer_raster, as_probabilities, over_picture
 from tiny_models import tiny_model
 
 UNITS = {"target_mean": [20.0], "target_std": [4.0]}
@@ -60,8 +60,8 @@ def test_labels_are_written_as_bands_of_zero_and_one(tmp_path: Path) -> None:
 def test_shares_of_one_region_and_of_many(target: Any) -> None:
     head = SegmentConfig(classes=3, target=target)
     answers = torch.randn(2, 3, 4, 5)
-    found = shares(head, answers)
-    torch.testing.assert_close(found[1], shares(head, answers[1]))
+    found = as_probabilities(head, answers)
+    torch.testing.assert_close(found[1], as_probabilities(head, answers[1]))
     if target == "single":
         torch.testing.assert_close(found.sum(1), torch.ones(2, 4, 5))
     if target == "regression":

@@ -130,7 +130,7 @@ def test_33_000_regions_cover_their_scene_once() -> None:
 )
 def test_settings_out_of_range_are_refused_with_the_nearest(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        RegionGrid(500, 500, **settings)  # type: ignore[arg-type]
+        RegionGrid(500, 500, **settings)
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:
@@ -213,7 +213,7 @@ def test_scan_order_of_rows_and_of_fractions() -> None:
         order = scan_order(with_overview, kind).tolist()
         assert order[order.index(9) - 1] == 1
     with pytest.raises(ConfigError, match="known: raster, snake, hilbert"):
-        scan_order(cells, "zzz")  # type: ignore[arg-type]
+        scan_order(cells, "zzz")
 
 
 def expected_keep(valid: np.ndarray, core: int) -> np.ndarray:

@@ -24,7 +24,7 @@ def numbered() -> Tensor:
 
 def batch(images: Tensor | list[object], halo: int = 0) -> SceneBatch:
     return SceneBatch(
-        images,  # type: ignore[arg-type]
+        images,
         InputConfig(halo=halo),
         region=32 + 2 * halo,
         channels=3,
@@ -85,7 +85,7 @@ def test_the_same_input_from_a_tensor_and_from_pixels() -> None:
     ready = torch.from_numpy(pixels).double().permute(2, 0, 1)[None] / 255
     found = []
     for images in (ready, [open_image(pixels)]):
-        scenes = batch(images)  # type: ignore[arg-type]
+        scenes = batch(images)
         found.append(torch.cat([encode._network_input(scenes.load(chunk)) for chunk in scenes.chunks(4)]))
     torch.testing.assert_close(*found, rtol=0, atol=1e-15)
     assert found[0].shape == (15, 3, 32, 32)

@@ -480,7 +480,7 @@ def test_wrong_use() -> None:
     with pytest.raises(ConfigError, match="at least one chunk"):
         stream(linear, lambda c: torch.ones(2, 3), [])
     with pytest.raises(ConfigError, match="'cat' or 'sum'"):
-        stream(linear, lambda c: torch.ones(2, 3), [0], reduce="mean")  # type: ignore[arg-type]
+        stream(linear, lambda c: torch.ones(2, 3), [0], reduce="mean")
     with pytest.raises(ConfigError, match="5 rows"):
         stream(
             Small().eval(), lambda c: torch.ones(2, 3, 8, 8), [0], sliced=(torch.ones(5, 5),), shared=(torch.ones(5),)

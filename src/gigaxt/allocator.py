@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep what it is given back: every step of a training needs the same memory."""
+"""Settings of the C library's allocator: keep freed memory, as every training step needs the same amount again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NEVER = -1
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep freed blocks of this process, which else cost page faults wherever they are needed again.
+    """Make glibc keep freed blocks of this process; otherwise each block that is needed again costs page faults.
 
     On a CPU that is 3 to 7% of a training step, more on a busy machine, and takes no more memory (BENCHMARKS.md).
 
@@ -30,14 +30,14 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Give back what is kept, where what follows needs other memory: from training to evaluation, to the report."""
+    """Give kept memory back to the system, ahead of a phase that needs other blocks: evaluation, or the report."""
     trim = _of_glibc("malloc_trim")
     if trim is not None:
         trim(0)
 
 
 def _of_glibc(name: str) -> Callable[..., int] | None:
-    """A function of the C library; None: this one does not have it."""
+    """A function of the C library; None if this C library does not have it."""
     try:
         found: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):

@@ -1,6 +1,9 @@
-"""Numbers of things in messages."""
+"""Units, and numbers of things in messages."""
 
 from __future__ import annotations
+
+GIB = 2**30
+"""Bytes."""
 
 
 def amount(count: int, what: str) -> str:

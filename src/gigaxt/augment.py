@@ -25,6 +25,9 @@ Along = TypeVar("Along", int, float)
 Edges = NDArray[np.int64]
 """Ascending pixel coordinates of the lines of a lattice along one axis."""
 
+_CROP = 1
+"""Tells the random stream of crops from that of `draw_augmentation`."""
+
 
 def turn(array: Array, k: int) -> Array:
     """The first two axes (row, col) of an array turned by element `k` of the dihedral group; a view where possible."""
@@ -148,10 +151,6 @@ def draw_crop(height: int, width: int, seed: int, min_area: float) -> tuple[int,
             return int(across * (width - w + 1)), int(down * (height - h + 1)), w, h
     w, h = max(1, min(width, round(height * high))), max(1, min(height, round(width / low)))
     return (width - w) // 2, (height - h) // 2, w, h
-
-
-_CROP = 1
-"""Tells the random stream of crops from that of `draw_augmentation`."""
 
 
 def below_turns(image: Image, row_edges: Edges, col_edges: Edges) -> tuple[Image, Edges, Edges, int]:

@@ -1,4 +1,4 @@
-"""A case: one sample of a classification, made of one image or of several (the slides of a patient)."""
+"""What a model is given: cases of one image or of several (the slides of a patient), or a tensor."""
 
 from __future__ import annotations
 
@@ -26,12 +26,40 @@ def check_list(images: Any) -> None:
         raise DataError(f"expected a list of Images, got {what}")
 
 
-def by_case(images: Sequence[Image | Sequence[Image]]) -> tuple[list[Image], list[list[int]]]:
-    """All images one after the other, and which of them each case has.
+class TensorImage:
+    """One image of a batch in memory, (C, H, W): the network's input as it is, normalised by whoever made it."""
+
+    all_valid = True
+
+    def __init__(self, tensor: Tensor, name: str) -> None:
+        self.tensor, self.name = tensor, name
+        self.channels, self.height, self.width = tensor.shape
+
+
+def sources_of(images: Cases) -> tuple[Sequence[Image | TensorImage], list[list[int]]]:
+    """All images one after the other, at least one, and for each case which of them are its own.
 
     Raises:
-        DataError: something else than Images, such as paths, or a case without images.
+        DataError: no images; something else than Images, such as paths; a case without images; or a tensor that is not
+            (B, C, H, W) of floating point.
     """
+    sources: Sequence[Image | TensorImage]
+    if not isinstance(images, Tensor):
+        sources, cases = _by_case(images)
+    elif images.ndim == 4 and images.is_floating_point():
+        sources = [TensorImage(image, f"image {i} of the tensor") for i, image in enumerate(images)]
+        cases = [[i] for i in range(len(images))]
+    else:
+        raise DataError(
+            f"expected Images or a normalised float tensor (B, C, H, W), got {images.dtype} "
+            f"{tuple(images.shape)}; wrap pixels that are not normalised with gigaxt.open_image"
+        )
+    if not sources:
+        raise DataError("expected at least one image, got none")
+    return sources, cases
+
+
+def _by_case(images: Sequence[Image | Sequence[Image]]) -> tuple[list[Image], list[list[int]]]:
     flat: list[Image] = []
     cases: list[list[int]] = []
     for item in images:

@@ -1,9 +1,9 @@
 """A module's chunks as CUDA graphs: their kernels are recorded once, and launched all together from then on.
 
-Kernels that are launched one by one wait for Python's lock, which the threads that read ahead want as well; a fast
-device then stands idle. A graph holds addresses, not tensors: it computes with whatever a weight holds when it is
-replayed, and nothing else of Python happens again. So the module must be a pure function of its inputs, weights and
-buffers, and its graphs serve as long as it is what it was (`known.py`).
+Each launch of a kernel needs Python's lock, which the threads that read ahead want as well: a fast device then stands
+idle. A CUDA graph launches all kernels of a chunk without Python. It holds addresses, not tensors: a replay computes
+with whatever the weights hold by then, but no Python code runs again. So the module must be a pure function of its
+inputs, weights and buffers, and its graphs are valid as long as nothing else about it changes (`known.py`).
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from gigaxt.prefetch import form
 logger = logging.getLogger("gigaxt")
 
 Work = Callable[[Any], Sequence[Tensor | None]]
-"""From tensors in any nesting to tensors, by work of the device alone."""
+"""From tensors in any nesting to tensors, computed by the device alone: the host neither waits nor looks at values."""
 
 RECORDED_ON = ("cuda",)
-"""Types of devices."""
+"""Types of devices that have graphs."""
 KEPT_BELOW = 64
-"""Chunks of a pass from which on its graph, and with it the memory of a chunk, is let go at the pass's end: to record
-it again takes about as long as a chunk or two."""
+"""Passes of fewer chunks keep their graph for the next step. Longer ones free it, and with it the memory of a chunk:
+recording it again takes about as long as one or two chunks."""
 FORMS = 2
-"""Recorded of each name: chunks with a mask of real pixels, and without."""
+"""Graphs that are kept of each kind of work: of chunks with a validity mask, and of chunks without."""
 
 
 class Recordings:
-    """Graphs of a module: by name those of the most common forms of inputs, all in the same memory."""
+    """A module's graphs, all in the same memory: for each kind of work those of the most common forms of inputs."""
 
     def __init__(self) -> None:
         self._seen: Counter[tuple[str, str]] = Counter()
@@ -42,14 +42,20 @@ class Recordings:
         self._refused: set[str] = set()
 
     def run(self, name: str, work: Work, inputs: Any) -> Sequence[Tensor | None]:
-        """What `work` makes of `inputs`; of a replay, tensors that the next one overwrites."""
+        """What `work` makes of `inputs`, by a graph where there is one: its tensors are overwritten by the next replay.
+
+        Args:
+            name: of the kind of work, such as "gradients".
+            work: what to do, and to record once a form of inputs has been seen twice.
+            inputs: tensors in any nesting.
+        """
         key = name, _form(inputs)
         self._seen[key] += 1
         if key not in self._made and name not in self._refused and self._has_room(key):
             beside = next(iter(self._made.values()), None)
             try:
                 self._made[key] = Recording(work, inputs, beside)
-            except RuntimeError as error:  # it waits for the device, draws random numbers of the host, or lacks memory
+            except RuntimeError as error:  # `work` waits for the device, draws on the host, or there is no memory left
                 self._refused.add(name)
                 reason = str(error).splitlines()[0]
                 logger.warning("CUDA graphs: %s cannot be recorded, run as before: %s", name, reason)
@@ -57,7 +63,7 @@ class Recordings:
         return self._made[key].replay(inputs) if key in self._made else work(inputs)
 
     def end_pass(self, name: str, chunks: int) -> None:
-        """After a pass over `chunks`: let go of what is recorded quickly again, measured by them."""
+        """After a pass over so many chunks: free its graphs if recording them again costs little beside the pass."""
         own = [key for key in self._made if key[0] == name]
         if chunks >= KEPT_BELOW and own:
             for key in own:
@@ -65,7 +71,10 @@ class Recordings:
             torch.cuda.empty_cache()
 
     def _has_room(self, key: tuple[str, str]) -> bool:
-        """Whether to record a form: not at first sight, as things happen then that happen once. May forget another."""
+        """Whether to record a form of inputs; may drop the graph of a rarer one.
+
+        Not at first sight: libraries do things at their first call that must not become part of a graph.
+        """
         own = [other for other in self._made if other[0] == key[0]]
         if self._seen[key] < 2 or len(own) < FORMS:
             return self._seen[key] > 1
@@ -82,7 +91,7 @@ class Recording:
     Args:
         work: what is recorded.
         inputs: like those that it will be replayed for.
-        beside: another one, which works in the same memory: what either computed is used before the other is replayed.
+        beside: another recording whose memory it shares: what one computed must be used before the other is replayed.
     """
 
     def __init__(self, work: Work, inputs: Any, beside: Recording | None = None) -> None:
@@ -90,10 +99,11 @@ class Recording:
         self._inputs = [_place_for(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._graph = torch.cuda.CUDAGraph()
         pool = None if beside is None else beside._graph.pool()
-        # Casts that were made before lie in memory that is used for other things later; those made in here go with it.
+        # Autocast keeps its casts of the weights. A graph must not read casts made before it, whose memory is reused
+        # later, nor may later calls read those made while recording.
         torch.clear_autocast_cache()
         try:
-            # Other threads pin memory meanwhile, which only concerns this one if it is asked to care.
+            # The reading threads pin memory meanwhile: by default CUDA would refuse that while a graph is recorded.
             with torch.cuda.graph(self._graph, pool, capture_error_mode="thread_local"):
                 self._outputs = work(tree_unflatten(self._inputs, tree))
         finally:
@@ -109,7 +119,7 @@ class Recording:
 
 
 def _form(inputs: Any) -> str:
-    """What inputs must have in common to be one graph's."""
+    """What inputs must have in common to be replayed by one graph: shapes, dtypes, and which require grad."""
     rows = [(t.shape[:1], t.requires_grad) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)]
     return repr((form(inputs), rows))
 

@@ -15,6 +15,7 @@ from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 
 from gigaxt.image.base import Image, Pixels
+from gigaxt.image.views import resample
 
 Colour = tuple[int, int, int]
 """Red, green, blue, 0 to 255."""
@@ -216,8 +217,6 @@ def reduced(image: Image, max_px: int, *, nearest: bool) -> tuple[Pixels, NDArra
         max_px: of the longer side.
         nearest: pick pixels rather than average them.
     """
-    from gigaxt.image.views import resample
-
     scale = max(image.height, image.width) / max_px
     if scale > 1:
         image = resample(image, scale, nearest=nearest)

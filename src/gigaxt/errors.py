@@ -54,3 +54,9 @@ class TrainingError(GigaxtError):
     """Training stopped for a reason that is not the user's mistake, such as a loss that is not finite."""
 
     exit_status = 1
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, without line breaks: of one of the system's the cause alone, else all of its text."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(f"{text or type(error).__name__}".split())

@@ -27,6 +27,11 @@ Spec = str | os.PathLike[str] | Image | Sequence[ArrayLike]
 
 TINY = 1e-9
 """Fractions below this are rounding: one pixel of a core of 4,096 px is 6e-8."""
+THUMBNAIL_PX = 2048
+"""Longer side at which tissue is looked for: 8 micrometres a pixel on a large slide, a few cells."""
+
+_TISSUE: WeakKeyDictionary[Image, Mask] = WeakKeyDictionary()
+"""The tissue mask of each image, for as long as the image exists."""
 
 
 class Foreground(ABC):
@@ -35,6 +40,9 @@ class Foreground(ABC):
     Attributes:
         name: what messages call it.
         min_fraction: share of a region's core that must be foreground; 0: any.
+
+    Raises:
+        ConfigError: `min_fraction` is not 0 to 1.
     """
 
     def __init__(self, name: str, min_fraction: float = 0.0) -> None:
@@ -44,7 +52,7 @@ class Foreground(ABC):
 
     @staticmethod
     def from_spec(spec: Spec, *, min_fraction: float = 0.0) -> Foreground:
-        """Make the kind that `spec` asks for.
+        """Make the kind of foreground that `spec` asks for.
 
         Args:
             spec: `"tissue"`: Otsu's threshold on saturation at a low level; the path of a raster (or an Image): what is
@@ -162,7 +170,7 @@ class PolygonForeground(Foreground):
             return [[change(ring) for ring in polygon] for polygon in self.polygons]
         below = image
         while isinstance(below, Select | Resampled):
-            below = below._image
+            below = below.base
         scale = np.array([image.width / below.width, image.height / below.height])
         return [[ring * scale for ring in polygon] for polygon in self.polygons]
 
@@ -262,16 +270,12 @@ def area_between(mask: Mask, rows: NDArray[np.float64], cols: NDArray[np.float64
         lines = np.clip(lines, 0, len(sums))
         whole = np.minimum(lines.astype(np.int64), len(sums) - 1)
         part = (lines - whole).reshape(-1, *[1] * (sums.ndim - 1))
-        before = np.where((whole > 0).reshape(part.shape), sums[whole - 1], 0)
+        before = np.where((whole > 0).reshape(part.shape), sums[whole - 1], 0)  # (lines, 1, ...) against (lines, ...)
         return np.asarray(before + part * (sums[whole] - before))
 
     left_of = at(np.cumsum(mask, axis=1, dtype=np.int32).T, cols)  # (h, w) -> (lines, h)
     above = at(np.cumsum(np.diff(left_of, axis=0).T, axis=0), rows)  # (cells, h) -> (lines, cells)
     return np.asarray(np.diff(above, axis=0))
-
-
-_TISSUE: WeakKeyDictionary[Image, Mask] = WeakKeyDictionary()
-"""Of images that somebody else still holds."""
 
 
 def _tissue_of(image: Image) -> Mask:
@@ -280,10 +284,6 @@ def _tissue_of(image: Image) -> Mask:
     if mask is None:
         mask = _TISSUE[image] = tissue_mask(image)
     return mask
-
-
-THUMBNAIL_PX = 2048
-"""Longer side at which tissue is looked for: 8 micrometres a pixel on a large slide, a few cells."""
 
 
 def tissue_mask(image: Image) -> Mask:

@@ -15,8 +15,8 @@ from gigaxt.rows import Purse
 class HostCopies:
     """One copy of each tensor, in pinned memory, as long as there is room.
 
-    Copying waits for nothing: it follows what the device has been told before, and whoever copies back is told later.
-    A tensor must not be changed in place between.
+    The host does not wait for a copy: it is queued on the device's stream, behind the work that computes the tensor and
+    ahead of any work that copies it back. A tensor must not be changed in place in between.
 
     Args:
         gib: memory of the host that the copies may take; 0: none are made.
@@ -27,7 +27,7 @@ class HostCopies:
         self._made = WeakTensorKeyDictionary()
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The copy of `tensor`; itself where it is on the host already, or no room is left."""
+        """The copy of `tensor`; the tensor itself if it is on the host already, or no room is left."""
         if tensor.device.type == "cpu" or not self.purse.left:
             return tensor
         made: Tensor | None = self._made.get(tensor)
@@ -40,7 +40,7 @@ class HostCopies:
 
 
 def pinned_size(size: int) -> int:
-    """What PyTorch takes of the system for a pinned block: the next power of two."""
+    """Bytes that PyTorch allocates for a pinned block of `size` bytes: the next power of two."""
     return 1 << (size - 1).bit_length() if size else 0
 
 
@@ -48,8 +48,8 @@ def pinned_size(size: int) -> int:
 def offloaded(stay: Sequence[Tensor]) -> Iterator[None]:
     """Keep what autograd saves inside the block on the host, in pinned memory, but for `stay`.
 
-    Unlike `torch.autograd.graph.save_on_cpu` it does not copy weights (`stay`) with every chunk, keeps channels last
-    where they are last, and waits for no copy, as `HostCopies`.
+    Unlike `torch.autograd.graph.save_on_cpu` it does not copy weights (`stay`) with every chunk, keeps channels-last
+    tensors in that layout, and does not make the host wait for a copy (see `HostCopies`).
     """
     there = {t.untyped_storage().data_ptr() for t in stay}
 

@@ -13,23 +13,29 @@ from gigaxt.image.files import file_identity
 from gigaxt.inputs import InputConfig
 from gigaxt.regions import keep_valid
 
-_KEPT: dict[tuple[Any, ...], Mask] = {}
 MOST_KEPT = 4096
-"""Scenes whose empty regions are remembered; a byte a region."""
+"""Scenes of which it is remembered which regions are kept; a byte a region."""
+_KEPT: dict[tuple[Any, ...], Mask] = {}
+"""(identity of the file, what is asked of it) -> (rows, cols); the oldest first."""
 
 
 def kept_regions(image: Image, config: InputConfig, region: int) -> Mask:
     """Which regions hold data and foreground: (rows, cols). Found once a file, since finding it may read all of it.
 
+    Args:
+        image: as the model sees it; views of `gigaxt.augment` are of the file below them.
+        config: with the halo and the foreground.
+        region: px on a side.
+
     Raises:
         DataError: none does.
     """
     below = image.base if isinstance(image, ColourAugmented) else image
-    k = below.k if isinstance(below, Dihedral) else 0
-    place = (image.height, image.width, image.band_names, k, region, config.halo, config.foreground)
+    turn = below.k if isinstance(below, Dihedral) else 0
+    asked = (image.height, image.width, image.band_names, turn, region, config.halo, config.foreground)
     file = file_identity(image.name)
-    if file is not None and (file, place) in _KEPT:
-        return _KEPT[file, place]
+    if file is not None and (file, asked) in _KEPT:
+        return _KEPT[file, asked]
     keep = keep_valid(image, region, config.halo)
     if config.foreground is not None:
         keep = keep & _foreground(config.foreground).keep(image, region, config.halo)
@@ -39,7 +45,7 @@ def kept_regions(image: Image, config: InputConfig, region: int) -> Mask:
     if file is not None:
         while len(_KEPT) >= MOST_KEPT:
             _KEPT.pop(next(iter(_KEPT)))
-        _KEPT[file, place] = keep
+        _KEPT[file, asked] = keep
     return keep
 
 

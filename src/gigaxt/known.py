@@ -1,4 +1,4 @@
-"""What earlier steps found out about a module, for as long as it is what it was.
+"""What earlier steps found out about a module, kept as long as nothing changes that a run of it depends on.
 
 A module that is streamed is looked at once (`replay.first_look`), and its chunks are recorded once (`cuda_graphs`).
 Both hold while nothing changes its course: the kinds of its parts, their attributes (numbers, functions, hooks, lists
@@ -38,8 +38,8 @@ class Known:
     """What is known of a module.
 
     Args:
-        state: it holds as long as this stays.
-        recordable: whether its chunks may be recorded.
+        state: what a run of the module depends on; once that is another, a new `Known` takes the place of this one.
+        recordable: whether its chunks may be recorded as CUDA graphs.
 
     Attributes:
         look: what a stream found when it looked at the module; None: none did.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gigaxt.rows import GIB
+from gigaxt.amounts import GIB
 
 _CGROUP = Path("/sys/fs/cgroup")
 _LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
@@ -63,7 +63,7 @@ def _nearest(path: Path) -> Path:
 
 
 def resident_gib(pid: int) -> float:
-    """Memory that another process holds now; 0 where it has ended, or the system does not tell."""
+    """Memory that another process holds now; 0 if it has ended, or the system does not report it."""
     fields = " ".join(_lines(Path(f"/proc/{pid}/statm"))).split()
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / GIB if len(fields) > 1 else 0.0
 
@@ -79,11 +79,11 @@ def peak_resident_gib() -> float:
 
 
 def drop_from_cache(path: Path) -> bool:
-    """Have the system forget what it holds of a file, or of the files in a folder, so that the next read is cold.
+    """Make the system drop a file, or the files in a folder, from its page cache, so that the next read is cold.
 
     Returns:
-        Whether it did, as far as it tells: not where there is no such file, where the system takes no such hints, or
-        where it still has pages of it in memory.
+        Whether it did, as far as the system reports it: False if there is no such file, the system takes no such hints,
+        or pages of it are still in memory.
     """
     if path.is_dir():
         forgotten = [drop_from_cache(file) for file in path.rglob("*") if file.is_file()]  # all of them, not up to one
@@ -105,7 +105,7 @@ def drop_from_cache(path: Path) -> bool:
 
 
 def read_bytes() -> int | None:
-    """What this process has asked the system to read of files so far; None: the system does not tell."""
+    """Bytes of files that this process has asked the system to read so far; None: the system does not report it."""
     for line in _lines(Path("/proc/self/io")):
         name, _, value = line.partition(":")
         if name == "rchar":
@@ -114,12 +114,12 @@ def read_bytes() -> int | None:
 
 
 def _places(size: int) -> range:
-    """A few places in a file, where it is looked whether they are in memory."""
+    """Offsets at which a file is probed for pages in memory."""
     return range(0, size, max(size // 32, 1 << 16))
 
 
 def _in_memory(descriptor: int, place: int) -> bool:
-    """Whether the system holds a place of a file; where it does not tell, as in tmpfs, it is taken not to."""
+    """Whether a byte of a file is in the page cache; False where the system does not report it, as in tmpfs."""
     if not hasattr(os, "RWF_NOWAIT"):
         return False
     try:

@@ -160,7 +160,7 @@ class _Job:
         self.autocast = Autocast.now(self.device)
         self.encode, self.decode = Aliases(encode), Aliases(decode)
         self.encode_learns = any(p.requires_grad for p in self.encode)
-        """Without, no chunk is encoded for the sake of gradients, and none is taken of the maps."""
+        """If not, no chunk is encoded again for its gradients, and none are taken of the feature maps."""
         self.tokens, self.outputs = Joined("cat"), Joined(reduce)
         self.counts: list[int] = []
         self.kept: dict[int, Encoded] = {}
@@ -174,7 +174,7 @@ class _Job:
         """Whether `encode_backward` has run."""
 
     def run_ordinarily(self, join_tokens: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-        """Everything kept by autograd itself, on the modules' own parameters."""
+        """Ordinary autograd on the modules' own parameters, which keeps everything."""
         encoded: list[tuple[Tensor, Maps]] = []
         for rows in self._rows(lambda i: (True, False)):
             self.counts.append(rows.count)

@@ -30,10 +30,10 @@ class AnswerRaster(NamedTuple):
     options: dict[str, Any]
     """Of the TiffWriter: bands, dtype, nodata, colours, and how overviews are made."""
     encode: Callable[[Tensor, Mask], Pixels]
-    """From `shares` (outputs, h, w) and validity (h, w) to pixels (h, w, bands)."""
+    """From `as_probabilities` (outputs, h, w) and validity (h, w) to pixels (h, w, bands)."""
 
 
-def shares(head: SegmentConfig, answers: Tensor) -> Tensor:
+def as_probabilities(head: SegmentConfig, answers: Tensor) -> Tensor:
     """Answers (..., outputs, h, w) as probabilities of the classes or labels; numbers stay as they are."""
     if head.target == "regression":
         return answers

@@ -22,7 +22,7 @@ _reader = threading.local()
 """`pins`: whether this thread's chunks go to CUDA."""
 
 READERS = 2
-"""Chunks in the queue besides the one at work; also the number of reading threads. The codecs release the GIL."""
+"""Reading threads where nobody says otherwise, and chunks that they are ahead. The codecs release the GIL."""
 
 
 def read_ahead(
@@ -32,19 +32,22 @@ def read_ahead(
     readers: int = READERS,
     known: Any = None,
 ) -> Iterator[tuple[C, Any]]:
-    """Yield (chunk, load(chunk) on `device`) in order, with the next chunks being loaded meanwhile.
+    """Load chunks in threads, in order, while the caller works on those before; at most `readers` + 1 are in memory.
 
     Args:
         load: pure function from a chunk to tensors (any nesting of tuples, lists, dicts); called in threads.
-        chunks: what to load. For the first one the device has to wait: with a method `parts(most)`, which cuts it into
-            at most so many chunks, all threads load it together.
+        chunks: what to load. The device has to wait for the first one: if that has a method `parts(most)`, which cuts
+            it into at most so many chunks, all threads load it together.
         device: where the tensors go. To CUDA they are copied without waiting, from pinned memory; PyTorch's caching
             host allocator reuses a pinned block only after the copy's event.
         readers: threads, and chunks ahead of the one at work.
-        known: the first chunk's tensors on the device, if they are there; None: they are loaded.
+        known: the first chunk's tensors on the device, if they are there already; None: it is loaded like the others.
 
-    At most `readers` + 1 chunks are in memory. Errors of `load` are raised at their chunk's turn, with a note that
-    names it.
+    Yields:
+        (chunk, load(chunk) on `device`).
+
+    Raises:
+        Exception: whatever `load` raises, at its chunk's turn, with a note that names the chunk.
     """
     if not chunks:
         return
@@ -75,7 +78,7 @@ def load_together(load: Callable[[C], Any], chunks: Sequence[C], device: torch.d
 
 
 def host_buffer(shape: Sequence[int], dtype: np.dtype[Any]) -> Tensor:
-    """An empty tensor for what `load` returns, in pinned memory where a reader would else copy it there."""
+    """An uninitialised tensor for what `load` returns; in pinned memory where a reading thread would copy it there."""
     return torch.empty(shape, dtype=_torch_dtype(dtype), pin_memory=getattr(_reader, "pins", False))
 
 
@@ -100,7 +103,7 @@ def count_rows(loaded: Any) -> int:
 
 
 def form(loaded: Any) -> Any:
-    """What loaded chunks must have in common to be joined."""
+    """What loaded chunks must have in common to be joined: all but the number of their rows; compared with `==`."""
     leaves, tree = tree_flatten(loaded)
     return tree, [(t.shape[1:], t.dtype) if isinstance(t, Tensor) else _compared(t) for t in leaves]
 
@@ -111,7 +114,7 @@ def _compared(value: Any) -> Any:
 
 
 def join_rows(loaded: Sequence[Any]) -> Any:
-    """Chunks of one form as one."""
+    """Loaded chunks of one form as one, joined along their rows."""
     if len(loaded) == 1:
         return loaded[0]
     return tree_map(lambda *t: torch.cat(t) if isinstance(t[0], Tensor) else t[0], *loaded)
@@ -123,7 +126,7 @@ def take_rows(loaded: Any, start: int, stop: int) -> Any:
 
 
 def _parts(chunk: C, most: int) -> Sequence[C]:
-    """The chunk in at most so many parts, where it knows how to cut itself."""
+    """The chunk in at most `most` parts, where it knows how to cut itself; else the chunk alone."""
     cut: Callable[[int], Sequence[C]] | None = getattr(chunk, "parts", None)
     return [chunk] if cut is None else cut(most)
 
@@ -139,7 +142,7 @@ def _load(load: Callable[[C], Any], chunk: C, *, pin: bool) -> Any:
 
 
 def _pinned(value: Any) -> Any:
-    """A tensor on the host in pinned memory; whatever is on a device already, or no tensor, as it is."""
+    """A tensor on the host is moved to pinned memory; tensors on a device and other values stay as they are."""
     return value.pin_memory() if isinstance(value, Tensor) and value.is_cpu else value
 
 

@@ -21,6 +21,7 @@ from gigaxt.errors import CheckpointError, ConfigError
 from gigaxt.nn.context import base
 from gigaxt.nn.ready import Ready
 from gigaxt.nn.xt import GigaXT, ModelConfig
+from gigaxt.replaced_file import replaced_file
 
 FORMAT = 1
 
@@ -83,6 +84,16 @@ def load(
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     model.config = config
+    _fill(model, folder)
+    return model.eval()
+
+
+def _fill(model: GigaXT, folder: Path) -> None:
+    """Give the model the weights of a folder, and their dtypes.
+
+    Raises:
+        CheckpointError: they cannot be read, or are those of another architecture.
+    """
     path = folder / "model.safetensors"
     try:
         weights = load_file(path)
@@ -105,7 +116,6 @@ def load(
     for name, tensor in model.state_dict(keep_vars=True).items():  # a ready module may have a dtype of its own
         tensor.data = tensor.data.to(weights[name].dtype)
     model.load_state_dict(weights)
-    return model.eval()
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -163,12 +173,7 @@ def _expect_ready(folder: Path, given_ready: Mapping[str, str], ready: Ready) ->
 
 
 def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replaced_file(path) as part, part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

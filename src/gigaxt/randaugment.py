@@ -27,6 +27,8 @@ LAYERS, CHANCE = 2, 0.5
 MAX_PIXELS = 1 << 24
 FILL = (124, 116, 104)
 """Of what geometric operations leave empty: the mean of ImageNet."""
+_STREAM = 2
+"""Tells the random stream of operations from those of `gigaxt.augment`."""
 
 
 def _factor(share: float, sign: int) -> float:
@@ -85,10 +87,6 @@ def draw_operations(seed: int, magnitude: float) -> tuple[Operation, ...]:
         if carried_out:
             drawn.append(Operation(name, None if argument is None else argument(share, sign)))
     return tuple(drawn)
-
-
-_STREAM = 2
-"""Tells the random stream of operations from those of `gigaxt.augment`."""
 
 
 class RandAugmented(Image):

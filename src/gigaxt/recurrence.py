@@ -102,17 +102,17 @@ def _scan_recomputed(plan: _Plan, inputs: State, shared: State, state: State) ->
 
 @dataclass(kw_only=True)
 class _Plan:
-    """What both passes must agree on."""
+    """What both passes must agree on; see `scan` for what is not described here."""
 
     module: nn.Module
     bounds: tuple[tuple[int, int], ...]
-    """Of the segments, in the order of processing."""
+    """(start, stop) of the segments' tokens, in the order of processing."""
     reverse: bool
     halo: tuple[int, int]
     purse: Purse
     host: HostCopies | None
     counts: tuple[int, int, int]
-    """Of inputs, shared, state."""
+    """How many inputs, shared tensors, and tensors of a state there are."""
     device: torch.device
 
     @cached_property
@@ -136,7 +136,7 @@ class _Plan:
         return [self.turned(_padded(t, start, stop, self.device)) for t in inputs]
 
     def add(self, whole: Tensor, i: int, grad: Tensor) -> None:
-        """The gradient of what `cut` gives, into that of the whole input."""
+        """Add the gradient of segment `i` as `cut` gives it, halo included, to the gradient `whole` of its input."""
         start, stop = self.window(i)
         first, last = max(start, 0), min(stop, whole.shape[1])
         piece = self.turned(grad)[:, first - start : last - start]
@@ -155,7 +155,7 @@ class _Graph:
 
 
 class _Scan(torch.autograd.Function):
-    """Tensors come as inputs, shared, state, parameters."""
+    """Both passes over the segments as one operation on tensors in this order: inputs, shared, state, parameters."""
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor | None, ...]:
@@ -165,14 +165,14 @@ class _Scan(torch.autograd.Function):
         graphs: dict[int, _Graph] = {}
         whole: Tensor | None = None
         outputs: tuple[Any, ...]
-        size = 0  # bytes that a segment's graph holds; the first one shows it
+        graph_bytes = 0  # of one segment; the first one shows it, and is paid for afterwards
         for i in range(len(plan.bounds)):
-            if plan.purse.left and plan.purse.take(size):
-                graph, held = _record_counted(plan, aliases, i, (inputs, shared, state), ctx.needs_input_grad[1:])
+            if plan.purse.left and plan.purse.take(graph_bytes):
+                graph, counted = _record_counted(plan, aliases, i, (inputs, shared, state), ctx.needs_input_grad[1:])
                 outputs = tuple(None if t is None else t.detach() for t in graph.outputs)
                 if i == 0:
-                    size = held
-                if i or plan.purse.take(size):
+                    graph_bytes = counted
+                if i or plan.purse.take(graph_bytes):
                     graphs[i] = graph
                 del graph
             else:
@@ -188,7 +188,7 @@ class _Scan(torch.autograd.Function):
                 whole[:, start:stop] = plan.turned(outputs[0])
             state = borders.after(i, outputs[1:])
         ctx.plan, ctx.graphs = plan, graphs
-        # A copy on the host takes the place of its input, which is then not held on the device.
+        # A copy on the host is saved in place of its input, which the device can then free.
         waiting = [plan.host.of(t) if plan.host else t for t in inputs]
         ctx.save_for_backward(*waiting, *tensors[len(inputs) :], *borders.states)
         ctx.set_materialize_grads(False)
@@ -229,17 +229,22 @@ class _Scan(torch.autograd.Function):
 
 
 class _Borders:
-    """The states between segments, for the backward pass.
+    """The states between segments, kept for the backward pass.
 
-    States of a kind lie in one tensor. Each on its own would be allocated amid what its segment needs for a moment, and
-    stay: the allocator of a CPU then finds no room there for the next segment's, and memory grows with the segments.
+    A state consists of several tensors. Each of them is kept in one large tensor for all borders: small ones, allocated
+    amid the temporary memory of their segments, would fragment the heap of a CPU, which then grows with the segments.
+
+    Args:
+        count: of borders, one less than the segments.
+        kept: whether there will be a backward pass.
     """
 
     def __init__(self, count: int, *, kept: bool) -> None:
         self.count, self.kept = count, kept
         self.states: list[Tensor] = []
-        """Those of the first border, of the second, ..."""
+        """The tensors of the first border's state, then those of the second's, ..."""
         self._together: list[Tensor] = []
+        """(count, ...) for each tensor of a state."""
 
     def after(self, i: int, state: Sequence[Tensor]) -> State:
         """The state after segment `i`, which is kept if another segment follows."""
@@ -256,8 +261,13 @@ class _Borders:
 
 def _split(plan: _Plan, tensors: Sequence[T]) -> tuple[tuple[T, ...], tuple[T, ...], tuple[T, ...], tuple[T, ...]]:
     """Into inputs, shared, state, parameters."""
-    a, b, c = accumulate(plan.counts)
-    return tuple(tensors[:a]), tuple(tensors[a:b]), tuple(tensors[b:c]), tuple(tensors[c:])
+    inputs_end, shared_end, state_end = accumulate(plan.counts)
+    return (
+        tuple(tensors[:inputs_end]),
+        tuple(tensors[inputs_end:shared_end]),
+        tuple(tensors[shared_end:state_end]),
+        tuple(tensors[state_end:]),
+    )
 
 
 def _record(
@@ -297,6 +307,7 @@ def _segment_grads(graph: _Graph, grads: Sequence[Tensor | None]) -> list[Tensor
 
 
 def _plain_loop(plan: _Plan, inputs: State, shared: State, state: State) -> tuple[Tensor | None, State]:
+    """All segments under ordinary autograd, which keeps everything."""
     pieces: list[Tensor] = []
     for i in range(len(plan.bounds)):
         output, *rest = plan.module(*plan.cut(inputs, i), *shared, *state)
@@ -325,7 +336,8 @@ def _onto(device: torch.device, piece: Tensor) -> Tensor:
     """Tokens (batch, n, ...) on `device`, without waiting for it."""
     if piece.device == device or piece.is_contiguous():
         return piece.to(device, non_blocking=True)
-    # Row by row: what lies apart PyTorch would join on the host first, and read what `HostCopies` may not have yet.
+    # Row by row, each contiguous: PyTorch would first gather anything else on the host, and so read from `HostCopies`
+    # what may not have arrived there yet.
     return torch.stack([row.to(device, non_blocking=True) for row in piece])
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gigaxt.image.base import Image, Mask, Pixels, Window, lies_inside
@@ -45,6 +47,14 @@ def stack_masks(masks: Sequence[Mask | None], size: tuple[int, int]) -> Tensor:
     for whole, mask in zip(stacked.numpy(), masks, strict=True):
         whole[...] = True if mask is None else mask
     return stacked
+
+
+def valid_cells(valid: Tensor, t: int) -> Tensor:
+    """Which of the t x t cells of cores hold a valid pixel: (n, core, core, bands) bool -> (n, t * t) bool."""
+    real, core = valid.any(dim=3), valid.shape[1]
+    cells = list(pairwise(core * i // t for i in range(t + 1)))
+    rows = torch.stack([real[:, start:stop].any(dim=1) for start, stop in cells], dim=1)  # (n, t, core)
+    return torch.stack([rows[:, :, start:stop].any(dim=2) for start, stop in cells], dim=2).flatten(1)
 
 
 def _inside(image: Image, x: int, y: int, w: int, h: int) -> Mask | None:

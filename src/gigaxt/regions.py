@@ -240,6 +240,9 @@ def scan_order(coords: ArrayLike, kind: Order) -> NDArray[np.int64]:
             keeps neighbours in both directions near each other.
 
     The key depends on the place alone: leaving out places does not change the order of the others.
+
+    Raises:
+        ConfigError: another `kind`.
     """
     if kind not in get_args(Order):
         raise ConfigError(f"order: got {kind!r}{nearest(str(kind), get_args(Order))}")

@@ -290,7 +290,7 @@ def refuse_learning(rows: Rows) -> None:
 
 
 class Saves:
-    """What autograd saved."""
+    """How much memory autograd saved tensors in, of one graph."""
 
     def __init__(self) -> None:
         self.storages: dict[int, int] = {}

@@ -12,12 +12,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from gigaxt.amounts import GIB
 from gigaxt.errors import ConfigError
 from gigaxt.nn.keyed import dropout_key
 from gigaxt.prefetch import READERS, count_rows, form, join_rows, read_ahead, take_rows
 
 T = TypeVar("T")
-GIB = 2**30
 Reduce = Literal["cat", "sum"]
 
 
@@ -88,7 +88,7 @@ class Rows:
 
 
 def merged(rows: Sequence[Rows]) -> list[Rows]:
-    """Rows that follow each other, as few as they can be: where loaded tensors are alike, they are one."""
+    """Consecutive rows in as few `Rows` as possible: neighbours whose loaded tensors have one form become one."""
     groups: list[list[Rows]] = []
     for one in rows:
         if groups and form(groups[-1][-1].loaded) == form(one.loaded):
@@ -111,7 +111,7 @@ class Reader:
         load: from a chunk to its rows.
         device: where they go.
         seed: of keyed dropout; None where the modules are in evaluation mode, and nothing is drawn.
-        streaming: where it is noted how many rows at once the device can do.
+        streaming: how far ahead to read; `most_regions` is noted in it when the device runs out of memory.
     """
 
     def __init__(
@@ -125,8 +125,8 @@ class Reader:
 
         Args:
             chunks: to be loaded.
-            starts: their places in the stream, where some chunks are left out.
-            known: what the first of them holds, on the device; None: it is loaded as well.
+            starts: place of each chunk's first row in the stream; None: one chunk follows the other from 0.
+            known: the first chunk's tensors on the device, if they are there already; None: it is loaded as well.
         """
         start = 0
         loading = read_ahead(self.load, chunks, self.device, self.streaming.readers, known)
@@ -147,7 +147,11 @@ class Reader:
     def run(self, rows: Rows, work: Callable[[Rows], T]) -> list[tuple[Rows, T]]:
         """Call `work` on all of `rows`, halving the number at once when the device is out of memory.
 
-        Returns the parts with `work`'s results. Whatever it raises carries a note that names the chunk.
+        Returns:
+            The parts with `work`'s results, in order.
+
+        Raises:
+            Exception: whatever `work` raises, with a note that names the chunk.
         """
         start, count = 0, rows.count
         results: list[tuple[Rows, T]] = []
@@ -173,13 +177,17 @@ class Reader:
 
 
 def free_device_memory() -> None:
-    """After a failed attempt: let go of what only unreachable objects hold, and of what PyTorch keeps for later."""
+    """After a failed attempt: collect unreachable objects, and give back what PyTorch's allocator caches."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
 class Purse:
-    """Memory that kept activations are paid from."""
+    """What is left of a memory budget: whoever keeps activations takes their size out of it.
+
+    Args:
+        gib: the budget.
+    """
 
     def __init__(self, gib: float) -> None:
         self.left = int(gib * GIB)
@@ -210,7 +218,11 @@ class Joined:
         """Rows of each output for one region; "cat" only."""
 
     def add(self, rows: Rows, outputs: Sequence[Tensor], chunks: int) -> None:
-        """Put `outputs` of `rows` at their place; `chunks` (the number of all) sizes the first allocation."""
+        """Put `outputs` of `rows` at their place; `chunks` (the number of all) sizes the first allocation.
+
+        Raises:
+            ConfigError: outputs that cannot be joined, as they do not have k rows for each region.
+        """
         if self.reduce == "sum":
             # The first is copied: where a CUDA graph made it, the next replay would overwrite it.
             widened = [t.detach().to(at_least_float32(t.dtype), copy=not self.tensors) for t in outputs]

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gigaxt.cases import Cases, by_case
+from gigaxt.cases import Cases, TensorImage, sources_of
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image.base import Image, Mask, lies_inside
 from gigaxt.image.open import PICTURE_SUFFIXES
@@ -21,23 +21,12 @@ from gigaxt.image.views import resample
 from gigaxt.inputs import InputConfig, to_pixel_size, to_size
 from gigaxt.kept import kept_regions
 from gigaxt.prefetch import host_buffer, load_together
-from gigaxt.region_pixels import read_regions, stack_masks
+from gigaxt.region_pixels import read_regions, stack_masks, valid_cells
 from gigaxt.regions import Place, RegionGrid
 from gigaxt.targets.base import SceneTarget, WindowTarget
 
-
-class TensorImage:
-    """One image of a batch in memory, (C, H, W): the network's input as it is, normalised by whoever made it."""
-
-    all_valid = True
-
-    def __init__(self, tensor: Tensor, name: str) -> None:
-        self.tensor, self.name = tensor, name
-        self.channels, self.height, self.width = tensor.shape
-
-
 LEAST_PART = 8
-"""Regions of the first chunk that a thread reads at least."""
+"""Fewest regions of a chunk that are worth a reading thread of their own."""
 
 
 @dataclass
@@ -48,7 +37,7 @@ class Chunk:
     start: int
     stop: int
     masked: bool = field(default=False, kw_only=True)
-    """Whether a mask is loaded even where all pixels are valid, as that of another part may be needed."""
+    """Whether `valid` is loaded even if all pixels are valid: a part of a chunk is joined to parts that may need it."""
 
     @cached_property
     def region_ids(self) -> Tensor:
@@ -62,11 +51,11 @@ class Chunk:
 
     @property
     def rows(self) -> slice | list[int]:
-        """Of the batch, for indexing."""
+        """Which rows of the batch's tensors are these regions', as an index."""
         return slice(self.start, self.stop)
 
     def parts(self, most: int) -> list[Chunk]:
-        """The same regions in at most `most` parts that are worth a thread each."""
+        """The same regions in at most `most` chunks, each worth a reading thread of its own."""
         regions = len(self.places)
         count = min(most, regions // LEAST_PART)
         if count < 2:
@@ -88,9 +77,10 @@ class Chunk:
 
 @dataclass
 class Picked(Chunk):
-    """Regions that need not follow each other."""
+    """Regions that need not follow each other in the batch."""
 
     picked: list[int]
+    """Their rows of the batch."""
 
     @property
     def places(self) -> list[tuple[int, int, Place]]:
@@ -107,7 +97,26 @@ class Picked(Chunk):
 
 
 class Scene:
-    """One image at the model's pixel size or size, its grid, and its target if it is dense."""
+    """One image at the model's pixel size or size, its region grid, and its target if the model is dense.
+
+    Args:
+        image: as it was given.
+        config: of the model's input.
+        region: px on a side.
+        channels: bands that the model takes.
+        target: of the image as it was given; None: without.
+
+    Attributes:
+        source: the image as it was given.
+        image: with the model's bands, at its pixel size or size.
+        target: of that image.
+        grid: its regions.
+        levels: that image, then its overviews.
+        scale, shift: (channels,) each, normalised = pixel * scale + shift.
+
+    Raises:
+        DataError: bands, a pixel size or a target that do not fit. ConfigError: settings that do not fit the model.
+    """
 
     def __init__(
         self, image: Image | TensorImage, config: InputConfig, region: int, channels: int, target: SceneTarget | None
@@ -115,7 +124,6 @@ class Scene:
         if target is not None:
             target.check(image)
         self.source = image
-        """The image as it was given."""
         if isinstance(image, Image):
             if config.band_names is not None and list(image.band_names) != config.band_names:
                 image = self._select(image, config.band_names)
@@ -195,7 +203,8 @@ class Scene:
 class SceneBatch:
     """Scenes of any sizes as one sequence of regions: those of full size of all scenes, then their overviews'.
 
-    Where targets are windows (`WindowTarget`), the regions that these do not reach stand between the two.
+    A region's place in this sequence is its row. Where targets are windows (`WindowTarget`), the regions of full size
+    that no window reaches come behind those that are answered for, ahead of the overviews'.
 
     Args:
         images: Images or cases (lists of them), or one float tensor (B, C, H, W) that is already normalised.
@@ -204,6 +213,17 @@ class SceneBatch:
         channels: bands that the model takes.
         tokens_per_core: t, tokens along a side of a region's core.
         targets: of the images, for dense models.
+
+    Attributes:
+        scenes: one an image.
+        cases: for each case the numbers of its scenes.
+        places: (scene, index in its grid, place) of each row.
+        full_size: how many rows are of full size and answered for; they come first.
+        beside: how many rows are of full size beside the targets' windows; they come next.
+        token_validity: (rows, t * t) bool, which tokens cover a valid pixel. Filled by `load`, the same each time.
+
+    Raises:
+        DataError: no images, images or targets that do not fit, or windows without a region to answer for.
     """
 
     def __init__(
@@ -216,19 +236,7 @@ class SceneBatch:
         tokens_per_core: int,
         targets: Sequence[SceneTarget] | None = None,
     ) -> None:
-        sources: Sequence[Image | TensorImage]
-        if isinstance(images, Tensor):
-            if images.ndim != 4 or not images.is_floating_point():
-                raise DataError(
-                    f"expected Images or a normalised float tensor (B, C, H, W), got {images.dtype} "
-                    f"{tuple(images.shape)}; wrap pixels that are not normalised with gigaxt.open_image"
-                )
-            sources = [TensorImage(image, f"image {i} of the tensor") for i, image in enumerate(images)]
-            self.cases = [[i] for i in range(len(images))]
-        else:
-            sources, self.cases = by_case(images)
-        if not sources:
-            raise DataError("expected at least one image, got none")
+        sources, self.cases = sources_of(images)
         wanted: Sequence[SceneTarget | None] = [None] * len(sources) if targets is None else list(targets)
         if len(wanted) != len(sources):
             raise DataError(f"{len(sources)} images, {len(wanted)} targets: expected one target an image")
@@ -245,7 +253,6 @@ class SceneBatch:
         self.places = [*answered, *beside, *(p for p in placed if p[2].level > 0)]
         self.full_size, self.beside = len(answered), len(beside)
         self.token_validity = torch.zeros(len(self.places), self.t**2, dtype=torch.bool)
-        """(regions, t * t): which tokens cover a valid pixel. Filled by `load`, the same each time."""
         self._place_of = {(scene, index): row for row, (scene, index, _) in enumerate(self.places)}
         self._read_ahead: dict[tuple[int, int], dict[str, Tensor]] = {}
 
@@ -364,9 +371,9 @@ class SceneBatch:
             x, y, w, h = scene.grid.window_xywh(place)
             image = cast(TensorImage, scene.levels[place.level])
             inside = lies_inside((x, y, w, h), image.height, image.width)
-            windows.append(
-                image.tensor[:, y : y + h, x : x + w].permute(1, 2, 0) if inside else _crop(image.tensor, x, y, w, h)
-            )
+            # (C, h, w) -> (h, w, C), a view
+            whole = image.tensor[:, y : y + h, x : x + w].permute(1, 2, 0) if inside else None
+            windows.append(_crop(image.tensor, x, y, w, h) if whole is None else whole)
             masks.append(None if inside else scene.grid.pixel_validity(place)[..., None])
         return torch.stack(windows), masks
 
@@ -380,18 +387,10 @@ class SceneBatch:
         self.token_validity[chunk.rows] = found
 
 
-def valid_cells(valid: Tensor, t: int) -> Tensor:
-    """Which of the t x t cells of cores hold a valid pixel: of (n, core, core, bands) bool, (n, t * t)."""
-    real, core = valid.any(dim=3), valid.shape[1]
-    cells = list(pairwise(core * i // t for i in range(t + 1)))
-    rows = torch.stack([real[:, start:stop].any(dim=1) for start, stop in cells], dim=1)  # (n, t, core)
-    return torch.stack([rows[:, :, start:stop].any(dim=2) for start, stop in cells], dim=2).flatten(1)
-
-
 def _crop(tensor: Tensor, x: int, y: int, w: int, h: int) -> Tensor:
     """Window of (C, H, W) as (h, w, C), zeros outside."""
     _, height, width = tensor.shape
     x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
     window = tensor.new_zeros(h, w, tensor.shape[0])
-    window[y0 - y : y1 - y, x0 - x : x1 - x] = tensor[:, y0:y1, x0:x1].permute(1, 2, 0)
+    window[y0 - y : y1 - y, x0 - x : x1 - x] = tensor[:, y0:y1, x0:x1].permute(1, 2, 0)  # (C, h, w) -> (h, w, C)
     return window

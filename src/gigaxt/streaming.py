@@ -46,8 +46,8 @@ __all__ = ["Streaming", "stream"]
 C = TypeVar("C")
 
 WITHOUT_GRAPH = {"cuda": 4}
-"""Chunks that run as one where no graph is made, by type of device: they need a fraction of a graph's memory, and on a
-GPU the time to launch their kernels is that of one."""
+"""Type of device -> how many chunks are run as one batch where no autograd graph is made. Without a graph they need a
+fraction of the memory, and on a GPU launching the kernels takes as long for four chunks as for one."""
 
 
 def stream(
@@ -162,7 +162,7 @@ class _Job:
     unchanged: Unchanged | None = None
     """Of the module, between the passes."""
     recordings: Recordings | None = None
-    """Of chunks that are not kept; None: each is run."""
+    """CUDA graphs of the chunks that are not kept; None: these are run without."""
 
     def __init__(
         self,
@@ -184,11 +184,11 @@ class _Job:
         """Graphs that wait for the backward pass, by chunk. A chunk is kept whole or not at all."""
         self.starts: list[int] = []
         self.first: Any = None
-        """What the first chunk holds, on the device: the backward pass begins with it, while the next are read."""
+        """The first chunk's tensors on the device: the backward pass begins with them, while the next are read."""
         self.single = True
 
     def run_ordinarily(self, inputs: _Inputs) -> tuple[Tensor, ...]:
-        """Everything kept by autograd itself, on the module's own parameters; nothing is replayed, none refused."""
+        """Ordinary autograd on the module's own parameters: it keeps everything, nothing is run again or refused."""
 
         def work(rows: Rows) -> tuple[Tensor, ...]:
             return self._as_tuple(self.module(rows.loaded, *rows.of(inputs.sliced), *inputs.shared))
@@ -204,7 +204,8 @@ class _Job:
         on_cpu = self.reader.device.type == "cpu"
         device = Purse((self.streaming.budget_gib or 0) + (self.streaming.host_gib if on_cpu else 0))
         host = Purse(0 if on_cpu else self.streaming.host_gib)
-        # Bytes that a region's graph saves, on the device and on the host: of the first rows, so the same in every run.
+        # Bytes that a region's graph saves, on the device and on the host. Counted on the first rows only, so that each
+        # run keeps the same chunks.
         per_row: tuple[int, int] | None = None
         at_once = 1 if self.recordings is not None else WITHOUT_GRAPH.get(self.reader.device.type, 1)
         waiting: list[Rows] = []
@@ -304,7 +305,7 @@ class _Job:
         self, name: str, work: Callable[..., Any], rows: Rows, inputs: _Inputs, share: Sequence[Tensor | None] = ()
     ) -> Any:
         """`work(rows, inputs, share)`, by a CUDA graph where there is one."""
-        # Once memory was short, a chunk comes in parts: the next one would overwrite what a graph gave for the last.
+        # Once memory was short, chunks are run in parts: a replay would overwrite the results of the part before.
         if self.recordings is None or self.streaming.most_regions is not None:
             return work(rows, inputs, share)
 

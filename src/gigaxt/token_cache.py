@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from gigaxt.amounts import GIB
 from gigaxt.augment import Dihedral
 from gigaxt.config import to_dict
 from gigaxt.errors import CheckpointError
@@ -54,7 +55,7 @@ class TokenCache:
     """
 
     def __init__(self, folder: str | Path, most_gib: float) -> None:
-        self.folder, self.most_bytes = Path(folder), int(most_gib * 2**30)
+        self.folder, self.most_bytes = Path(folder), int(most_gib * GIB)
         self._notes: dict[str, bool] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ class TokenCache:
         try:
             if not self._make_room(len(data)):
                 self._notes.setdefault(
-                    f"token cache: {self.folder} is full at {self.most_bytes / 2**30:g} GiB; the tokens of further "
+                    f"token cache: {self.folder} is full at {self.most_bytes / GIB:g} GiB; the tokens of further "
                     "images are computed anew each time (train.token_cache_gib)",
                     False,
                 )
@@ -139,7 +140,7 @@ class TokenCache:
         self._bytes += len(data)
 
     def new_notes(self) -> list[str]:
-        """What a user should know: that it is full, that it cannot be written. Each is told once."""
+        """What the user should know, such as that the cache is full or cannot be written; each note is given once."""
         new = [note for note, told in self._notes.items() if not told]
         self._notes = dict.fromkeys(self._notes, True)
         return new
@@ -181,7 +182,7 @@ class TokenCache:
 
 
 def _identity(image: object) -> list[Any] | None:
-    """What tells an image's pixels from all others'; None where they are drawn anew or are in no file."""
+    """What identifies an image's pixels; None if they are changed at random or are in no file."""
     if isinstance(image, Dihedral):
         below = _identity(image.base)
         return None if below is None else ["turned", image.k, *below]

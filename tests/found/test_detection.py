@@ -55,7 +55,7 @@ def model_of(target: BoxTarget, **given: Any) -> GigaXT:
             x, y, w, h = grid.core_xywh(place)
             yield oracle.answer(x, y, batch.scenes[0].core_validity(x, y)[:h, :w], grid.core)
 
-    model.predict_regions = predict_regions  # type: ignore[method-assign]
+    model.predict_regions = predict_regions
     return model
 
 

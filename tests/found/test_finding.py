@@ -46,7 +46,7 @@ def model_of(target: PointTarget, **head: Any) -> GigaXT:
             x, y, w, h = scene.grid.core_xywh(place)
             yield answer(x, y, scene.core_validity(x, y)[:h, :w], scene.grid.core)
 
-    model.predict_regions = predict_regions  # type: ignore[method-assign]
+    model.predict_regions = predict_regions
     return model
 
 

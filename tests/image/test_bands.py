@@ -125,4 +125,4 @@ def test_wrong_arguments() -> None:
     with pytest.raises(ImageError, match="at least one source"):
         open_bands([])
     with pytest.raises(ImageError, match="expected resampling 'bilinear' or 'nearest', got 'cubic'"):
-        open_bands([one], resampling="cubic")  # type: ignore[arg-type]
+        open_bands([one], resampling="cubic")

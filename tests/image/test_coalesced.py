@@ -138,7 +138,7 @@ VIEWS: dict[str, Callable[[Image], Image]] = {
     "larger": lambda image: resample(image, 0.7),
     "colour": lambda image: colour_augmented(image, [1, 1, 1], [0, 0, 0]),
     "turned crop of bands": lambda image: dihedral(Cropped(image.select([1]), 33, 21, 250, 130), 5),
-    **{f"turn {k}": (lambda image, k=k: dihedral(image, k)) for k in range(1, 8)},  # type: ignore[misc]
+    **{f"turn {k}": (lambda image, k=k: dihedral(image, k)) for k in range(1, 8)},
 }
 
 

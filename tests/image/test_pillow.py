@@ -121,7 +121,7 @@ def test_threads_decode_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     PIL.Image.fromarray(RGB).save(path)
     image = open_image(path)
     decoded = []
-    decode = type(image)._decode  # type: ignore[attr-defined]
+    decode = type(image)._decode
     monkeypatch.setattr(type(image), "_decode", lambda self: decoded.append(1) or decode(self))
     with ThreadPoolExecutor(8) as pool:
         parts = list(pool.map(lambda x: image.read(x, 0, 10, 40), range(40)))

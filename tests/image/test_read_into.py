@@ -93,7 +93,7 @@ VIEWS: dict[str, Callable[[Image], Image]] = {
     "turned crop of bands": lambda image: dihedral(Cropped(image.select([1, 2]), 33, 21, 250, 130), 5),
     "bands of a turn": lambda image: dihedral(image, 6).select([1]),
     "stacked": lambda image: open_bands([image, image.select([1])], names=list("abcd")),
-    **{f"turn {k}": (lambda image, k=k: dihedral(image, k)) for k in range(1, 8)},  # type: ignore[misc]
+    **{f"turn {k}": (lambda image, k=k: dihedral(image, k)) for k in range(1, 8)},
 }
 
 

@@ -335,7 +335,7 @@ def test_a_pixel_written_twice_is_refused(tmp_path: Path) -> None:
 )
 def test_contradictions_are_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        TiffWriter(tmp_path / "a.tif", **{"height": 10, "width": 10, **options})  # type: ignore[arg-type]
+        TiffWriter(tmp_path / "a.tif", **{"height": 10, "width": 10, **options})
     assert not list(tmp_path.iterdir())
 
 

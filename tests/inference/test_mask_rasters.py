@@ -110,9 +110,9 @@ def test_settings_of_a_segmentation_only(tmp_path: Path) -> None:
     path = scene(tmp_path / "scene.tif")
     for settings in ({"overlap": 0}, {"dihedral": 8}, {"probabilities": "uint8"}):
         with pytest.raises(ConfigError, match="for models that segment"):
-            gigaxt.predict(classifier(), path, tmp_path / "scores.csv", **settings)  # type: ignore[arg-type]
+            gigaxt.predict(classifier(), path, tmp_path / "scores.csv", **settings)
     with pytest.raises(ConfigError, match="expected uint8, float16, float32, got 'int8'"):
-        gigaxt.predict(segmenter(), path, tmp_path / "mask.tif", probabilities="int8")  # type: ignore[arg-type]
+        gigaxt.predict(segmenter(), path, tmp_path / "mask.tif", probabilities="int8")
 
 
 @pytest.mark.parametrize("target", ["multi", "regression"])

@@ -55,7 +55,7 @@ def influence(**settings: object) -> list[tuple[float, float]]:
     """
     model, pixels, tokens = encoded()
     torch.manual_seed(1)
-    context = build_context(ContextConfig(dim=32, **settings)).double()  # type: ignore[arg-type]
+    context = build_context(ContextConfig(dim=32, **settings)).double()
     coords = torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE))[None]
     leaf = tokens.clone().requires_grad_()
     joined, _ = context(leaf, coords)

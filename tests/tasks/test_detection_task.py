@@ -117,7 +117,7 @@ def test_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predictions = [
         {"image_id": i, "category_id": (5, 9)[c], "score": s, "bbox": [b[0], b[1], b[2] - b[0], b[3] - b[1]]}
         for i, found_in in enumerate(found, start=1)
-        for b, c, s in zip(found_in.boxes_xyxy.tolist(), found_in.classes, found_in.scores.tolist(), strict=True)  # type: ignore[union-attr]
+        for b, c, s in zip(found_in.boxes_xyxy.tolist(), found_in.classes, found_in.scores.tolist(), strict=True)
     ]
     expected = coco_score(tmp_path / "truth.json", predictions)
     for name in ("AP", "AP50", "AP75"):

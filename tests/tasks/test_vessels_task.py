@@ -122,7 +122,7 @@ def some_scenes(seed: int) -> tuple[dict[str, list[Label]], dict[str, list[Detec
         for _ in range(random.integers(1, 6)):
             row, col = (int(x) for x in random.integers(0, 350, 2))
             flags = [("True", "False", "")[random.integers(3)] for _ in range(2)]
-            scenes[name].append((row, col, *flags, ("HIGH", "MEDIUM", "LOW")[random.integers(3)]))  # type: ignore[arg-type]
+            scenes[name].append((row, col, *flags, ("HIGH", "MEDIUM", "LOW")[random.integers(3)]))
             for _ in range(random.integers(0, 3)):
                 away = random.uniform(0, 30)
                 found[name].append((row + away, col, *random.uniform(0.05, 1, 3)))

@@ -10,7 +10,7 @@ from gigaxt.machine import host_memory_gib
 from gigaxt.nn.context import ContextConfig
 from gigaxt.rows import Streaming
 from gigaxt.training import device as device_module
-from gigaxt.training.device import check_budgets, pick_device, slow_precision, small_chunks
+from gigaxt.training.device import check_budgets, chunk_advice, pick_device, precision_advice
 
 
 @pytest.mark.parametrize(
@@ -27,13 +27,13 @@ def test_bfloat16_without_instructions_for_it_is_told(
     device: str, amp: str, fast: bool, slow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_is_mkldnn_bf16_supported=lambda: fast))
-    told = slow_precision(torch.device(device), amp)  # type: ignore[arg-type]  # parameters are plain str
+    told = precision_advice(torch.device(device), amp)
     assert (told is not None and "no fast bfloat16" in told) == slow
 
 
 @pytest.mark.parametrize(("device", "regions", "told"), [("cuda", 8, True), ("cuda", 64, False), ("cpu", 8, False)])
 def test_chunks_that_let_a_gpu_wait_are_told(device: str, regions: int, told: bool) -> None:
-    advice = small_chunks(torch.device(device), Streaming(chunk_regions=regions))
+    advice = chunk_advice(torch.device(device), Streaming(chunk_regions=regions))
     assert (advice is not None and "chunk_regions: with 8" in advice) == told
 
 

@@ -101,5 +101,5 @@ KILLED_SETTINGS: dict[str, Any] = {
 }
 
 if __name__ == "__main__":
-    initial.build_model = SlowModel  # type: ignore[assignment]
+    initial.build_model = SlowModel
     train(tiny_config(Path(sys.argv[1]) / "data.csv", **KILLED_SETTINGS), sys.argv[2])

@@ -18,6 +18,7 @@ import numpy as np
 from gigaxt.cli.flags import parse
 from gigaxt.cli.progress import Steps, clock_text
 from gigaxt.errors import ConfigError
+from gigaxt.replaced_file import replaced_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -174,9 +175,8 @@ def make_scenes(out: Path, config: DemoConfig, progress: Steps) -> Path:
         files = write_scene(scene_config(config, size), index, folder)
         lines.append(f"{files.image.relative_to(folder)},{files.mask.relative_to(folder)},{split}")
         progress(index + 1, len(splits))
-    part = csv.with_suffix(".part")
-    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    part.replace(csv)
+    with replaced_file(csv) as part:
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return csv
 
 

@@ -20,6 +20,7 @@ from gigaxt.image import Image, open_image
 from gigaxt.inference import class_names
 from gigaxt.nn.xt import GigaXT
 from gigaxt.pretrained import load
+from gigaxt.replaced_file import replaced_file
 from gigaxt.training.report import STYLE, table
 
 SMALL_SCENES = 3
@@ -123,12 +124,10 @@ of 64 px at a time cannot know: it guesses. A model whose regions tell each othe
 </body></html>
 """
     path = out / "report.html"
-    part = path.with_suffix(".part")
     try:
-        part.write_text(page, encoding="utf-8")
-        part.replace(path)
+        with replaced_file(path) as part:
+            part.write_text(page, encoding="utf-8")
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: cannot write: {error.strerror or error}") from error
     return path
 

@@ -189,7 +189,7 @@ def _tally(trained: Trained, arguments: EvalArguments, skipped: dict[str, str] |
     from gigaxt.pretrained import load
     from gigaxt.tasks import Detection, make_task, read_manifest
     from gigaxt.training.data import Samples
-    from gigaxt.training.device import autocast, check_budgets, pick_device, slow_precision
+    from gigaxt.training.device import autocast, check_budgets, pick_device, precision_advice
     from gigaxt.training.evaluate import tallied
 
     device = pick_device(arguments.device)
@@ -211,7 +211,7 @@ def _tally(trained: Trained, arguments: EvalArguments, skipped: dict[str, str] |
             f"--png: draws boxes, and the model's head is of kind {model.config.head.kind}; "
             "the report of a run and gigaxt predict --png draw others"
         )
-    if slow := slow_precision(device, arguments.amp):
+    if slow := precision_advice(device, arguments.amp):
         print(slow, file=sys.stderr)
     with autocast(device, arguments.amp):
         return tallied(

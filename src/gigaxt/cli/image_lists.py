@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from gigaxt.cells import read_cells
+from gigaxt.csv_cells import read_cells
 from gigaxt.datasets.manifest import absence
 from gigaxt.errors import ConfigError, DataError, ImageError
 

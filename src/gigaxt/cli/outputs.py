@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from gigaxt.cells import read_cells
+from gigaxt.csv_cells import read_cells
 from gigaxt.errors import ConfigError
 
 Identity = tuple[int, int]

@@ -196,7 +196,7 @@ def advice(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
     """What to change, a line each."""
     import torch
 
-    from gigaxt.training.device import slow_precision
+    from gigaxt.training.device import precision_advice
 
     found, streaming = plan.found, plan.streaming
     lines = []
@@ -215,7 +215,7 @@ def advice(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
     if found.disk_gib > free_disk:
         lines.append(f"- the disk of the run folder is too small: {found.disk_gib:.2f} GiB, {free_disk:.2f} free")
     fits = not lines
-    if slow := slow_precision(torch.device(found.device), config.train.amp):
+    if slow := precision_advice(torch.device(found.device), config.train.amp):
         lines.append(f"- {slow}")
     if 0.0 < found.bf16_s < WORTH_BFLOAT16 * (least := min(found.chunk_s.values())):
         lines.append(

@@ -77,7 +77,7 @@ def main(args: Sequence[str]) -> int:
     from gigaxt.cli.eval import find_model
     from gigaxt.cli.progress import told_cache
     from gigaxt.pretrained import load
-    from gigaxt.training.device import autocast, check_budgets, pick_device, slow_precision
+    from gigaxt.training.device import autocast, check_budgets, pick_device, precision_advice
 
     folder = find_model(arguments.model).folder
     device = pick_device(arguments.device)
@@ -90,7 +90,7 @@ def main(args: Sequence[str]) -> int:
     )
     check_budgets(model.streaming, device, flags=True)
     skipped: dict[str, str] | None = {} if arguments.on_bad_image == "skip" else None
-    if slow := slow_precision(device, arguments.amp):
+    if slow := precision_advice(device, arguments.amp):
         print(slow, file=sys.stderr)
     with autocast(device, arguments.amp), told_cache(arguments.cache, arguments.cache_gib):
         if model.config.head.kind in ("detect", "mask_rcnn"):

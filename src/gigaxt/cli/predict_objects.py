@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gigaxt.amounts import amount
-from gigaxt.cells import read_cells
 from gigaxt.cli.image_lists import scene_outputs
 from gigaxt.cli.outputs import check_not_input, input_files, make_folder
+from gigaxt.csv_cells import read_cells
 from gigaxt.errors import ConfigError, DataError, ImageError
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from gigaxt.config import nearest
 from gigaxt.errors import DataError
+from gigaxt.replaced_file import replaced_file
 
 FILES = {"train": "train2018.json", "val": "val2018.json"}
 """Split -> its file."""
@@ -296,14 +297,10 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def _write(path: Path, rows: Sequence[tuple[str, ...]]) -> None:
-    part = path.with_name(path.name + ".part")
     try:
-        with part.open("w", newline="", encoding="utf-8") as file:
+        with replaced_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(COLUMNS)
             table.writerows(rows)
-        part.replace(path)
     except OSError as error:
         raise DataError(f"{path}: cannot write the CSV: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)

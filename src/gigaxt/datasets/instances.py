@@ -17,7 +17,7 @@ from gigaxt.datasets.row import Row
 from gigaxt.errors import DataError
 from gigaxt.image.base import Image
 from gigaxt.metrics.coco_json import load_json
-from gigaxt.metrics.masks import area_and_box, to_rle
+from gigaxt.shapes.coco_masks import area_and_box, to_rle
 from gigaxt.shapes.crops import Crop
 from gigaxt.shapes.polygons import Polygon
 from gigaxt.shapes.run_lengths import run_lengths

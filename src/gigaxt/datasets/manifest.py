@@ -23,8 +23,8 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from gigaxt.cells import read_cells
 from gigaxt.config import nearest
+from gigaxt.csv_cells import read_cells
 from gigaxt.datasets.labels import (
     LABEL,
     Target,

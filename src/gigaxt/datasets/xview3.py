@@ -83,24 +83,8 @@ def write_manifest(
             raise DataError(f"{root}: expected labels {part}.csv or labels/{part}.csv, got none")
         table = Table(labels, str(labels))
         boxes |= _boxes(table)
-        objects.update(words := table.words("scene_id"))
-        scenes = sorted(path for path in folder.iterdir() if path.is_dir() and is_scene(path))
-        if scenes and words and not {scene.name for scene in scenes}.intersection(words):
-            raise DataError(
-                f"{labels}: expected labels of the scenes in {folder}, such as {scenes[0].name}, "
-                f"got those of {words[0]}"
-            )
-        for scene in scenes:
-            shore = _first(*(root / "shoreline" / sub / f"{scene.name}_shoreline.npy" for sub in (part, ".")))
-            rows.append(
-                {
-                    "image": _relative(scene, out),
-                    "points": _relative(labels, out),
-                    "scene_id": scene.name,
-                    "shoreline": "" if shore is None else _relative(shore, out),
-                    "part": part,
-                }
-            )
+        objects.update(table.words("scene_id"))
+        rows += _rows_of(part, root, folder, labels, table, out)
     if not rows:
         raise DataError(f"{root}: expected folders of scenes with VV_dB.tif and VH_dB.tif, got none")
     groups = _named(locations, [row["scene_id"] for row in rows]) if locations else _overlapping(rows, boxes)
@@ -210,6 +194,33 @@ def _write(out: Path, rows: Sequence[Mapping[str, str]]) -> None:
         file.commit()
     finally:
         file.discard()
+
+
+def _rows_of(part: str, root: Path, folder: Path, labels: Path, table: Table, out: Path) -> list[dict[str, str]]:
+    """A row for each scene of a part, whose scenes are in `folder` and whose labels are `table`, read from `labels`.
+
+    Raises:
+        DataError: the labels are of other scenes alone.
+    """
+    scenes = sorted(path for path in folder.iterdir() if path.is_dir() and is_scene(path))
+    words = table.words("scene_id")
+    if scenes and words and not {scene.name for scene in scenes}.intersection(words):
+        raise DataError(
+            f"{labels}: expected labels of the scenes in {folder}, such as {scenes[0].name}, got those of {words[0]}"
+        )
+    rows = []
+    for scene in scenes:
+        shore = _first(*(root / "shoreline" / sub / f"{scene.name}_shoreline.npy" for sub in (part, ".")))
+        rows.append(
+            {
+                "image": _relative(scene, out),
+                "points": _relative(labels, out),
+                "scene_id": scene.name,
+                "shoreline": "" if shore is None else _relative(shore, out),
+                "part": part,
+            }
+        )
+    return rows
 
 
 def _first(*paths: Path) -> Path | None:

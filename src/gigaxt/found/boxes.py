@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gigaxt.found.nms import suppress
 from gigaxt.found.objects import Objects
-from gigaxt.found.scene import Found, LossOfRegions, told
+from gigaxt.found.scene import Found, LossOfRegions, with_progress
 from gigaxt.image.base import Image
 from gigaxt.nn.heads.detect import DetectConfig, DetectHead, at_locations
 from gigaxt.nn.heads.mask_rcnn import MaskRCNNHead
@@ -85,7 +85,7 @@ def find(
     head = model.head
     assert isinstance(head, DetectHead | MaskRCNNHead)
     batch = model.batch([image], None if target is None else [head.as_target(target)])
-    answers, scene = told(model.predict_regions(batch), batch.full_size, progress), batch.scenes[0]
+    answers, scene = with_progress(model.predict_regions(batch), batch.full_size, progress), batch.scenes[0]
     if isinstance(head, MaskRCNNHead):
         head.check_fits(batch.scenes, next(model.parameters()).device, training=False)
         objects, sums = _find_with_masks(head, scene, answers)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gigaxt.found.objects import Objects
 from gigaxt.found.peaks import PeakFinder, apart
-from gigaxt.found.scene import Found, LossOfRegions, told
+from gigaxt.found.scene import Found, LossOfRegions, with_progress
 from gigaxt.image.base import Image
 from gigaxt.nn.heads.base import THRESHOLD
 from gigaxt.nn.heads.points import PointsConfig, PointsHead
@@ -52,7 +52,7 @@ def find(
     side = scene.grid.core // config.stride
     peaks = PeakFinder(stride=config.stride, side=side, score=config.score, max_objects=config.max_objects)
     loss = LossOfRegions(head, scene)
-    for answer in told(model.predict_regions(batch), batch.full_size, progress):
+    for answer in with_progress(model.predict_regions(batch), batch.full_size, progress):
         peaks.add(answer.x, answer.y, answer.answers[0], answer.valid)
         loss.add(answer)
     objects = _objects(head, *peaks.finish(), scene.image.height, scene.image.width)

@@ -60,7 +60,7 @@ class LossOfRegions:
         return self.head.scores(self._sums) if self._sums else None
 
 
-def told(
+def with_progress(
     answers: Iterator[RegionAnswer], regions: int, progress: Callable[[int, int], None] | None
 ) -> Iterator[RegionAnswer]:
     """The same answers; after each, `progress` is called with (regions done, all)."""

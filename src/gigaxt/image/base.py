@@ -17,7 +17,7 @@ Mask = NDArray[np.bool_]
 """(height, width), True where a pixel is real."""
 Window = tuple[int, int, int, int]
 """(x, y, w, h) in px of a level."""
-_MANY = 16  # bands; below, NumPy is faster a band at a time: for three of them by ten
+_MANY = 16  # bands; with fewer, NumPy is faster a band at a time: with three of them ten times
 
 
 class Level(NamedTuple):
@@ -98,8 +98,8 @@ class Image(ABC):
     def read_into(self, out: Sequence[Pixels], windows: Sequence[Window], level: int = 0) -> None:
         """`read` of many windows at once, each into an array of its own.
 
-        What lies together in the file is fetched together, and what several windows share is decoded once. TIFF makes
-        use of it; other formats read one window after the other.
+        From TIFF, what lies together in the file is fetched together, and what several windows share is decoded once.
+        Other formats read one window after the other.
 
         Args:
             out: (h, w, channels) each, such as the rows of a stack; of the file's dtype or one that holds its values.
@@ -111,7 +111,7 @@ class Image(ABC):
         """
         targets, inside = [], []
         for target, window in zip(out, windows, strict=True):
-            x, y, w, h = window
+            _, _, w, h = window
             self._check_window(w, h, level)
             size = self.levels[level]
             if target.shape != (h, w, self.channels):
@@ -121,8 +121,7 @@ class Image(ABC):
                 part = self._clipped(*window, level)
                 if part is None:
                     continue
-                target = target[part[1] - y : part[1] - y + part[3], part[0] - x : part[0] - x + part[2]]
-                window = part
+                target, window = target[_place_in(window, part)], part
             targets.append(target)
             inside.append(window)
         self._read_each(targets, inside, level)
@@ -130,7 +129,7 @@ class Image(ABC):
     def expect(self, windows: Sequence[Window], level: int = 0) -> None:
         """Announce windows that are read next, so that what lies together in the file is fetched together.
 
-        Changes no result and raises nothing: what cannot be fetched is told by the read itself. TIFF makes use of it.
+        Changes no result and raises nothing: the read itself reports what cannot be fetched. Only TIFF needs it.
 
         Args:
             windows: (x, y, w, h) in px of `level`; may lie outside the image.
@@ -211,17 +210,14 @@ class Image(ABC):
 
     def _window(self, x: int, y: int, w: int, h: int, level: int, *, want_validity: bool) -> tuple[Pixels, Mask | None]:
         self._check_window(w, h, level)
-        size = self.levels[level]
-        x0, y0 = max(x, 0), max(y, 0)
-        x1, y1 = min(x + w, size.width), min(y + h, size.height)
-        whole = (x0, y0, x1, y1) == (x, y, x + w, y + h)
-        if whole:
-            return self._part(x, y, w, h, level, want_validity=want_validity)
+        part = self._clipped(x, y, w, h, level)
+        if part == (x, y, w, h):
+            return self._read_part(part, level, want_validity=want_validity)
         pixels = np.full((h, w, self.channels), self._outside, dtype=self.dtype)
         mask = np.zeros((h, w), dtype=np.bool_) if want_validity else None
-        if x1 > x0 and y1 > y0:
-            place = (slice(y0 - y, y1 - y), slice(x0 - x, x1 - x))
-            pixels[place], inside = self._part(x0, y0, x1 - x0, y1 - y0, level, want_validity=want_validity)
+        if part is not None:
+            place = _place_in((x, y, w, h), part)
+            pixels[place], inside = self._read_part(part, level, want_validity=want_validity)
             if mask is not None and inside is not None:
                 mask[place] = inside
         return pixels, mask
@@ -237,10 +233,11 @@ class Image(ABC):
         """What pixels outside the image are, as the file would store it: of shape ()."""
         return np.full((), 0 if self.nodata is None else self.nodata, dtype=self.dtype)
 
-    def _part(self, x: int, y: int, w: int, h: int, level: int, *, want_validity: bool) -> tuple[Pixels, Mask | None]:
+    def _read_part(self, part: Window, level: int, *, want_validity: bool) -> tuple[Pixels, Mask | None]:
+        """A window that lies wholly inside `level`."""
         if want_validity:
-            return self._read_valid_inside(x, y, w, h, level)
-        return self._read_inside(x, y, w, h, level), None
+            return self._read_valid_inside(*part, level)
+        return self._read_inside(*part, level), None
 
     def _validity_of(self, pixels: Pixels, x: int, y: int, level: int) -> Mask:
         h, w = pixels.shape[:2]
@@ -260,10 +257,17 @@ def lies_inside(window: Window, height: int, width: int) -> bool:
     return x >= 0 and y >= 0 and x + w <= width and y + h <= height
 
 
-def copy_pixels(target: Pixels, pixels: Pixels) -> None:
-    """`target[...] = pixels` of (h, w, bands), fast also where one of them is turned or a band lies apart.
+def _place_in(window: Window, part: Window) -> tuple[slice, slice]:
+    """Rows and columns that a part of a window takes up in it."""
+    left, top = part[0] - window[0], part[1] - window[1]
+    return slice(top, top + part[3]), slice(left, left + part[2])
 
-    NumPy's innermost loop is along the bands there, of which pictures have three: a band at a time takes a quarter.
+
+def copy_pixels(target: Pixels, pixels: Pixels) -> None:
+    """`target[...] = pixels` of (h, w, bands), fast also where one of them is turned or its bands are not adjacent.
+
+    There NumPy's innermost loop would run over the bands, of which pictures have three. A band at a time takes a
+    quarter of the time.
     """
     bands, to, of = target.shape[2], target.strides, pixels.strides
     if bands > 3 or (to[1] == bands * to[2] and of[1] == bands * of[2]):

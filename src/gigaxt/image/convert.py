@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from gigaxt.amounts import GIB
 from gigaxt.errors import ImageError
 from gigaxt.image.base import Image, Pixels
 from gigaxt.image.headers import HEAD, kind_of
-from gigaxt.image.jpeg_rows import GIB, jpeg_rows
+from gigaxt.image.jpeg_rows import jpeg_rows
 from gigaxt.image.open import open_image
 from gigaxt.image.png_rows import png_rows
 from gigaxt.image.rows import Rows, copying_bytes

@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gigaxt.amounts import GIB
 from gigaxt.errors import ConfigError
 from gigaxt.image.cache import SegmentCache
 from gigaxt.image.process import PerProcess
@@ -65,7 +66,7 @@ class FileCache:
     def __init__(self, folder: str | Path, most_gib: float) -> None:
         if not 0 < most_gib < float("inf"):
             raise ConfigError(f"cache: expected a size above 0 GiB, got {most_gib}")
-        self.folder, self.most_bytes = Path(folder).absolute(), int(most_gib * 2**30)
+        self.folder, self.most_bytes = Path(folder).absolute(), int(most_gib * GIB)
         self._state = PerProcess(_State)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +113,7 @@ class FileCache:
         return b"".join(blocks)
 
     def _blocks(self, state: _State, number: int, keys: Sequence[Key]) -> list[memoryview]:
-        """Each key's block: from memory, from the folder, from the source, or from the thread that is at it already."""
+        """Each key's block: from memory, the folder, the source, or another thread that is loading it already."""
         found: dict[Key, memoryview] = {}
         mine: dict[Key, Future[memoryview]] = {}
         others: dict[Key, Future[memoryview]] = {}
@@ -171,7 +172,7 @@ class FileCache:
             block = data[(key[1] - first) * BLOCK : (key[1] - first + 1) * BLOCK]
             block = memoryview(bytes(block)) if len(keys) > 1 else block  # else one block would hold all in memory
             state.count(source=len(block))
-            if unchanged:  # while it is being written, nobody knows what belongs together
+            if unchanged:  # of a file that is being written, blocks of two states could be mixed
                 BLOCKS.put(key, block)
                 self._put(state, key, block)
             wanted[key].set_result(block)
@@ -232,7 +233,11 @@ class FileCache:
             file.write(b"%d" % max(total.bytes, 0))
 
     def _make_room(self, size: int) -> int:
-        """Remove the least recently used blocks until `size` bytes more leave some to spare; returns what is left."""
+        """Remove the least recently used blocks until with `size` bytes more at most `KEPT_SHARE` is full.
+
+        Returns:
+            The bytes that are left.
+        """
         files = sorted(self._files())
         left, aim = sum(size for _, size, _ in files), KEPT_SHARE * self.most_bytes - size
         for used, freed, path in files:

@@ -34,7 +34,7 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"[Uncompressed Virtual Microscope Specimen]", "vms"),
 )
 HEAD = 160
-"""Bytes that `kind_of` wants to see."""
+"""Bytes that `kind_of` needs."""
 
 
 def kind_of(head: bytes) -> str | None:
@@ -58,7 +58,7 @@ class CodedSize(NamedTuple):
 
 
 def coded_size(data: bytes) -> CodedSize | None:
-    """Size of a PNG, JPEG, JPEG 2000, WebP, BMP or LERC picture from its header; None where that cannot be told."""
+    """Size of a PNG, JPEG, JPEG 2000, WebP, BMP or LERC picture from its header; None if that does not say."""
     try:
         if data.startswith(b"\xff\xd8"):
             return _jpeg(data)

@@ -18,11 +18,10 @@ from typing import BinaryIO
 import imagecodecs
 import numpy as np
 
+from gigaxt.amounts import GIB
 from gigaxt.errors import ImageError
 from gigaxt.image.base import Pixels
 from gigaxt.image.rows import Rows, copying_bytes, exif_orientation
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

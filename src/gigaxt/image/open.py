@@ -36,7 +36,7 @@ def open_image(
 ) -> Image:
     """Open a file, an array or a tensor as an `Image`, without reading its pixels.
 
-    Files are told by their first bytes, never by their names: TIFF of every kind, PNG, JPEG, BMP, WebP, OME-Zarr
+    A file's kind is decided by its first bytes, never by its name: TIFF of every kind, PNG, JPEG, BMP, WebP, OME-Zarr
     folders; vendor slides with the extra `wsi`, JPEG 2000, NITF and others of GDAL with the extra `geo`.
 
     Args:

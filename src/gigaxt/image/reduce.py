@@ -75,7 +75,7 @@ def _mean_of_valid(four: list[Pixels], valid: list[Mask], nodata: float) -> Pixe
 
 
 def _keep_apart(result: Pixels, valid: Mask, nodata: float) -> None:
-    """Move means that happen to equal nodata in all bands to the next number, lest they count as empty."""
+    """Move means that happen to equal nodata in all bands to the next number, so that they do not count as empty."""
     clash = (result == result.dtype.type(nodata)).all(axis=2) & valid[..., 0]
     if not clash.any():
         return

@@ -59,13 +59,13 @@ class Resized(Resampled):
         self._pixels: NDArray[np.uint8] | None = None
 
     def __reduce__(self) -> tuple[Callable[..., Resized], tuple[Image, int, int]]:
-        return Resized, (self._image, self.width, self.height)
+        return Resized, (self.base, self.width, self.height)
 
     def _resample(self, bands: tuple[int, ...] | None, x: int, y: int, w: int, h: int) -> tuple[Pixels, Mask | None]:
         if not self._by_pillow:
             return super()._resample(bands, x, y, w, h)
         if self._pixels is None:  # two threads that come here at once make the same
-            self._pixels = self._resized(self._image.read(0, 0, self._image.width, self._image.height))
+            self._pixels = self._resized(self.base.read(0, 0, self.base.width, self.base.height))
         part = self._pixels[y : y + h, x : x + w]
         return part.copy() if bands is None else part[..., list(bands)], None
 

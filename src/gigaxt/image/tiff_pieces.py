@@ -181,7 +181,7 @@ def fetch_ahead(file: File, segments: Sequence[Segment]) -> None:
 
 
 def _read_runs(file: File, extents: Mapping[Segment, tuple[int, int]]) -> Iterator[tuple[Segment, bytes | None]]:
-    """Each segment with its bytes, in the order of the file; None: the read failed, a read of its own shall tell."""
+    """Each segment with its bytes, in the order of the file; None if the run could not be read: then read it alone."""
     segments, parts = list(extents), list(extents.values())
     for run in runs(parts):
         start, count = span(parts, run)
@@ -236,7 +236,7 @@ class PlaneReader:
     Args:
         file: that it is in.
         plane: what to read.
-        key: tells its segments from all others.
+        key: identifies the plane, and so its segments in the stores.
         place: what errors call it.
         fill: the value of pixels that the file leaves out.
     """

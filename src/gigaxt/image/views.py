@@ -20,6 +20,9 @@ _BLOCK = 1 << 22  # input px that a resampled window holds at once
 class Select(Image):
     """Some bands of an image. A pixel is nodata where each of these bands is.
 
+    Attributes:
+        base: the image below.
+
     Args:
         image: where the bands are.
         bands: their names or indexes from 0, in the order wanted.
@@ -30,7 +33,7 @@ class Select(Image):
 
     def __init__(self, image: Image, bands: Sequence[int | str]) -> None:
         copy_description(self, image)
-        self._image = image
+        self.base = image
         self._bands = tuple(band_index(image, band) for band in bands)
         if not self._bands:
             raise ImageError(image.name, "expected at least one band to select")
@@ -41,28 +44,28 @@ class Select(Image):
     @property
     def all_valid(self) -> bool:
         """See `Image.all_valid`."""
-        return self._image.all_valid
+        return self.base.all_valid
 
     def _read_inside(self, x: int, y: int, w: int, h: int, level: int) -> Pixels:
-        return self._image._read_bands(self._bands, x, y, w, h, level)
+        return self.base._read_bands(self._bands, x, y, w, h, level)
 
     def _read_bands(self, bands: tuple[int, ...], x: int, y: int, w: int, h: int, level: int) -> Pixels:
-        return self._image._read_bands(tuple(self._bands[band] for band in bands), x, y, w, h, level)
+        return self.base._read_bands(tuple(self._bands[band] for band in bands), x, y, w, h, level)
 
     def _read_valid_inside(
         self, x: int, y: int, w: int, h: int, level: int, bands: tuple[int, ...] | None = None
     ) -> tuple[Pixels, Mask]:
         wanted = self._bands if bands is None else tuple(self._bands[band] for band in bands)
-        return self._image._read_valid_inside(x, y, w, h, level, wanted)
+        return self.base._read_valid_inside(x, y, w, h, level, wanted)
 
     def _read_each(
         self, out: Sequence[Pixels], windows: Sequence[Window], level: int, bands: tuple[int, ...] | None = None
     ) -> None:
         wanted = self._bands if bands is None else tuple(self._bands[band] for band in bands)
-        self._image._read_each(out, windows, level, wanted)
+        self.base._read_each(out, windows, level, wanted)
 
     def _expect(self, windows: Sequence[Window], level: int, bands: tuple[int, ...]) -> None:
-        self._image._expect(windows, level, tuple(self._bands[band] for band in bands))
+        self.base._expect(windows, level, tuple(self._bands[band] for band in bands))
 
 
 def band_index(image: Image, band: int | str) -> int:
@@ -90,7 +93,7 @@ def copy_description(view: Image, image: Image) -> None:
 class Cropped(Image):
     """A window of an image at full resolution, an image of its own.
 
-    Its name tells the window, so that what is remembered of a file is not taken for that of its parts.
+    Its name holds the window, so that what is cached for the file is not taken for what belongs to its part.
 
     Attributes:
         base: the image below.
@@ -154,6 +157,9 @@ class Resampled(Image):
     Validity: where it shrinks, a pixel is valid if any pixel below it is; where it grows, if the nearest one is.
     Means of integers are rounded. Reading a window gives exactly that part of the whole.
 
+    Attributes:
+        base: the image below.
+
     Args:
         image: what to resample.
         width: of the result.
@@ -177,7 +183,7 @@ class Resampled(Image):
         smooth: bool = False,
     ) -> None:
         copy_description(self, image)
-        self._image, self._nearest, self.width, self.height = image, nearest, width, height
+        self.base, self._nearest, self.width, self.height = image, nearest, width, height
         if image.mpp is not None:
             self.mpp = (image.mpp[0] * scale[0], image.mpp[1] * scale[1])
         if image.transform is not None:
@@ -202,36 +208,36 @@ class Resampled(Image):
     @property
     def all_valid(self) -> bool:
         """See `Image.all_valid`."""
-        return self._image.all_valid
+        return self.base.all_valid
 
     def _read_inside(self, x: int, y: int, w: int, h: int, level: int) -> Pixels:
         if level:
-            return self._image.read(x, y, w, h, self._lower[level - 1])
+            return self.base.read(x, y, w, h, self._lower[level - 1])
         return self._resample(None, x, y, w, h)[0]
 
     def _read_bands(self, bands: tuple[int, ...], x: int, y: int, w: int, h: int, level: int) -> Pixels:
         if level:
-            return Select(self._image, bands).read(x, y, w, h, self._lower[level - 1])
+            return Select(self.base, bands).read(x, y, w, h, self._lower[level - 1])
         return self._resample(bands, x, y, w, h)[0]
 
     def _read_valid_inside(
         self, x: int, y: int, w: int, h: int, level: int, bands: tuple[int, ...] | None = None
     ) -> tuple[Pixels, Mask]:
         if level:
-            source = self._image if bands is None else Select(self._image, bands)
+            source = self.base if bands is None else Select(self.base, bands)
             return source.read_valid(x, y, w, h, self._lower[level - 1])
         pixels, mask = self._resample(bands, x, y, w, h)
         return pixels, np.ones((h, w), np.bool_) if mask is None else mask
 
     def _expect(self, windows: Sequence[Window], level: int, bands: tuple[int, ...]) -> None:
         if level:
-            self._image._expect(windows, self._lower[level - 1], bands)
+            self.base._expect(windows, self._lower[level - 1], bands)
             return
         below = []
         for x, y, w, h in windows:
             (left, right), (top, bottom) = self._cols.reach(x, w), self._rows.reach(y, h)
             below.append((left, top, right - left, bottom - top))
-        self._image._expect(below, self._level, bands)
+        self.base._expect(below, self._level, bands)
 
     def _resample(self, bands: tuple[int, ...] | None, x: int, y: int, w: int, h: int) -> tuple[Pixels, Mask | None]:
         """A window of all or some bands and its validity (None if all of it is valid), in blocks of bounded size."""
@@ -246,8 +252,8 @@ class Resampled(Image):
             axis = 0 if parts[0][0].shape[0] < h else 1
             masks = [mask for _, mask in parts if mask is not None]
             return np.concatenate([part for part, _ in parts], axis), np.concatenate(masks, axis) if masks else None
-        source = self._image if bands is None else Select(self._image, bands)
-        # Whether to weigh by validity is decided by the image, never by the window: rounding must not tell them apart.
+        source = self.base if bands is None else Select(self.base, bands)
+        # Whether to weigh by validity is decided by the image, not by the window: windows would differ by rounding.
         pixels, mask = (
             (source.read(left, top, right - left, bottom - top, self._level), None)
             if source.all_valid

@@ -67,7 +67,8 @@ class TiffWriter:
     Memory: a tile is held from its first pixel to its last. Windows in raster order hold one row of tiles, and as much
     for the overviews together: at most 2 * width * tile * bytes per pixel, whatever the height; in Hilbert order a few
     tiles a level; in random order up to the whole image. Windows that cover whole tiles are held only in the overviews.
-    Pixels that never come keep their tile and the overviews above it waiting to the end: say so with `leave_out`.
+    A tile that never gets all of its pixels, and the overviews above it, are held to the end: declare with `leave_out`
+    what will not be written.
 
     Args:
         path: where the file appears when it is complete; until then `path + ".part"`.

@@ -48,8 +48,8 @@ class _Store(LocalStore):
 class ZarrImage(Image):
     """An OME-Zarr image, versions 0.1 to 0.5, with any of the axes t, c, z, y, x; of t and z the first is read.
 
-    Chunks that are not on disk hold the array's fill value: Zarr's way to store an empty chunk, so that a lost one
-    cannot be told from it.
+    Chunks that are not on disk read as the array's fill value. That is how Zarr stores an empty chunk, so a chunk that
+    was lost cannot be distinguished from it.
 
     Args:
         path: the folder.

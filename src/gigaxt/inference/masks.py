@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from gigaxt.amounts import GIB
 from gigaxt.errors import ConfigError, ImageError
 from gigaxt.image import Image, open_image
 from gigaxt.image.base import Mask, Pixels
 from gigaxt.image.writer import TiffWriter
-from gigaxt.inference.parts import PARTS, Parts, Plan, record_path, write_record
+from gigaxt.inference.parts import PARTS, Parts, Provenance, record_path, write_record
 from gigaxt.inference.scene_pass import ScenePass
 from gigaxt.inference.stitching import Stitcher
 from gigaxt.nn.heads import SegmentConfig
-from gigaxt.pixel_answers import answer_raster, names_of, shares
+from gigaxt.pixel_answers import answer_raster, as_probabilities, names_of
+from gigaxt.rows import at_least_float32
 
 if TYPE_CHECKING:
     from gigaxt.nn.xt import GigaXT
@@ -37,8 +38,9 @@ STRIP_TILE = 256
 """Px on a side of the tiles of strips."""
 COLUMNS = 4096
 """Px of a strip that are copied into the result at once."""
-MASK_SHARE, NUMBERS_SHARE, SHARES = 0.1, 0.9, {"uint8": 0.5, "float16": 0.9, "float32": 0.9}
-"""What is left of masks, numbers and probabilities once they are compressed: a guess on the careful side."""
+COMPRESSED_MASK, COMPRESSED_NUMBERS = 0.1, 0.9
+COMPRESSED_PROBABILITIES = {"uint8": 0.5, "float16": 0.9, "float32": 0.9}
+"""Bytes after compression as a share of those before, with which the disk is checked: a guess on the careful side."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Raster:
     """Of the TiffWriter."""
     encode: Callable[[Tensor, Mask], Pixels]
     """Probabilities or numbers (outputs, h, w) and validity (h, w) to pixels (h, w, bands)."""
-    share: float
-    """Guess of what compression leaves of it."""
+    compressed: float
+    """Guess of its bytes after compression as a share of those before."""
 
     @property
     def pixel_bytes(self) -> int:
@@ -71,7 +73,7 @@ def segment(
     image: Image,
     output: Path,
     *,
-    plan: Plan | None,
+    provenance: Provenance | None,
     overlap: int | None = None,
     dihedral: int = 1,
     probabilities: Probabilities | None = None,
@@ -96,7 +98,7 @@ def segment(
         if progress:
             progress(done, scene.work)
 
-    with Parts(output, image.name, plan) as parts, _telling_what_is_left(output, parts):
+    with Parts(output, image.name, provenance) as parts, _telling_what_is_left(output, parts):
         _check_disk(scene, rasters, parts)
         missing = [row for row in range(len(scene.windows.ys)) if not _kept(parts, rasters, scene, row)]
         if missing:
@@ -104,8 +106,8 @@ def segment(
             _write_strips(scene, rasters, parts, missing, tick)
         for raster in rasters:
             _put_together(scene, raster, parts)
-        if plan is not None:
-            write_record(output, [raster.path for raster in rasters], plan)
+        if provenance is not None:
+            write_record(output, [raster.path for raster in rasters], provenance)
     return [raster.path for raster in rasters]
 
 
@@ -134,7 +136,7 @@ def _telling_what_is_left(output: Path, parts: Parts) -> Iterator[None]:
     try:
         yield
     except ImageError as error:
-        if parts.plan is None or not parts.names() or not is_output_error(error, output):
+        if parts.provenance is None or not parts.names() or not is_output_error(error, output):
             raise
         left = f"{error.cause}; what is complete waits in {parts.folder}: repeat the command to go on from there"
         raise ImageError(error.path, left, error.place) from error
@@ -142,12 +144,12 @@ def _telling_what_is_left(output: Path, parts: Parts) -> Iterator[None]:
 
 def _rasters(head: SegmentConfig, output: Path, probabilities: Probabilities | None) -> list[Raster]:
     answer = answer_raster(head)
-    share = NUMBERS_SHARE if head.target == "regression" else MASK_SHARE
-    rasters = [Raster(output, "answers", answer.options, answer.encode, share)]
+    compressed = COMPRESSED_NUMBERS if head.target == "regression" else COMPRESSED_MASK
+    rasters = [Raster(output, "answers", answer.options, answer.encode, compressed)]
     if probabilities is None:
         return rasters
-    if probabilities not in SHARES:
-        raise ConfigError(f"probabilities: expected {', '.join(SHARES)}, got {probabilities!r}")
+    if probabilities not in COMPRESSED_PROBABILITIES:
+        raise ConfigError(f"probabilities: expected {', '.join(COMPRESSED_PROBABILITIES)}, got {probabilities!r}")
     if head.target == "regression":
         raise ConfigError("probabilities: the model answers numbers, which have none; leave the setting out")
     whole = probabilities == "uint8"
@@ -159,6 +161,7 @@ def _rasters(head: SegmentConfig, output: Path, probabilities: Probabilities | N
         pixels[~valid] = nothing
         return pixels
 
+    compressed = COMPRESSED_PROBABILITIES[probabilities]
     options = {
         "channels": head.classes,
         "dtype": probabilities,
@@ -166,7 +169,7 @@ def _rasters(head: SegmentConfig, output: Path, probabilities: Probabilities | N
         "band_names": names_of(head),
         "scale": 1 / STEPS if whole else None,
     }
-    return [*rasters, Raster(probabilities_path(output), "probabilities", options, encode, SHARES[probabilities])]
+    return [*rasters, Raster(probabilities_path(output), "probabilities", options, encode, compressed)]
 
 
 def _kept(parts: Parts, rasters: Sequence[Raster], scene: ScenePass, row: int) -> bool:
@@ -193,13 +196,13 @@ def _write_strips(
     rows = sorted({reached for row in missing for reached in windows.rows_reaching(row)})
     there = windows.needed.sum(axis=1)
     tick(int(there.sum() - there[rows].sum()) * len(scene.turns))
-    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    dtype = at_least_float32(next(model.parameters()).dtype)
 
-    def to_maps(answers: tuple[Tensor, ...]) -> Tensor:
-        return shares(head, answers[0].to(dtype))
+    def to_map(answers: tuple[Tensor, ...]) -> Tensor:
+        return as_probabilities(head, answers[0].to(dtype))
 
     stitcher = Stitcher(windows, head.classes, dtype=dtype)
-    blocks = stitcher.blocks(rows, scene.answers(parts, rows, to_maps, tick))
+    blocks = stitcher.blocks(rows, scene.answers(parts, rows, to_map, tick))
     for row, of_row in groupby(blocks, key=lambda block: block.row):
         if row not in missing:  # computed for what it adds to the next ones
             continue
@@ -239,14 +242,14 @@ def _check_disk(scene: ScenePass, rasters: Sequence[Raster], parts: Parts) -> No
         ImageError: too little is free.
     """
     pixels = scene.image.height * scene.image.width
-    size = sum(pixels * raster.pixel_bytes * raster.share for raster in rasters)
+    size = sum(pixels * raster.pixel_bytes * raster.compressed for raster in rasters)
     needed = int(scene.context_bytes + size * (1 + 4 / 3))  # the strips, and the result with its overviews
     there = sum(parts.path(name).stat().st_size for name in parts.names())
     free = shutil.disk_usage(parts.folder).free
     if needed - there > free:
         raise ImageError(
             parts.output,
-            f"about {needed / 2**30:.2g} GiB are needed in {parts.output.parent} while it is made, and"
-            f" {free / 2**30:.2g} GiB are free: free some space, write elsewhere"
+            f"about {needed / GIB:.2g} GiB are needed in {parts.output.parent} while it is made, and"
+            f" {free / GIB:.2g} GiB are free: free some space, write elsewhere"
             + ("" if len(rasters) == 1 else ", or leave out the probabilities"),
         )

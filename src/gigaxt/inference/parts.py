@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from gigaxt.config import to_dict
 from gigaxt.errors import DataError, ImageError
 from gigaxt.nn.xt import GigaXT
+from gigaxt.replaced_file import replaced_file
 
-Plan = dict[str, Any]
-"""All that an output depends on, as plain data: two equal plans have equal results."""
+Provenance = dict[str, Any]
+"""All that an output depends on, as plain data: with the same provenance two outputs are the same."""
 PLAN = "plan.json"
+"""File of the provenance in the folder of parts; in `OUTPUT.json` it is the key `plan`."""
 PARTS = ".parts"
 """What the folder's name ends with."""
 
@@ -33,20 +35,20 @@ class Parts:
     """A folder `OUTPUT.parts` while OUTPUT is being made; a context manager.
 
     It holds tensors and strips of rasters, each under its name only once it is complete. It stays if the work is
-    interrupted, and is used again by the same plan; what another plan has left is removed. Where the input is at fault,
-    or nothing is complete yet, it goes.
+    interrupted, and is used again for an output of the same provenance; parts of any other are removed. If the input is
+    at fault, or nothing is complete yet, it is removed.
 
     Args:
         output: what is being made.
         source: the image's name; errors of it are the input's fault.
-        plan: see `Plan`; None: the result depends on what no plan can tell, and nothing is used again.
+        provenance: of the output; None: it is not known, and nothing is used again.
 
     Raises:
         ImageError: the folder cannot be made, or another process works in it.
     """
 
-    def __init__(self, output: Path, source: str, plan: Plan | None) -> None:
-        self.output, self.source, self.plan = output, source, plan
+    def __init__(self, output: Path, source: str, provenance: Provenance | None) -> None:
+        self.output, self.source, self.provenance = output, source, provenance
         self.folder = output.parent / f"{output.name}{PARTS}"
 
     def __enter__(self) -> Self:
@@ -69,15 +71,15 @@ class Parts:
         with self._telling(), self._unlocked_on_error():
             if not (self.folder / PLAN).exists() and self.names():
                 raise ImageError(self.folder, "expected no such folder, or one of an interrupted prediction: rename it")
-            if self.plan is None or read_json(self.folder / PLAN) != self.plan:
+            if self.provenance is None or read_json(self.folder / PLAN) != self.provenance:
                 self._empty()
-                write_json(self.folder / PLAN, self.plan)
+                write_json(self.folder / PLAN, self.provenance)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None or self.plan is None or not self.names() or self._at_fault(error):
+        if kind is None or self.provenance is None or not self.names() or self._at_fault(error):
             self._empty()
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
@@ -92,7 +94,7 @@ class Parts:
         return sorted(path.name for path in self._files() if path.name != PLAN and path.suffix != ".part")
 
     def path(self, name: str) -> Path:
-        """Where a file of this name is, or will be written by somebody who gives it its name when it is complete."""
+        """Where a file of this name is, or is to be written; its writer must give it that name once it is complete."""
         return self.folder / name
 
     def has(self, name: str) -> bool:
@@ -109,16 +111,11 @@ class Parts:
         Raises:
             ImageError: they cannot be written.
         """
-        path = self._tensors(name)
-        part = path.with_suffix(".part")
-        with self._telling():
+        with self._telling(), replaced_file(self._tensors(name)) as part:
             try:
                 save_file(tensors, part)
-                part.replace(path)
             except SafetensorError as error:  # wraps what the system says
                 raise OSError(None, str(error)) from error
-            finally:
-                part.unlink(missing_ok=True)
 
     def load(self, name: str) -> dict[str, Tensor]:
         """The tensors kept under a name."""
@@ -168,7 +165,7 @@ def record_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.json")
 
 
-def write_record(output: Path, files: Iterable[Path], plan: Plan) -> None:
+def write_record(output: Path, files: Iterable[Path], provenance: Provenance) -> None:
     """Say beside a complete output what it was made from.
 
     Raises:
@@ -176,15 +173,15 @@ def write_record(output: Path, files: Iterable[Path], plan: Plan) -> None:
     """
     made = {path.name: _stamp(path) for path in files}
     try:
-        write_json(record_path(output), {"plan": plan, "files": made})
+        write_json(record_path(output), {"plan": provenance, "files": made})
     except OSError as error:
         raise ImageError(record_path(output), f"cannot be written ({error.strerror})") from error
 
 
-def is_done(output: Path, plan: Plan | None) -> bool:
-    """Whether the output of this plan is there, unchanged since it was made."""
+def is_done(output: Path, provenance: Provenance | None) -> bool:
+    """Whether an output of this provenance is there, unchanged since it was made."""
     record = read_json(record_path(output))
-    if plan is None or not isinstance(record, dict) or record.get("plan") != plan:
+    if provenance is None or not isinstance(record, dict) or record.get("plan") != provenance:
         return False
     try:
         return all(_stamp(output.with_name(name)) == stamp for name, stamp in record["files"].items())
@@ -192,8 +189,10 @@ def is_done(output: Path, plan: Plan | None) -> bool:
         return False
 
 
-def make_plan(model: GigaXT, source: Path, settings: dict[str, Any], *, digest: str | None = None) -> Plan | None:
-    """What a prediction of a file depends on; None where the file's state cannot be told.
+def provenance_of(
+    model: GigaXT, source: Path, settings: dict[str, Any], *, digest: str | None = None
+) -> Provenance | None:
+    """What a prediction of a file depends on; None if the file's state cannot be read.
 
     Args:
         model: with all its weights.
@@ -254,12 +253,8 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, which appears under its name when it is complete."""
-    part = path.with_name(f"{path.name}.part")
-    try:
+    with replaced_file(path) as part:
         part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _stamp(path: Path) -> list[int]:

@@ -13,7 +13,7 @@ from gigaxt.errors import ConfigError, DataError, ImageError
 from gigaxt.found.objects import GEOJSON_SUFFIXES, Objects, write_csv, write_geojson
 from gigaxt.found.points import decided, find
 from gigaxt.image import Image, open_image
-from gigaxt.inference.scores import class_names
+from gigaxt.inference.scores import class_names, name_of
 from gigaxt.nn.heads.points import PointsConfig
 from gigaxt.nn.xt import GigaXT
 
@@ -32,19 +32,19 @@ def write_points(
 ) -> int:
     """Write the objects of images: CSV of any number of them, GeoJSON of one, or the submission of xView3-SAR.
 
-    The last is a CSV of a model whose `head.scoring` is `xview3`. It has a line for every scene in which anything was
-    found at all, the best one where nothing reaches the threshold, since the challenge's program does not score scenes
-    without a line.
+    A model whose `head.scoring` is `xview3` writes the submission as its CSV. As the challenge's program does not score
+    scenes without a line, a scene where nothing reaches the threshold gets the one that scores best, if anything was
+    found at all.
 
     Args:
         output: a .csv or .geojson.
         model: with a head of kind points, in evaluation mode.
         sources: files or Images.
+        score: objects of any class that score less are left out; None: the thresholds of the head.
         skipped: images that cannot be read or do not fit are left out and added here (name -> reason); None: the first
             one ends it.
-        score: objects of any class that score less are left out; None: the thresholds of the head.
-        progress: told of (regions, all) of each image in turn.
-        found: told of each source, its image and its objects.
+        progress: called with (regions done, regions in all) of each image in turn.
+        found: called with each source, its image and its objects.
 
     Returns:
         How many objects were written.
@@ -55,15 +55,14 @@ def write_points(
     config = model.config.head
     assert isinstance(config, PointsConfig)
     suffix, names = output.suffix.lower(), class_names(model)
-    if suffix not in (".csv", *GEOJSON_SUFFIXES):
-        raise ConfigError(f"{output}: the model finds points: expected the name of a .csv or .geojson file")
-    if suffix != ".csv" and len(sources) > 1:
-        raise ConfigError(f"{output}: expected a .csv for the points of {len(sources)} images, or one image")
+    _check_suffix(output, len(sources))
     if score is not None:
         config = replace(config, threshold=[score] * config.classes)
-    count = [0]
+    for_xview3 = config.scoring == "xview3" and suffix == ".csv"
+    count = 0
 
     def answers() -> Iterator[tuple[Image, Objects]]:
+        nonlocal count
         for source in sources:
             try:
                 image = open_image(source, rgb=model.config.input.rgb)
@@ -71,12 +70,12 @@ def write_points(
             except (ImageError, DataError) as error:
                 if skipped is None:
                     raise
-                skipped[str(source.name if isinstance(source, Image) else source)] = str(error)
+                skipped[str(name_of(source))] = str(error)
                 continue
             kept = decided(everything, config)
-            if config.scoring == "xview3" and suffix == ".csv" and not len(kept) and len(everything):
+            if for_xview3 and not len(kept) and len(everything):  # the best one, as every scene needs a line
                 kept = decided(everything.take(np.arange(1)), replace(config, threshold=[0.0] * config.classes))
-            count[0] += len(kept)
+            count += len(kept)
             if found is not None:
                 found(source, image, kept)
             yield image, kept
@@ -84,8 +83,16 @@ def write_points(
     if suffix != ".csv":
         for image, objects in answers():
             write_geojson(output, image, objects, names)
-    elif config.scoring == "xview3":
+    elif for_xview3:
         write_submission(output, ((scene_id(image.name), objects) for image, objects in answers()))
     else:
         write_csv(output, answers(), names)
-    return count[0]
+    return count
+
+
+def _check_suffix(output: Path, images: int) -> None:
+    suffix = output.suffix.lower()
+    if suffix not in (".csv", *GEOJSON_SUFFIXES):
+        raise ConfigError(f"{output}: the model finds points: expected the name of a .csv or .geojson file")
+    if suffix != ".csv" and images > 1:
+        raise ConfigError(f"{output}: expected a .csv for the points of {images} images, or one image")

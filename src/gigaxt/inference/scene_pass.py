@@ -16,7 +16,7 @@ from gigaxt.errors import ConfigError
 from gigaxt.image.base import Image, Mask
 from gigaxt.inference.windows import WindowGrid, usual_overlap
 from gigaxt.nn.kept_maps import KeptMaps
-from gigaxt.nn.ready import check_told
+from gigaxt.nn.ready import check_context_output
 from gigaxt.nn.region_answers import own_tokens
 from gigaxt.nn.stages import Answers
 from gigaxt.prefetch import host_buffer
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from gigaxt.nn.heads.dense import DenseHead
     from gigaxt.nn.xt import GigaXT
 
-Maps = Callable[[tuple[Tensor, ...]], Tensor]
-"""A dense head's answers for n windows -> one tensor (n, channels, side, side) that may be averaged."""
+ToMap = Callable[[tuple[Tensor, ...]], Tensor]
+"""From a dense head's answers for n windows to one tensor (n, channels, side, side) that may be averaged."""
 Tick = Callable[[int], None]
 """Called with the number of regions or windows that went through the encoder, or were found done."""
 
 TURNS = {1: (0,), 4: (0, 3, 5, 6), 8: tuple(range(8))}
-"""Elements of the dihedral group that are averaged over: none but itself, the quarter turns, all."""
+"""`dihedral` -> elements k of the dihedral group that are averaged over; see `gigaxt.augment` for their numbers."""
 
 
 class WindowMaps(NamedTuple):
@@ -64,17 +64,19 @@ class WindowChunk:
 
 
 class ScenePass:
-    """One scene under a dense model.
+    """One scene predicted by a dense model in two passes.
 
-    The first pass encodes all regions and tells their tokens of each other. The second one reads windows, which may
-    overlap, encodes them again for their feature maps, and decodes them with the context at their place. With
-    `dihedral`, regions and windows are turned one by one and so is the lattice that the context sees: as if the whole
-    scene had been turned, padded to whole regions. Memory: the first pass holds the scene's tokens; the second one
-    those of a row of windows.
+    1. Encode all regions, and compute the context of their tokens.
+    2. Read windows, which may overlap, encode them for their feature maps, and decode these with the context at their
+       place.
 
-    Windows that are regions (no overlap) are not encoded again where the budgets of `model.streaming` hold their
-    feature maps. Where nothing passes between regions (context `none`, no halo) there is no first pass: a window is
-    decoded with its own tokens, as a region at its place is in training.
+    With `dihedral`, regions and windows are turned one by one, and so is the lattice that the context sees: as if the
+    whole scene, padded to whole regions, had been turned. Memory: the first pass holds the scene's tokens, the second
+    one the context of a row of windows.
+
+    Windows without overlap are the regions: they are not encoded again where the budgets of `model.streaming` hold
+    their feature maps. Where nothing passes between regions (context `none`, no halo) there is no first pass: a window
+    is decoded with its own tokens, as a region at its place is in training.
 
     Args:
         model: dense, in evaluation mode.
@@ -130,7 +132,7 @@ class ScenePass:
                 tick(len(self.batch.places))
 
     @torch.no_grad()
-    def answers(self, parts: Parts, rows: Sequence[int], to_maps: Maps, tick: Tick) -> Iterator[WindowMaps]:
+    def answers(self, parts: Parts, rows: Sequence[int], to_map: ToMap, tick: Tick) -> Iterator[WindowMaps]:
         """The second pass: answers of the needed windows of some rows, row by row, each from left to right."""
         n = self.model.streaming.chunk_regions
         chunks: list[WindowChunk] = []
@@ -146,7 +148,7 @@ class ScenePass:
                 context = None if self.model.regions_apart else RowContext(self, parts, row)
 
             def work(part: Rows, context: RowContext | None = context) -> Tensor:
-                return self._average(part, context, decode, to_maps)
+                return self._average(part, context, decode, to_map)
 
             results = reader.run(loaded, work)
             tick(loaded.count * len(self.turns))
@@ -188,7 +190,7 @@ class ScenePass:
                 found = []
 
     def _join(self, parts: Parts, k: int) -> None:
-        """All tokens of turn `k` told of each other; the context goes to `parts` in the scene's own direction."""
+        """The context of all tokens of turn `k`; it goes to `parts` in the scene's own direction."""
         names = [_tokens_name(k, group) for group in _rows_of(self.batch.places)]
         tokens, valid = _gathered(parts, names, len(self.batch.places))
         t = self.t
@@ -197,11 +199,11 @@ class ScenePass:
         order = _scan(coords, self.batch.places)
         if k:
             tokens, valid, coords = tokens[order], valid[order], coords[order]
-        given = (x.flatten(0, 1)[None].to(self.device) for x in (tokens, coords, valid))  # -> (1, regions * t * t, ..)
-        tokens, coords, valid = given
+        # (regions, t * t, ...) -> (1, regions * t * t, ...)
+        tokens, coords, valid = (x.flatten(0, 1)[None].to(self.device) for x in (tokens, coords, valid))
         found = self.model.context(tokens, coords, valid)
-        check_told(found, tokens, all_of_them=True)
-        context = found[0][0].unflatten(0, (-1, t, t)).cpu()  # -> (regions, t, t, dim)
+        check_context_output(found, tokens, all_of_them=True)
+        context = found[0][0].unflatten(0, (-1, t, t)).cpu()  # (regions * t * t, dim) -> (regions, t, t, dim)
         del found, tokens
         if k:
             context = turned(context[order.argsort()], inverse(k))
@@ -235,19 +237,20 @@ class ScenePass:
         valid: NDArray[np.bool_] = loaded["valid"].any(dim=3)[:, halo : halo + core, halo : halo + core].cpu().numpy()
         return valid
 
-    def _average(self, part: Rows, context: RowContext | None, decode: Answers, to_maps: Maps) -> Tensor:
+    def _average(self, part: Rows, context: RowContext | None, decode: Answers, to_map: ToMap) -> Tensor:
         """Answers of windows (n, channels, side, side), averaged over the turns."""
         loaded, total = part.loaded, None
         for k in self.turns:
             regions = _turned_regions(loaded, k)
             if context is None:
                 tokens, maps = self.model.encode(regions)
-                told = own_tokens(tokens, regions, self.t)
+                own_context = own_tokens(tokens, regions, self.t)
             else:
                 maps = self._kept.pop((k, part.chunk.row, int(loaded["col"][0]), part.count))
                 maps = maps or self.model.encode(regions)[1]
-                told = turned(context.of(k, loaded["col"]), k).flatten(1, 2)
-            answers = to_maps(decode(maps, told))
+                # (n, side, side, dim) -> (n, side * side, dim)
+                own_context = turned(context.of(k, loaded["col"]), k).flatten(1, 2)
+            answers = to_map(decode(maps, own_context))
             answers = turned(answers, inverse(k), first=2)
             total = answers if total is None else total + answers
         assert total is not None
@@ -303,14 +306,14 @@ def turned_coords(coords: NDArray[np.float32], shape: tuple[int, int], k: int) -
         row, col, rows, cols = col, row, cols, rows
     row = rows - 1 - row if k & 2 else row
     col = cols - 1 - col if k & 1 else col
-    return turned(torch.stack([row, col], -1), k).reshape(regions, tokens, 2)
+    return turned(torch.stack([row, col], -1), k).reshape(regions, tokens, 2)  # from (regions, t, t, 2)
 
 
 def _turned_regions(loaded: dict[str, Tensor], k: int) -> dict[str, Tensor]:
     """Loaded regions, (n, h, w, C) pixels and validity, turned one by one."""
-    return (
-        {**loaded, **{name: turned(x, k) for name, x in loaded.items() if name in ("pixels", "valid")}} if k else loaded
-    )
+    if not k:
+        return loaded
+    return {name: turned(x, k) if name in ("pixels", "valid") else x for name, x in loaded.items()}
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from gigaxt.image import Image, open_image
 from gigaxt.nn.heads import ClassifyConfig
 from gigaxt.nn.heads.survival import event_probabilities
 from gigaxt.nn.xt import GigaXT
+from gigaxt.replaced_file import replaced_file
 
 Progress = Callable[[int, int], None]
 """Called with (images or cases done, all)."""
@@ -61,9 +62,8 @@ def write_scores(
     names = class_names(model)
     head = model.config.head
     bags = _bags(sources, cases)
-    part = output.with_name(output.name + ".part")
     try:
-        with part.open("w", newline="", encoding="utf-8") as file:
+        with replaced_file(output) as part, part.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow([*(["case"] if cases is not None else []), "image", "prediction", *names])
             for done, (case, bag) in enumerate(bags, start=1):
@@ -81,11 +81,8 @@ def write_scores(
                     progress(done, len(bags))
             file.flush()
             os.fsync(file.fileno())
-        part.replace(output)
     except OSError as error:
         raise ImageError(output, f"cannot write the scores: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
     return output
 
 

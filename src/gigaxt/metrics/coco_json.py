@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gigaxt.errors import DataError
-from gigaxt.metrics.masks import area_and_box, to_rle
+from gigaxt.shapes.coco_masks import area_and_box, to_rle
 
 Iou = Literal["bbox", "segm"]
 Json = dict[str, Any]

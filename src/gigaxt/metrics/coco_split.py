@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from gigaxt.metrics.masks import area_and_box
+from gigaxt.shapes.coco_masks import area_and_box
 
 Json = dict[str, Any]
 Boxes = NDArray[np.float64]

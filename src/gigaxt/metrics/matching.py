@@ -23,6 +23,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components, min_weight_full_bipartite_matching
 from scipy.spatial import KDTree, distance_matrix, minkowski_distance
 
+from gigaxt.amounts import GIB
 from gigaxt.errors import DataError
 
 PIXEL_M = 10
@@ -79,7 +80,7 @@ def match(found: Places, truth: Places, tolerance_m: float, *, costly: bool) -> 
     if cells > MAX_CELLS and not costly:
         raise DataError(
             f"expected at most {MAX_CELLS} pairs in a scene with `costly_dist=False`, got {len(found)} predictions x"
-            f" {len(truth)} objects, {cells * 8 / 2**30:.0f} GiB of distances; leave `costly_dist` True"
+            f" {len(truth)} objects, {cells * 8 / GIB:.0f} GiB of distances; leave `costly_dist` True"
         )
     if cells <= DENSE_CELLS or not costly:
         pairs = _match_all(found, truth, tolerance_m, costly)

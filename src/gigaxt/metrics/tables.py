@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from gigaxt.cells import read_cells
+from gigaxt.csv_cells import read_cells
 from gigaxt.errors import DataError
 
 UNKNOWN = -1

@@ -153,14 +153,14 @@ def create(
         build = partial(timm.create_model, spec.name, pretrained=pretrained, in_chans=spec.in_channels, **options)
         module: nn.Module = _on_meta(build) if meta else build()
     except TypeError as error:
-        raise ConfigError(f"region_encoder.options: {spec.name} refuses them: {one_line(error)}") from error
+        raise ConfigError(f"region_encoder.options: {spec.name} refuses them: {useful_line(error)}") from error
     except Exception as error:  # timm raises AssertionError, RuntimeError, KeyError, OSError and its hub's own
         if pretrained:
             raise ConfigError(
-                f"region_encoder.pretrained: timm's weights for `{spec.name}` cannot be had ({one_line(error)}); "
+                f"region_encoder.pretrained: timm's weights for `{spec.name}` cannot be had ({useful_line(error)}); "
                 "give a local file (`pretrained: weights.safetensors`) or `pretrained: false`"
             ) from error
-        raise ConfigError(f"region_encoder: {spec.name} cannot be built: {one_line(error)}") from error
+        raise ConfigError(f"region_encoder: {spec.name} cannot be built: {useful_line(error)}") from error
     return module
 
 
@@ -197,7 +197,7 @@ def examine(spec: BackboneSpec, region: int) -> Layout:
 
 
 def _key(spec: BackboneSpec, region: int) -> Hashable | None:
-    """All that a layout depends on; None where that cannot be told, as of a file or an object, which may change."""
+    """All that a layout depends on; None if it cannot be known, as with a file or an object, which may change."""
     if not timm.is_model(spec.name.split(".")[0]):  # a file, or a name that timm refuses
         return None
     try:
@@ -269,7 +269,7 @@ def _dry_run(module: nn.Module, in_channels: int, region: int) -> list[tuple[int
         with torch.no_grad():
             maps: list[Tensor] = module.eval()(torch.empty(1, in_channels, region, region, device="meta"))
     except Exception as error:
-        raise InadmissibleError(one_line(error)) from None
+        raise InadmissibleError(useful_line(error)) from None
     return [tuple(m.shape) for m in maps]
 
 
@@ -326,8 +326,8 @@ def _nearest(spec: BackboneSpec, region: int, step: int) -> int | None:
     return None
 
 
-def one_line(error: BaseException) -> str:
-    """The telling line of an exception: of a failed load the first mismatch, else the first line."""
+def useful_line(error: BaseException) -> str:
+    """The most useful line of an exception: of a failed load the first mismatch, else the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     mismatch = [line for line in lines if line.startswith("size mismatch")]
     return (mismatch or lines or [type(error).__name__])[0]

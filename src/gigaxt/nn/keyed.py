@@ -77,6 +77,9 @@ def dropout_key(seed: int, region_ids: Tensor, device: torch.device | None = Non
         region_ids: (n,) int64, one per region of the batch, distinct over the images of a step.
         device: where the pass runs, if that is known: what it is keyed by is then brought there once, ahead of it, and
             not inside what may be compiled.
+
+    Raises:
+        TrainingError: `region_ids` are not int64 (n,).
     """
     if region_ids.ndim != 1 or region_ids.dtype != torch.int64:
         raise TrainingError(

@@ -12,8 +12,11 @@ from gigaxt.regions import RegionGrid
 from gigaxt.scenes import SceneBatch
 
 
-def alike(batch: SceneBatch) -> Iterator[list[int]]:
-    """Cases whose images have the same regions at the same places, so that their contexts are computed as one batch."""
+def cases_alike(batch: SceneBatch) -> Iterator[list[int]]:
+    """Groups of cases whose images have the same regions at the same places: their contexts are computed as one batch.
+
+    A case of a dense model is a scene, so that its groups are of scenes.
+    """
     groups: dict[Any, list[int]] = {}
     for case, scenes in enumerate(batch.cases):
         grids = [batch.scenes[scene].grid for scene in scenes]
@@ -21,20 +24,23 @@ def alike(batch: SceneBatch) -> Iterator[list[int]]:
     yield from groups.values()
 
 
-def tokens_of(batch: SceneBatch, group: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Of scenes with equal grids: rows (b, regions), coords (b, N, 2) and validity (b, N) of their tokens.
+def token_places(batch: SceneBatch, scenes: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the tokens of b scenes with equal grids are: in the batch, and on the token lattice.
 
-    Rows stay on the CPU, where looking at them does not wait for the device.
+    Returns:
+        Rows of the batch (b, regions), on the CPU, where looking at them does not wait for the device. On `device`:
+        coordinates (b, N, 2) as (row, col), and validity (b, N), N = regions * t * t.
     """
-    rows = torch.stack([batch.rows_of(scene) for scene in group])
-    coords = torch.from_numpy(batch.scenes[group[0]].grid.token_coords(batch.t)).flatten(0, 1)
-    valid = batch.token_validity[rows].flatten(1)
-    return rows, coords.expand(len(group), -1, -1).to(device), valid.to(device)
+    rows = torch.stack([batch.rows_of(scene) for scene in scenes])
+    coords = torch.from_numpy(batch.scenes[scenes[0]].grid.token_coords(batch.t))  # (regions, t * t, 2)
+    valid = batch.token_validity[rows].flatten(1)  # (b, regions, t * t) -> (b, N)
+    return rows, coords.flatten(0, 1).expand(len(scenes), -1, -1).to(device), valid.to(device)
 
 
 def gather(tokens: Tensor, rows: Tensor) -> Tensor:
     """Tokens (regions, t * t, dim) of scenes whose regions are `rows` (b, regions): (b, N, dim), a view if possible."""
     ordered = rows.numel() == len(tokens) and in_order(rows.flatten())
+    # (b, regions, t * t, dim) -> (b, N, dim)
     return (tokens.unflatten(0, rows.shape) if ordered else tokens[rows]).flatten(1, 2)
 
 
@@ -56,7 +62,7 @@ def with_halo(context: Tensor, grid: RegionGrid, t: int, k: int) -> Tensor:
         (b, regions, side * side, dim), side = t + 2 * k; zeros where the scene has no token.
     """
     if not k:
-        own: Tensor = context[:, : grid.full_size * t * t].unflatten(1, (-1, t * t))
+        own: Tensor = context[:, : grid.full_size * t * t].unflatten(1, (-1, t * t))  # (b, N, dim) -> (b, regions, ..)
         return own
     numbers = torch.from_numpy(grid.tokens_with_halo(t, k)).to(context.device)  # (regions, side * side)
     nothing = context.new_zeros(len(context), 1, context.shape[2])

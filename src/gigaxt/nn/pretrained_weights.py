@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gigaxt.errors import CheckpointError, ConfigError
-from gigaxt.nn.backbone import BackboneSpec, create, one_line
+from gigaxt.nn.backbone import BackboneSpec, create, useful_line
 
 
 def load_local_weights(module: nn.Module, spec: BackboneSpec, region: int, path: str | Path) -> list[str]:
@@ -46,7 +46,7 @@ def load_local_weights(module: nn.Module, spec: BackboneSpec, region: int, path:
     try:
         _load_through_timm(whole, spec, weights)
     except Exception as error:  # timm's filters raise anything on names that they do not expect
-        raise CheckpointError(f"{path}: does not fit {spec.name} at region {region}: {one_line(error)}") from error
+        raise CheckpointError(f"{path}: does not fit {spec.name} at region {region}: {useful_line(error)}") from error
     missing, unexpected = report[0]
     ours = {_plain(key): tensor for key, tensor in module.state_dict().items()}
     lacking = [key for key in missing if _plain(key) in ours]
@@ -82,7 +82,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         else:
             data = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as weights: {one_line(error)}") from error
+        raise CheckpointError(f"{path}: cannot be read as weights: {useful_line(error)}") from error
     for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model", "model_state"):
         if isinstance(data, Mapping) and isinstance(data.get(wrapper), Mapping):
             data = data[wrapper]

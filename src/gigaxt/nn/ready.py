@@ -93,17 +93,23 @@ def check_encoded(found: Any, encoder: Any, regions: int, region: int, maps: boo
         _check_shape("region_encoder: expected a feature map", feature, (regions, channels, *2 * (region // stride,)))
 
 
-def check_told(found: Any, tokens: Tensor, *, all_of_them: bool) -> None:
+def check_context_output(found: Any, tokens: Tensor, *, all_of_them: bool) -> None:
     """What a context returned: (tokens like those given, state).
 
+    Args:
+        found: what it returned.
+        tokens: what it was given, (B, N, dim).
+        all_of_them: whether there must be as many tokens as were given.
+
     Raises:
-        ConfigError: something else. Another number of tokens is allowed where not `all_of_them` are needed.
+        ConfigError: something else.
     """
     if not isinstance(found, tuple) or len(found) != 2:
         raise ConfigError(f"context: expected (tokens, state), got {_shown(found)}")
-    told = found[0]
-    count = tokens.shape[1] if all_of_them or not isinstance(told, Tensor) or told.ndim != 3 else told.shape[1]
-    _check_shape("context: expected tokens", told, (tokens.shape[0], count, tokens.shape[2]))
+    context = found[0]
+    fewer_allowed = not all_of_them and isinstance(context, Tensor) and context.ndim == 3
+    count = context.shape[1] if fewer_allowed else tokens.shape[1]
+    _check_shape("context: expected tokens", context, (tokens.shape[0], count, tokens.shape[2]))
 
 
 def check_logits(found: Any, shape: Sequence[int]) -> None:

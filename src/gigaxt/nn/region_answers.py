@@ -14,20 +14,25 @@ from gigaxt.nn.heads.dense import MapsHead
 from gigaxt.nn.kept_maps import KeptMaps
 from gigaxt.nn.layout import cut
 from gigaxt.nn.stages import Answers
+from gigaxt.region_pixels import valid_cells
 from gigaxt.rows import Joined, Reader, Rows
-from gigaxt.scenes import SceneBatch, valid_cells
+from gigaxt.scenes import SceneBatch
 
 if TYPE_CHECKING:
     from gigaxt.nn.xt import GigaXT
 
 
 class RegionAnswer(NamedTuple):
-    """One region of a predicted scene; see `GigaXT.predict_regions`."""
+    """One region of a predicted scene: its core, h x w px, cut at the image's border; see `GigaXT.predict_regions`."""
 
     x: int
+    """Left edge of the core, px of the image as the model sees it."""
     y: int
+    """Top edge of the core, px of that image."""
     answers: tuple[Tensor, ...]
+    """The head's maps of the core: at a stride s (channels, ceil(h / s), ceil(w / s)); see its `forward`."""
     valid: NDArray[np.bool_]
+    """(h, w), False where the image has no data."""
 
     @property
     def logits(self) -> Tensor:
@@ -47,11 +52,11 @@ def region_answers(model: GigaXT, batch: SceneBatch) -> Iterator[RegionAnswer]:
     def work(part: Rows) -> tuple[Tensor, ...]:
         if context is None:
             tokens, maps = model.encode(part.loaded)
-            told = own_tokens(tokens, part.loaded, batch.t)
+            own_context = own_tokens(tokens, part.loaded, batch.t)
         else:
             maps = kept.pop((part.start, part.count)) or model.encode(part.loaded)[1]
-            (told,) = part.of([context])
-        answers: tuple[Tensor, ...] = decode(maps, told)
+            (own_context,) = part.of([context])
+        answers: tuple[Tensor, ...] = decode(maps, own_context)
         return answers
 
     for rows in reader.rows(batch.chunks(model.streaming.chunk_regions)):

@@ -121,6 +121,9 @@ class RegionEncoder(nn.Module):
 
         Returns:
             Tokens (n, t, t, dim), row by row, t = `tokens_per_side`; feature maps (n, c_i, h_i, w_i), fine to coarse.
+
+        Raises:
+            DataError: pixels of another shape.
         """
         channels, region = self.config.in_channels, self.config.region
         if tuple(pixels.shape[1:]) != (channels, region, region):

@@ -18,7 +18,22 @@ if TYPE_CHECKING:
 
 
 class RegionTokens(nn.Module):
-    """Loaded regions to tokens of the context's width, cut to the core, and whole feature maps for dense heads."""
+    """Loaded regions to tokens of the context's width, cut to the core, and whole feature maps for dense heads.
+
+    Args:
+        config: of the model.
+        maps: give feature maps, for a dense head.
+        encoder: a ready region encoder in place of the config's (see `gigaxt.build_model`).
+
+    Attributes:
+        tokens_per_core: t, tokens along a side of a region's core.
+        tokens_with_halo: tokens along a side of a region.
+        halo_tokens: k, tokens along the halo.
+        halo_px: the same in px.
+
+    Raises:
+        ConfigError: the halo is no whole number of tokens.
+    """
 
     def __init__(self, config: ModelConfig, *, maps: bool, encoder: nn.Module | None = None) -> None:
         super().__init__()
@@ -93,11 +108,14 @@ class RegionTokens(nn.Module):
         x = x.to(dtype)
         if "valid" in loaded:
             x = x.masked_fill(~loaded["valid"], 0)
-        return x.permute(0, 3, 1, 2)
+        return x.permute(0, 3, 1, 2)  # (n, h, w, C) -> (n, C, h, w)
 
 
 class _Frozen(nn.Module):
-    """Its parameters are the encoder's: none learns."""
+    """A part of the encoder whose parameters are those of the backbone alone, of which none learns.
+
+    Norm and projection of the tokens, which do learn, stay outside of the stream: see `RegionTokens.embed`.
+    """
 
     def __init__(self, encode: RegionTokens) -> None:
         super().__init__()
@@ -185,4 +203,5 @@ class LossSums(Answers):
 
 
 def _core(answer: Tensor, cut: int) -> Tensor:
+    """(n, channels, side, side) without `cut` cells at each border."""
     return answer[:, :, cut : answer.shape[2] - cut, cut : answer.shape[3] - cut]

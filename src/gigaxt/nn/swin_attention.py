@@ -117,7 +117,7 @@ def _attend_in_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor |
     # (images * w, heads, cells, d) -> (images, w * heads, cells, d): one bias serves all images, unrepeated.
     q, k, v = (x.unflatten(0, (-1, w)).flatten(1, 2) for x in (q, k, v))
     attended = F.scaled_dot_product_attention(q, k, v, bias.to(v.dtype).unsqueeze(0), scale=1.0)
-    of_windows: Tensor = attended.unflatten(1, (w, -1)).flatten(0, 1)
+    of_windows: Tensor = attended.unflatten(1, (w, -1)).flatten(0, 1)  # -> (images * w, heads, cells, d)
     return of_windows
 
 
@@ -161,6 +161,7 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | Non
         torch.bmm(weights.to(q.dtype).mT, grad[own], out=grad_v[own])
         of_weights = torch.bmm(grad[own], v[own].mT).to(wide)
         of_scores = torch._softmax_backward_data(of_weights, weights, -1, wide)
+        # (n * heads, cells, cells) -> (heads, cells, cells)
         of_bias = of_scores if block.windows == 1 else of_scores.unflatten(0, (block.windows, -1)).sum(0)
         grad_bias[block.at[1]] += of_bias
         of_scores = of_scores.to(q.dtype)

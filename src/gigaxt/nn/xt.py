@@ -5,7 +5,7 @@ Gupta, Li, Zhu, Malik, Darrell, Mangalam: xT: Nested Tokenization for Larger Con
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -19,25 +19,25 @@ from gigaxt.errors import ConfigError, DataError
 from gigaxt.inputs import InputConfig
 from gigaxt.nested import stream_nested
 from gigaxt.nn.all_tokens import all_tokens
-from gigaxt.nn.context import ContextConfig, build_context
+from gigaxt.nn.context import ContextConfig
 from gigaxt.nn.context.base import NoContext
-from gigaxt.nn.heads import ClassifyHead, HeadConfig, build_head
+from gigaxt.nn.heads import ClassifyHead, HeadConfig
 from gigaxt.nn.heads.classify import as_labels
 from gigaxt.nn.heads.dense import DenseHead, MapsHead
 from gigaxt.nn.heads.scene import SceneHead
 from gigaxt.nn.keyed import key_dropout
-from gigaxt.nn.layout import alike, gather, in_order, stitched, tokens_of, with_halo
-from gigaxt.nn.ready import NONE_READY, Ready, check_logits, check_ready, check_told
+from gigaxt.nn.layout import cases_alike, gather, in_order, stitched, token_places, with_halo
+from gigaxt.nn.ready import NONE_READY, Ready, check_context_output, check_logits
 from gigaxt.nn.region_answers import RegionAnswer, region_answers
 from gigaxt.nn.region_encoder import RegionEncoderConfig
+from gigaxt.nn.sections import build_sections
 from gigaxt.nn.stages import Answers, FrozenMaps, LossSums, TokensOnly
-from gigaxt.nn.stages import RegionTokens as RegionTokens
 from gigaxt.replay import draw_seed
+from gigaxt.rows import Reduce, at_least_float32
 from gigaxt.scenes import Chunk, SceneBatch
 from gigaxt.streaming import Streaming, stream
 from gigaxt.targets.base import SceneTarget, target_for
 from gigaxt.token_cache import TokenCache
-from gigaxt.xt_release.context import KIND, POOLED_KIND
 
 
 @dataclass(kw_only=True)
@@ -93,24 +93,6 @@ def build_model(
     return GigaXT(config, Ready(region_encoder, context, head))
 
 
-def build_parts(config: ModelConfig, ready: Ready) -> tuple[RegionTokens, nn.Module, nn.Module]:
-    """Region encoder, context and head; those of the published models where the context is one of theirs."""
-    if config.context.kind in (KIND, POOLED_KIND):
-        from gigaxt.xt_release.parts import released_parts  # made of RegionTokens: a cycle at import
-
-        if ready.given():
-            raise ConfigError(f"{', '.join(ready.given())}: a published model has its own; choose another context.kind")
-        return released_parts(config)
-    check_ready(ready, config)
-    encode = RegionTokens(config, maps=config.head.kind != "classify", encoder=ready.region_encoder)
-    context = build_context(config.context) if ready.context is None else ready.context
-    if ready.head is not None:
-        return encode, context, ready.head
-    encoder = encode.encoder
-    dense = (encoder.map_channels, encoder.map_strides) if encode.maps else ()
-    return encode, context, build_head(config.head, config.context.dim, *dense)
-
-
 class GigaXT(nn.Module):
     """A vision model for images of any size, trained end to end with exact gradients.
 
@@ -120,10 +102,11 @@ class GigaXT(nn.Module):
     Attributes:
         config: what it was built from.
         ready: sections whose modules were given ready (see `build_model`), each with the name of the module's class.
-        streaming: chunk size and budgets; not part of the model, may be changed at any time.
-        grad_share: of the regions of a step, those that a classifier's region encoder learns from, drawn from the seed
-            and weighted so that the mean of its gradient over many draws is the exact one. Likewise; 1: exact.
-        token_cache: of the features of a classifier's frozen region encoder (`gigaxt.nn.freezing.freeze`). Likewise.
+        streaming: chunk size and budgets. Not part of the model, like the next two: may be changed at any time.
+        grad_share: share of a step's regions that a classifier's region encoder learns from, drawn from the seed and
+            weighted: the gradient's mean over many draws is the exact one. 1: all, the exact gradient.
+        token_cache: keeps the features of a classifier's frozen encoder (`gigaxt.nn.freezing.freeze`); None: nothing.
+        dense: whether the head answers for places (masks, boxes, points), not for whole cases.
     """
 
     def __init__(self, config: ModelConfig, ready: Ready = NONE_READY) -> None:
@@ -133,7 +116,7 @@ class GigaXT(nn.Module):
         self.grad_share = 1.0
         self.token_cache: TokenCache | None = None
         self.dense = config.head.kind != "classify"
-        self.encode, self.context, self.head = build_parts(config, ready)
+        self.encode, self.context, self.head = build_sections(config, ready)
         key_dropout(self)
 
     def forward(self, images: Cases | SceneBatch, targets: Any = None, *, seed: int | None = None) -> Any:
@@ -141,20 +124,21 @@ class GigaXT(nn.Module):
 
         Args:
             images: Images of any sizes, or a normalised float tensor (B, C, H, W). Classification: a list of Images in
-                place of one is a case, with one answer: each has a context of its own, the head pools all their tokens.
+                place of one is a case with one answer: each has a context of its own, the head pools all their tokens.
                 Or what `prepare` made of them and the same targets.
-            targets: classification: B class numbers (or (B, classes) labels or numbers, or (B, 2) times and events);
-                dense heads: B SceneTargets, or what the head's `as_target` takes, on the grids of the images;
-                segmentation: masks (Images, or integer arrays or tensors (H, W)). Of a `WindowTarget` the loss is that
-                of its window; the tokens of the rest of the scene are context, whose encoding gets no gradient.
+            targets: classification: B class numbers (or (B, classes) labels or numbers, or (B, 2) times and events).
+                Dense heads: B SceneTargets, or what the head's `as_target` takes, on the grids of the images; of a
+                segmentation masks (Images, or integer arrays or tensors (H, W)). With a `WindowTarget` only its window
+                counts in the loss: the rest of the scene is encoded for the context, without a gradient.
             seed: of dropout and stochastic depth; None draws one from PyTorch's default generator.
 
         Returns:
-            Without targets, classification: (B, classes) logits. Segmentation: logits (B, classes, H, W) for a tensor,
-            a list of (classes, H, W) for Images (whole scenes in memory: use `gigaxt.predict` for large ones);
-            regions without data have zeros. Heads of several maps: a tuple of such tensors, or a list of tuples. Heads
-            of kind mask_rcnn: what they find in each image, a list (see `MaskRCNNHead.scene_answer`).
-            With targets: a scalar, the mean loss.
+            With targets: a scalar, the mean loss. Without, by the kind of the head:
+            classify: logits (B, classes).
+            segment: logits (B, classes, H, W) for a tensor, a list of (classes, H, W) for Images; zeros in regions that
+            are left out. All of it is in memory: for large scenes use `gigaxt.predict`.
+            detect, points: the head's maps likewise; of several maps a tuple of tensors, or a list of tuples.
+            mask_rcnn: a list of what is found in each image, see `MaskRCNNHead.scene_answer`.
 
         Raises:
             DataError: images or targets that do not fit the model. ImageError: a file that cannot be read.
@@ -168,9 +152,9 @@ class GigaXT(nn.Module):
             return self._classify_head.loss(logits, as_labels(targets, logits.device))
         if isinstance(self.head, SceneHead):
             losses = self._scene_losses(images, targets, seed)
-            return torch.stack(list(losses.values())).sum().to(_loss_dtype(self.encode))
+            return torch.stack(list(losses.values())).sum().to(self._loss_dtype)
         sums = self._sums(images, targets, seed, linear=self._dense_head.linear)
-        return self._dense_head.loss(sums).to(_loss_dtype(self.encode))
+        return self._dense_head.loss(sums).to(self._loss_dtype)
 
     def loss(self, images: Cases | SceneBatch, targets: Any, *, seed: int | None = None) -> Tensor:
         """The mean loss, as `model(images, targets)`."""
@@ -179,12 +163,12 @@ class GigaXT(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, images: Cases | SceneBatch, targets: Any) -> dict[str, Tensor]:
-        """Loss and what metrics are made of.
+        """Loss and what metrics are made of, without a gradient; arguments and errors as of `forward`.
 
         Returns:
-            Classification: logits (B, classes), loss. Dense: what the head's `scores` gives; of a segmentation loss,
-            weight_sum, and confusion (classes, classes) with the true class as row, or counts or moments. Of kind
-            mask_rcnn: loss, and the parts that it is the sum of.
+            Classification: `logits` (B, classes) and `loss`. Dense: what the head's `scores` gives; of a segmentation
+            `loss`, `weight_sum`, and `confusion` (classes, classes) with the true class as row, or `counts` or
+            `moments`. mask_rcnn: `loss`, and by name the parts that it is the sum of.
         """
         if isinstance(self.head, SceneHead):
             losses = self._scene_losses(images, targets, seed=0)
@@ -195,28 +179,23 @@ class GigaXT(nn.Module):
         return {"logits": logits, "loss": self._classify_head.loss(logits, as_labels(targets, logits.device))}
 
     def predict_regions(self, batch: SceneBatch) -> Iterator[RegionAnswer]:
-        """A dense head's answers for one scene, region by region; memory grows with the scene's tokens alone.
+        """A dense head's answers for one scene, region by region, row by row, without a gradient.
 
-        The regions come row by row. Each is encoded twice, before and after the context, unless the budgets of
-        `streaming` hold its feature maps or `regions_apart`.
+        Memory grows with the scene's tokens alone. Each region is encoded twice, for its tokens and, once the context
+        is known, for its feature maps; once only where the budgets of `streaming` hold the maps, or `regions_apart`.
 
         Args:
             batch: of one scene, from `model.batch([image])`; its `scenes[0].image` is the image as the model sees it,
                 in its bands and at its pixel size.
 
         Yields:
-            x and y of the region's core in px of that image, the head's maps cut at the image's border (of a
-            segmentation logits (classes, h, w); at a stride s (channels, ceil(h / s), ceil(w / s))), and valid (h, w),
-            False where the image has no data. Regions without data are left out.
+            A `RegionAnswer` for each region that is not left out.
         """
         return region_answers(self, batch)
 
     @property
     def regions_apart(self) -> bool:
-        """Whether a region's answer depends on its own tokens alone.
-
-        So it is without context, but for a halo, which is decoded with the neighbours' tokens.
-        """
+        """Whether a region's answer depends on its own pixels alone: without a context, and without a halo."""
         return type(self.context) is NoContext and not self.config.input.halo
 
     def save(self, folder: str | Path) -> None:
@@ -228,6 +207,10 @@ class GigaXT(nn.Module):
     @property
     def _device(self) -> torch.device:
         return next(self.parameters()).device
+
+    @property
+    def _loss_dtype(self) -> torch.dtype:
+        return at_least_float32(next(self.encode.parameters()).dtype)
 
     @property
     def _classify_head(self) -> ClassifyHead:
@@ -274,14 +257,14 @@ class GigaXT(nn.Module):
         batch = self.batch(images)
         tokens = self._tokens(batch, range(len(batch.places)), seed)
         answers: dict[int, Tensor] = {}
-        for group in alike(batch):
+        for group in cases_alike(batch):
             parts = []
-            for scenes in zip(*(batch.cases[case] for case in group), strict=True):  # the first image of each, ...
-                rows, coords, valid = tokens_of(batch, list(scenes), tokens.device)
-                parts.append((self._tell(gather(tokens, rows), coords, valid), valid))
-            # Images one after the other: (b, N of all, dim); without a copy where there is one.
-            joined, valid = parts[0] if len(parts) == 1 else (torch.cat(part, 1) for part in zip(*parts, strict=True))
-            logits = self._classify_head(joined, valid)
+            for scenes in zip(*(batch.cases[case] for case in group), strict=True):  # the first image of each case, ...
+                rows, coords, valid = token_places(batch, list(scenes), tokens.device)
+                parts.append((self._context_of(gather(tokens, rows), coords, valid), valid))
+            # A case's images one after the other: (b, N of all, dim). Not copied where there is only one.
+            context, valid = parts[0] if len(parts) == 1 else (torch.cat(part, 1) for part in zip(*parts, strict=True))
+            logits = self._classify_head(context, valid)
             check_logits(logits, (len(group), self.config.head.classes))
             answers.update(zip(group, logits, strict=True))
         return torch.stack([answers[case] for case in range(len(batch.cases))])
@@ -328,20 +311,20 @@ class GigaXT(nn.Module):
         return {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
 
     def _decode(
-        self, batch: SceneBatch, decode: nn.Module, load_targets: Any, reduce: Any, linear: bool, seed: int
+        self,
+        batch: SceneBatch,
+        decode: nn.Module,
+        load_targets: Callable[[Chunk], dict[str, Tensor]] | None,
+        reduce: Reduce,
+        linear: bool,
+        seed: int,
     ) -> tuple[Tensor, ...]:
+        """What `decode` makes of the regions that are answered for, with their context; see `stream_nested`."""
         if len(batch.cases) < len(batch.scenes):
             raise DataError("expected one image a mask; several images as one case are for classification")
         if self.grad_share < 1:
             raise ConfigError("grad_share: a dense head learns from every region; set it to 1")
-        chunk, frozen, others = self.streaming.chunk_regions, self.encode.frozen, list[Tensor]()  # not answered for
-        if beside := batch.chunks_beside(chunk):
-            # What the context makes of them is learnt; how they are encoded is learnt where they are in a window.
-            with torch.no_grad():
-                found = stream(TokensOnly(self.encode), batch.load, beside, seed=seed, streaming=self.streaming)
-                others.append(found)
-        if coarse := batch.overview_chunks(chunk):
-            others.append(self._tokens(batch, range(coarse[0].start, coarse[-1].stop), seed))
+        frozen, others = self.encode.frozen, self._tokens_beside(batch, seed)
 
         def join(found: Tensor) -> Tensor:
             tokens = self.encode.embed(found, batch.levels_of(range(len(found)))) if frozen else found
@@ -360,41 +343,52 @@ class GigaXT(nn.Module):
             streaming=self.streaming,
         )
 
+    def _tokens_beside(self, batch: SceneBatch, seed: int) -> list[Tensor]:
+        """Tokens of the regions that are context only: those beside the targets' windows, then the overviews'."""
+        chunk, found = self.streaming.chunk_regions, list[Tensor]()
+        if beside := batch.chunks_beside(chunk):
+            # What the context makes of them is learnt; how they are encoded is learnt where they are in a window.
+            with torch.no_grad():
+                found.append(stream(TokensOnly(self.encode), batch.load, beside, seed=seed, streaming=self.streaming))
+        if coarse := batch.overview_chunks(chunk):
+            found.append(self._tokens(batch, range(coarse[0].start, coarse[-1].stop), seed))
+        return found
+
     def join(self, batch: SceneBatch, tokens: Tensor, others: Tensor) -> Tensor:
-        """Tokens of the regions that are answered for (regions, t * t, dim), and others, to the former's context.
+        """The context of the regions that are answered for, halos included.
+
+        Args:
+            batch: whose regions.
+            tokens: of those that are answered for, (regions, t * t, dim), in the order of the batch.
+            others: of the rest, likewise, which is context only.
 
         Returns:
-            (regions, side * side, dim), side = t + 2 * `halo_tokens`: of their halos, too.
+            (regions, side * side, dim), side = t + 2 * `halo_tokens`; zeros where the scene has no token.
         """
         everything = torch.cat([tokens, others]) if len(others) else tokens
         parts: list[Tensor] = []
         order: list[Tensor] = []
-        for group in alike(batch):
-            rows, coords, valid = tokens_of(batch, group, tokens.device)
-            joined = self._tell(gather(everything, rows), coords, valid)
-            joined = with_halo(
-                joined, batch.scenes[group[0]].grid, self.encode.tokens_per_core, self.encode.halo_tokens
-            )
-            rows = rows[:, : joined.shape[1]]  # without the overviews'
-            full = rows.flatten() < len(tokens)
-            joined = joined.flatten(0, 1)  # (b, regions, side * side, dim) -> (b * regions, side * side, dim)
-            parts.append(joined if full.all() else joined[full])
-            order.append(rows.flatten()[full])
+        for group in cases_alike(batch):
+            rows, coords, valid = token_places(batch, group, tokens.device)
+            context = self._context_of(gather(everything, rows), coords, valid)
+            grid = batch.scenes[group[0]].grid
+            context = with_halo(context, grid, self.encode.tokens_per_core, self.encode.halo_tokens)
+            rows = rows[:, : context.shape[1]]  # without the overviews'
+            answered = rows.flatten() < len(tokens)
+            context = context.flatten(0, 1)  # (b, regions, side * side, dim) -> (b * regions, side * side, dim)
+            parts.append(context if answered.all() else context[answered])
+            order.append(rows.flatten()[answered])
         if len(parts) == 1 and in_order(order[0]):
             return parts[0]
         return torch.cat(parts)[torch.cat(order).argsort()]
 
-    def _tell(self, tokens: Tensor, coords: Tensor, valid: Tensor) -> Tensor:
-        """Tokens (b, N, dim) told of each other; a classifier's context may sum them up in fewer."""
+    def _context_of(self, tokens: Tensor, coords: Tensor, valid: Tensor) -> Tensor:
+        """The context of tokens (b, N, dim), in their order; a classifier's may be fewer tokens, a summary."""
         found = self.context(tokens, coords, valid)
-        check_told(found, tokens, all_of_them=self.dense)
+        check_context_output(found, tokens, all_of_them=self.dense)
         return cast(Tensor, found[0])
 
     def _scene_targets(self, targets: Sequence[Any]) -> list[SceneTarget]:
         if isinstance(self.head, SceneHead):
             return [self.head.as_target(target) for target in targets]
         return [target_for(self._dense_head, target) for target in targets]
-
-
-def _loss_dtype(module: nn.Module) -> torch.dtype:
-    return torch.promote_types(next(module.parameters()).dtype, torch.float32)

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from gigaxt.metrics.masks import area_and_box, decode_runs, to_rle
+from gigaxt.shapes.coco_masks import area_and_box, decode_runs, to_rle
 from gigaxt.shapes.crops import Crop
 
 
 def crop_of(rle: Mapping[str, Any]) -> Crop:
-    """The crop of a mask in run lengths, as `gigaxt.metrics.masks.to_rle` makes them."""
+    """The crop of a mask in run lengths, as `gigaxt.shapes.coco_masks.to_rle` makes them."""
     height = int(rle["size"][0])
     x, y, w, h = (round(side) for side in area_and_box(dict(rle))[1])
     edges = np.cumsum(decode_runs(rle["counts"])) - x * height  # of runs down the columns, background first

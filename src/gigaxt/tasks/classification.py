@@ -15,6 +15,7 @@ from gigaxt.datasets.row import Case, Row
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image.base import Image
 from gigaxt.nn.heads.survival import bin_names
+from gigaxt.rows import at_least_float32
 from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase, as_table, worst_first
 from gigaxt.tasks.bootstrap import about_groups, estimate
 from gigaxt.tasks.scoring import ManyLabels, Numbers, OneClass, Scoring, Times
@@ -101,7 +102,7 @@ class ClassificationTally(Tally):
         # The loss is a mean over the labels that are known; so is that of the split.
         known = float((~torch.isnan(answers)).double().mean()) if answers.is_floating_point() else 1.0
         self.first_rows += rows
-        self.logits.append(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        self.logits.append(logits.to(at_least_float32(logits.dtype)))
         self.targets.append(answers)
         self.loss_sum += float(output["loss"]) * known * len(rows)
         self.weight_sum += known * len(rows)

@@ -23,9 +23,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gigaxt.errors import CheckpointError
+from gigaxt.amounts import GIB
+from gigaxt.errors import CheckpointError, one_line
 from gigaxt.machine import free_disk_gib
-from gigaxt.rows import GIB
 
 KEEP = 2
 """Checkpoints kept: the newest, and the one before in case the newest is damaged."""
@@ -194,9 +194,3 @@ def restore_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's text without line breaks."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(f"{text or type(error).__name__}".split())

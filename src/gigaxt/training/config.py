@@ -311,7 +311,7 @@ def _files(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which no key stands twice: the first one would count for nothing, and nothing would tell."""
+    """YAML that refuses a key that stands twice, where PyYAML would silently take the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)

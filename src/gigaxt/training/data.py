@@ -167,8 +167,8 @@ class Samples:
             raise ImageError(row.image, str(error)) from error
 
 
-def guilty(samples: Sequence[Sample], error: ImageError) -> tuple[int, Row] | None:
-    """Which of `samples` an error is about, and which of its rows, by image or target; None: about something else."""
+def failed_sample(samples: Sequence[Sample], error: ImageError) -> tuple[int, Row] | None:
+    """Whose image or target an error is about: its place in `samples` and its row; None: something else failed."""
     for position, (case, images, target) in enumerate(samples):
         for row, image in zip(case, images, strict=True):
             if error.path in {
@@ -203,9 +203,13 @@ def open_samples(wanted: Iterable[tuple[Case, Callable[[], Sample]]], skipped: S
     return opened
 
 
-def without_guilty(group: list[Sample], error: ImageError, skipped: Skipped) -> list[Sample]:
-    """`group` without the case that `error` is about, whose image is noted in `skipped`; or raises the error."""
-    found = guilty(group, error)
+def without_failed(group: list[Sample], error: ImageError, skipped: Skipped) -> list[Sample]:
+    """`group` without the case that `error` is about, whose image is noted in `skipped`.
+
+    Raises:
+        ImageError: the error itself, where nothing may be skipped (`skipped` is None) or it is about no case.
+    """
+    found = failed_sample(group, error)
     if skipped is None or found is None:
         raise error
     position, row = found
@@ -213,8 +217,8 @@ def without_guilty(group: list[Sample], error: ImageError, skipped: Skipped) -> 
     return group[:position] + group[position + 1 :]
 
 
-def named(error: DataError, group: list[Sample]) -> DataError:
-    """The error with the images' names where it has none."""
+def with_names(error: DataError, group: list[Sample]) -> DataError:
+    """The error with the images' names ahead of it, where it names none of them."""
     names = [image.name for sample in group for image in sample.images]
     if any(name in str(error) for name in names):
         return error

@@ -87,15 +87,15 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def slow_precision(device: torch.device, amp: Literal["auto", "off", "bf16"]) -> str | None:
-    """What to tell who asked for a precision that makes this device slower instead of faster; None: it does not."""
+def precision_advice(device: torch.device, amp: Literal["auto", "off", "bf16"]) -> str | None:
+    """A warning about a precision that makes this device slower instead of faster; None: it does not."""
     if amp != "bf16" or device.type != "cpu" or has_bfloat16(device):
         return None
     return "this CPU has no fast bfloat16: with amp bf16 a step can take ten times as long as with amp off"
 
 
-def small_chunks(device: torch.device, streaming: Streaming) -> str | None:
-    """What to tell who lets a GPU wait for the launches of small chunks; None: nothing."""
+def chunk_advice(device: torch.device, streaming: Streaming) -> str | None:
+    """A warning about chunks so small that a GPU waits for their kernels to be launched; None: they are not."""
     if device.type != "cuda" or streaming.chunk_regions >= FEW_REGIONS or streaming.most_regions is not None:
         return None
     return (
@@ -104,8 +104,8 @@ def small_chunks(device: torch.device, streaming: Streaming) -> str | None:
     )
 
 
-def smaller(streaming: Streaming) -> tuple[Streaming, str] | None:
-    """What to go on with after CUDA ran out of memory, and what that is called; None: nothing is left to give up."""
+def smaller_streaming(streaming: Streaming) -> tuple[Streaming, str] | None:
+    """Settings that need less memory, for after CUDA ran out of it, and their description; None: there are none."""
     if streaming.chunk_regions > 1:
         half = streaming.chunk_regions // 2
         return replace(streaming, chunk_regions=half), f"{half} regions a chunk"

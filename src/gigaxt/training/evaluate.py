@@ -11,7 +11,7 @@ import torch
 from gigaxt.errors import DataError, ImageError
 from gigaxt.tasks.base import Tally, Task
 from gigaxt.training.ahead import Ahead, Opened
-from gigaxt.training.data import Sample, Samples, Skipped, named, open_samples, without_guilty
+from gigaxt.training.data import Sample, Samples, Skipped, open_samples, with_names, without_failed
 
 
 class Stopping(Exception):  # noqa: N818  # no error: the user asked for it
@@ -57,10 +57,10 @@ def tallied(
                     with torch.no_grad():
                         output = task.answer(model, given, targets)
                 except ImageError as error:
-                    opened = Opened(without_guilty(group, error, skipped), None, skipped)
+                    opened = Opened(without_failed(group, error, skipped), None, skipped)
                     continue
                 except DataError as error:
-                    raise named(error, group) from error
+                    raise with_names(error, group) from error
                 tally.update([sample.case[0] for sample in group], targets, output)
                 break
     finally:

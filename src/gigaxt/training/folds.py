@@ -17,9 +17,9 @@ from pathlib import Path
 from rich.console import Console
 
 from gigaxt.datasets.split import Fold, check_fold
-from gigaxt.errors import CheckpointError, ConfigError
+from gigaxt.errors import CheckpointError, ConfigError, one_line
+from gigaxt.replaced_file import replaced_file
 from gigaxt.tasks.base import Evaluation
-from gigaxt.training.checkpoint import one_line
 from gigaxt.training.config import RunConfig
 from gigaxt.training.loop import train
 
@@ -105,12 +105,10 @@ def spread(evaluations: Sequence[Evaluation]) -> dict[str, Spread]:
 
 def _write(path: Path, spreads: dict[str, Spread]) -> None:
     folds = len(next(iter(spreads.values())).values)
-    part = path.with_suffix(".part")
     try:
-        with part.open("w", newline="", encoding="utf-8") as file:
+        with replaced_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(["score", *(f"{PREFIX}{number}" for number in range(1, folds + 1)), "mean", "std"])
             table.writerows([name, *found.values, found.mean, found.std] for name, found in spreads.items())
-        part.replace(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot write: {one_line(error)}; free some space") from error

@@ -15,13 +15,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gigaxt.errors import CheckpointError
+from gigaxt.amounts import GIB
+from gigaxt.errors import CheckpointError, one_line
 from gigaxt.machine import peak_resident_gib
-from gigaxt.training.checkpoint import one_line
+from gigaxt.replaced_file import replaced_file
 
-STEP_COLUMNS = ("step", "epoch", "split", "loss", "lr", "grad_norm", "s_per_step", "images_per_s", "memory_gib")
 TIME_COLUMNS = ("s_per_step", "images_per_s", "memory_gib")
 """Columns that differ between two runs of the same numbers."""
+STEP_COLUMNS = ("step", "epoch", "split", "loss", "lr", "grad_norm", *TIME_COLUMNS)
 LINE_EVERY_S = 15.0
 """Time between lines where the output is no terminal."""
 SLOW_STEPS, SLOW_STEPS_COMPILED = 1, 4
@@ -47,12 +48,10 @@ class MetricsFile:
             for row in read_metrics(path)
             if row["step"].isdigit() and int(row["step"]) <= (step if row["split"] == "train" else evaluated)
         ]
-        part = path.with_suffix(".part")
-        with part.open("w", newline="", encoding="utf-8") as file:
+        with replaced_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        part.replace(path)
         self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, self.columns, restval="")
 
@@ -216,7 +215,7 @@ class RunLog:
 def memory_gib() -> float:
     """Peak memory so far, GiB: of the CUDA device where one is in use, else of this process."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_allocated() / GIB
     return peak_resident_gib()
 
 

@@ -27,8 +27,8 @@ from gigaxt.tasks import Evaluation, Task
 from gigaxt.token_cache import TokenCache
 from gigaxt.training.ahead import Ahead, Opened
 from gigaxt.training.config import RunConfig
-from gigaxt.training.data import Sample, Samples, Skipped, balanced_weights, derive_seed, named, without_guilty
-from gigaxt.training.device import autocast, pick_device, slow_precision, small_chunks, smaller
+from gigaxt.training.data import Sample, Samples, Skipped, balanced_weights, derive_seed, with_names, without_failed
+from gigaxt.training.device import autocast, chunk_advice, pick_device, precision_advice, smaller_streaming
 from gigaxt.training.evaluate import Stopping, tallied
 from gigaxt.training.initial import what_learns
 from gigaxt.training.log import RunLog, decimals, duration
@@ -90,7 +90,11 @@ def _train(config: RunConfig, out: Path, console: Console | None, on_step: OnSte
 
 
 class Run(Trainee):
-    """A model in training, with everything that a step needs."""
+    """A model in training, with everything that a step needs; `signals` say when to stop, for the rest see `Trainee`.
+
+    Raises:
+        DataError: the split `train` is empty. Others: see `Trainee`.
+    """
 
     steps_type: type[Steps] = Steps
     steps: Steps
@@ -121,7 +125,7 @@ class Run(Trainee):
     # The loop
 
     def fit(self, console: Console | None, on_step: OnStep | None = None) -> None:
-        """Step, evaluate and save until all epochs are done or a signal asks to stop."""
+        """Step, evaluate and save until all epochs are done or a signal asks to stop; all of it is logged."""
         state = self.state
         self._told_skipped = len(state.skipped)
         log = RunLog(
@@ -136,46 +140,40 @@ class Run(Trainee):
         )
         with log:
             self.log = log
-            log.line(self._headline())
-            if self.steps.per_epoch < FEW_STEPS and self.task.images_per_call == 1 and self.settings.window is None:
-                log.line(
-                    f"{self.train_samples.size} make {self.steps.per_epoch} steps an epoch: for more of them train on "
-                    "windows (train.window, such as 1024, and train.windows_per_scene)"
-                )
-            for advice in (
-                what_learns(self.model, self.config)[1],
-                slow_precision(self.device, self.settings.amp),
-                small_chunks(self.device, self.settings.streaming),
-            ):
-                if advice:
-                    log.line(advice)
-            saved, saved_at = (state.step, state.evaluated), time.monotonic()
-            try:
-                self.evaluate_if_due()  # a run may have been stopped between a step and its evaluation
-                while state.step < self.steps.total and self.signals.caught is None:
-                    self.step()
-                    if on_step is not None:
-                        on_step(state.step, self.steps.total)
-                    self.evaluate_if_due()
-                    minutes = (time.monotonic() - saved_at) / 60
-                    if minutes >= self.settings.checkpoint_minutes or state.step % self.steps.per_epoch == 0:
-                        self.save()
-                        saved, saved_at = (state.step, state.evaluated), time.monotonic()
-                if state.step >= self.steps.total and not len(self.val_samples):
-                    self.finish_without_val()
-            except CheckpointError:
-                raise  # nothing can be written, the previous checkpoint stays
-            except (GigaxtError, OSError):  # OSError: the log cannot be written, for example
-                if saved != (state.step, state.evaluated):  # the steps before the failed one are good
-                    self.save()
-                raise
-            finally:
-                self.ahead.drop()
-            if saved != (state.step, state.evaluated):
-                self.save()
+            for line in [self._headline(), *self._advice()]:
+                log.line(line)
+            self._loop(on_step)
             if (cache := file_cache()) is not None:
                 log.line(f"read: {cache.summary}")
             log.line(self._farewell())
+
+    def _loop(self, on_step: OnStep | None) -> None:
+        """The steps. A checkpoint follows every epoch, every `checkpoint_minutes`, and the last step, failed or not."""
+        state = self.state
+        saved, saved_at = (state.step, state.evaluated), time.monotonic()
+        try:
+            self.evaluate_if_due()  # a run may have been stopped between a step and its evaluation
+            while state.step < self.steps.total and self.signals.caught is None:
+                self.step()
+                if on_step is not None:
+                    on_step(state.step, self.steps.total)
+                self.evaluate_if_due()
+                minutes = (time.monotonic() - saved_at) / 60
+                if minutes >= self.settings.checkpoint_minutes or state.step % self.steps.per_epoch == 0:
+                    self.save()
+                    saved, saved_at = (state.step, state.evaluated), time.monotonic()
+            if state.step >= self.steps.total and not len(self.val_samples):
+                self.finish_without_val()
+        except CheckpointError:
+            raise  # nothing can be written, the previous checkpoint stays
+        except (GigaxtError, OSError):  # OSError: the log cannot be written, for example
+            if saved != (state.step, state.evaluated):  # the steps before the failed one are good
+                self.save()
+            raise
+        finally:
+            self.ahead.drop()
+        if saved != (state.step, state.evaluated):
+            self.save()
 
     def step(self) -> None:
         """One update of the weights; none where a number is not finite."""
@@ -202,9 +200,15 @@ class Run(Trainee):
         self.log.train(state.step, epoch + 1, loss, lr, norm, images, seconds)
 
     def gradients(self) -> tuple[float, list[Sample]]:
-        """The mean loss over the samples of this step, and these; gradients are left in the parameters.
+        """Leave the gradients of this step in the parameters.
 
         A pure function of the weights, the seed and the step: whatever fails in between is simply done again.
+
+        Returns:
+            The mean loss over the samples of this step, and these; NaN and none where all were skipped.
+
+        Raises:
+            TrainingError: the loss is not finite, or no training image is left. Others: see `train`.
         """
         opened = self.ahead.step(self.state.step, self.skipped)
         while opened.samples:
@@ -213,7 +217,7 @@ class Run(Trainee):
                 return self._accumulate(opened), opened.samples
             except ImageError as error:
                 self.ahead.drop()
-                opened = Opened(without_guilty(opened.samples, error, self.skipped), None, self.skipped)
+                opened = Opened(without_failed(opened.samples, error, self.skipped), None, self.skipped)
         if all(any(str(row.image) in self.state.skipped for row in case) for case in self.train_samples.cases):
             raise TrainingError(f"step {self.state.step + 1}: no image is left, all were skipped; try `gigaxt check`")
         return math.nan, []
@@ -227,7 +231,7 @@ class Run(Trainee):
                 try:
                     loss = self.model(given, [s.target for s in group], seed=seed)
                 except DataError as error:
-                    raise named(error, group) from error
+                    raise with_names(error, group) from error
             value = float(loss.detach())  # sync: a loss that is not finite must not reach the weights
             if not math.isfinite(value):
                 raise self._not_finite(f"the loss is {value}", group)
@@ -249,7 +253,7 @@ class Run(Trainee):
             free_device_memory()
 
     def _shrink(self, reason: str) -> None:
-        found = smaller(cast(Streaming, self.model.streaming))
+        found = smaller_streaming(cast(Streaming, self.model.streaming))
         if found is None:
             raise TrainingError(
                 f"step {self.state.step + 1}: out of memory with one region a chunk and nothing kept ({reason}); "
@@ -260,7 +264,7 @@ class Run(Trainee):
         self.log.line(f"step {self.state.step + 1}: out of memory, going on with {what} ({reason})")
 
     def _keep_smaller_chunks(self) -> None:
-        """Where a stream halved its chunks by itself because memory ran out, go on with such chunks, and say so."""
+        """If a stream halved its chunks because memory ran out, make that the setting from now on, and log it."""
         streaming = cast(Streaming, self.model.streaming)
         most = streaming.most_regions
         if most is not None and most < streaming.chunk_regions:
@@ -354,6 +358,22 @@ class Run(Trainee):
             f"{what_learns(self.model, self.config)[0]}, "
             f"{self.steps.total} steps ({self.steps.per_epoch} an epoch) on {self.device}"
         )
+
+    def _advice(self) -> list[str]:
+        """What the user should know before the first step: settings that waste time or learn little."""
+        few_steps = None
+        if self.steps.per_epoch < FEW_STEPS and self.task.images_per_call == 1 and self.settings.window is None:
+            few_steps = (
+                f"{self.train_samples.size} make {self.steps.per_epoch} steps an epoch: for more of them train on "
+                "windows (train.window, such as 1024, and train.windows_per_scene)"
+            )
+        advice = (
+            few_steps,
+            what_learns(self.model, self.config)[1],
+            precision_advice(self.device, self.settings.amp),
+            chunk_advice(self.device, self.settings.streaming),
+        )
+        return [line for line in advice if line]
 
     def _farewell(self) -> str:
         state = self.state

@@ -245,7 +245,7 @@ def _watch(child: subprocess.Popen[bytes], most_gib: float) -> float:
 
 
 def _up(gib: float) -> float:
-    """Rounded up to hundredths, with a little to spare: the first chunk is counted with what it shares."""
+    """Rounded up to hundredths, plus a margin: what the first chunk shares with the others is counted with it."""
     return ceil(102 * gib + 1) / 100
 
 

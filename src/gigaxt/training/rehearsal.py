@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 
 from gigaxt.allocator import give_back_freed_memory, keep_freed_memory
+from gigaxt.amounts import GIB
 from gigaxt.config import from_dict, to_dict
 from gigaxt.errors import GigaxtError
 from gigaxt.image.file_cache import files_cached
@@ -29,7 +30,7 @@ from gigaxt.image.open import open_image
 from gigaxt.machine import host_memory_gib, peak_resident_gib
 from gigaxt.nn.xt import GigaXT
 from gigaxt.replay import counted_saves
-from gigaxt.rows import GIB, Reader, Streaming
+from gigaxt.rows import Reader, Streaming
 from gigaxt.scenes import SceneBatch
 from gigaxt.training.checkpoint import KEEP
 from gigaxt.training.config import DataConfig, RunConfig, run_config

@@ -20,18 +20,18 @@ from PIL import Image as Pillow
 
 from gigaxt.config import to_dict
 from gigaxt.draw import Picture, thumbnail, with_case
-from gigaxt.errors import CheckpointError, GigaxtError
+from gigaxt.errors import CheckpointError, GigaxtError, one_line
 from gigaxt.image.base import Image
 from gigaxt.image.open import open_image
 from gigaxt.inference import predict
 from gigaxt.pixel_answers import over_picture
 from gigaxt.pretrained import load
+from gigaxt.replaced_file import replaced_file
 from gigaxt.targets.masks import open_mask
 from gigaxt.tasks import Detection, Evaluation, Points, Segmentation, Task, Vessels, WorstCase
 from gigaxt.tasks.base import COUNT_COLUMNS
 from gigaxt.tasks.bootstrap import DRAWS
 from gigaxt.tasks.metrics import CALIBRATION_BINS
-from gigaxt.training.checkpoint import one_line
 from gigaxt.training.config import RunConfig
 from gigaxt.training.data import derive_seed
 from gigaxt.training.log import duration, environment, read_metrics
@@ -94,12 +94,10 @@ def write_report(folder: RunFolder, config: RunConfig, task: Task, state: State,
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
         f"</head><body><h1>{title}</h1>\n{body}</body></html>\n"
     )
-    part = folder.report.with_suffix(".part")
     try:
-        part.write_text(page, encoding="utf-8")
-        part.replace(folder.report)
+        with replaced_file(folder.report) as part:
+            part.write_text(page, encoding="utf-8")
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise CheckpointError(f"{folder.report}: cannot write: {one_line(error)}") from error
     return folder.report
 

@@ -12,11 +12,12 @@ import yaml
 from gigaxt.config import to_dict
 from gigaxt.datasets.labels import LABEL
 from gigaxt.datasets.manifest import Manifest
-from gigaxt.errors import CheckpointError, ConfigError
+from gigaxt.errors import CheckpointError, ConfigError, one_line
 from gigaxt.nn.heads import ClassifyConfig, PointsConfig, SegmentConfig
 from gigaxt.nn.heads.base import ObjectsConfig
+from gigaxt.replaced_file import replaced_file
 from gigaxt.tasks import Detection, Task, fitted, fitted_numbers, fitted_points, make_task, read_manifest
-from gigaxt.training.checkpoint import checkpoints, one_line, recover_folder
+from gigaxt.training.checkpoint import checkpoints, recover_folder
 from gigaxt.training.config import RunConfig, differences, read_yaml, run_config
 from gigaxt.training.device import check_budgets, pick_device
 
@@ -68,9 +69,8 @@ def prepare_run(config: RunConfig, out: Path) -> tuple[RunFolder, RunConfig, Tas
     try:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         recover_folder(folder.model)
-        part = folder.config.with_suffix(".part")
-        part.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
-        part.replace(folder.config)
+        with replaced_file(folder.config) as part:
+            part.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{out}: cannot write the run folder: {one_line(error)}") from error
     return folder, config, task

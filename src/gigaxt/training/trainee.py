@@ -88,7 +88,11 @@ class Trainee:
         save_checkpoint(self.folder.checkpoints, self.state.step, state)
 
     def restore(self) -> None:
-        """Continue where the run in this folder stopped."""
+        """Continue where the run in this folder stopped.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none can be read. DataError: the manifest's rows changed.
+        """
         # Where the weights come from:
         # 1. the newest checkpoint in the run folder;
         # 2. the one before, if that cannot be read;

@@ -19,6 +19,13 @@ from gigaxt.training.config import RunConfig
 
 WindowXYWH = tuple[int, int, int, int]
 
+SCENES = 32
+"""Scenes whose views are kept."""
+MARGIN = 8
+"""An object that a window is drawn around lies at least this fraction (1 / MARGIN) of its side inside of it."""
+_WINDOW, _OBJECT = 2, 3
+"""Tell the random streams of windows from those of `gigaxt.augment`."""
+
 
 def windows_of(config: RunConfig) -> Windows | None:
     """What draws windows of a run's scenes; None where scenes are seen whole."""
@@ -156,11 +163,3 @@ class Windows:
             return bool(kept_regions(Cropped(image, *window), self.model, self.region).any())
         except DataError:  # of a window that is nothing but background
             return False
-
-
-SCENES = 32
-"""Scenes whose views are kept."""
-MARGIN = 8
-"""The object that a window is drawn around keeps this part of its side from the border, within the image."""
-_WINDOW, _OBJECT = 2, 3
-"""Tell the random streams of windows from those of `gigaxt.augment`."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gigaxt.errors import ConfigError
 from gigaxt.nn.context import ContextConfig, ContextEncoder, build_context
 from gigaxt.nn.heads import ClassifyConfig, ClassifyHead
-from gigaxt.nn.xt import RegionTokens
+from gigaxt.nn.stages import RegionTokens
 from gigaxt.xt_release.context import POOLED_KIND
 
 if TYPE_CHECKING:

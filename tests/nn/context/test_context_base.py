@@ -41,7 +41,7 @@ def small(kind: str = "mamba2", **kwargs: object) -> ContextEncoder:
 )
 def test_config_refuses(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        ContextConfig(**settings)  # type: ignore[arg-type]
+        ContextConfig(**settings)
     assert message in str(caught.value)
 
 
@@ -117,13 +117,13 @@ def test_states_that_do_not_fit_are_refused(kind: str) -> None:
     others = {"mamba": "xl", "mamba2": "mamba", "xl": "mamba2"}
 
     def state_of(batch: int = 2, dtype: torch.dtype = torch.float64, **changed: object) -> ContextState:
-        config = ContextConfig(**{"kind": kind, "depth": 1, **CAUSAL, **changed})  # type: ignore[arg-type]
+        config = ContextConfig(**{"kind": kind, "depth": 1, **CAUSAL, **changed})
         tokens = torch.ones(batch, 6, config.dim, dtype=dtype)
         state = build_context(config).to(dtype)(tokens, COORDS[:batch])[1]
         assert state is not None
         return state
 
-    encoder = build_context(ContextConfig(kind=kind, depth=1, **CAUSAL)).double()  # type: ignore[arg-type]
+    encoder = build_context(ContextConfig(kind=kind, depth=1, **CAUSAL)).double()
     tokens = TOKENS.double()
     encoder(tokens, COORDS, None, state_of())
     wrong = (
@@ -140,7 +140,7 @@ def test_states_that_do_not_fit_are_refused(kind: str) -> None:
         with pytest.raises(
             ConfigError, match=f"not one of this encoder .'{kind}', 1 layers of dim 8. for 2 batch rows"
         ):
-            encoder(tokens, COORDS, None, state)  # type: ignore[arg-type]
+            encoder(tokens, COORDS, None, state)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_states_that_do_not_fit_are_refused(kind: str) -> None:
 )
 def test_parts_out_of_order_are_refused(order: str, first: list[object], then: list[object], fine: bool) -> None:
     """Else a scene would be continued, and come out otherwise than in one pass."""
-    config = ContextConfig(kind="mamba2", depth=1, **{**CAUSAL, "order": order})  # type: ignore[arg-type]
+    config = ContextConfig(kind="mamba2", depth=1, **{**CAUSAL, "order": order})
     encoder = build_context(config).double()
     tokens = torch.randn(1, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     coords = torch.tensor([*first, *then], dtype=torch.float64)[None]

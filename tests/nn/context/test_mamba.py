@@ -21,7 +21,7 @@ from gigaxt.nn.context.mamba import MambaOptions, MambaStep
 )
 def test_config_refuses(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        ContextConfig(kind="mamba", **settings)  # type: ignore[arg-type]
+        ContextConfig(kind="mamba", **settings)
     assert message in str(caught.value)
 
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gigaxt.amounts import GIB
 from gigaxt.errors import ConfigError
 from gigaxt.nn.context.neighbours import Piece, find_pieces
 from gigaxt.nn.context.ordering import find_places
 from gigaxt.nn.context.pieces import map_pieces
-from gigaxt.rows import GIB, Purse
+from gigaxt.rows import Purse
 
 
 class Blend(nn.Module):

@@ -95,7 +95,7 @@ def test_equals_dense_attention(segment: int | None, scene: str, radius: int, co
 
 def build(**kwargs: object) -> ContextEncoder:
     torch.manual_seed(0)
-    return build_context(ContextConfig(kind="window", dim=8, heads=2, summary=0, **kwargs)).double()  # type: ignore[arg-type]
+    return build_context(ContextConfig(kind="window", dim=8, heads=2, summary=0, **kwargs)).double()
 
 
 def test_order_does_not_matter() -> None:
@@ -149,5 +149,5 @@ def test_bfloat16_autocast_is_near() -> None:
 )
 def test_settings_are_checked(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        ContextConfig(kind="window", **settings)  # type: ignore[arg-type]
+        ContextConfig(kind="window", **settings)
     assert message in str(caught.value)

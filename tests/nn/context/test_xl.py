@@ -147,7 +147,7 @@ def build_causal(memory_grad: bool = False, **kwargs: object) -> ContextEncoder:
         "kind": "xl", "dim": DIM, "depth": 2, "summary": 0, "bidirectional": False, "order": "raster", "segment": 12,
         "options": {"segment": 6, "memory": 2, "memory_grad": memory_grad}, **kwargs,
     }  # fmt: skip
-    encoder = build_context(ContextConfig(**settings)).double()  # type: ignore[arg-type]
+    encoder = build_context(ContextConfig(**settings)).double()
     with torch.no_grad():
         for p in encoder.parameters():
             p.add_(torch.randn_like(p), alpha=0.1)
@@ -297,5 +297,5 @@ def test_config_refuses() -> None:
         ({"heads": 5}, "context.heads: expected a divisor of dim = 192, got 5"),
     ):
         with pytest.raises(ConfigError) as caught:
-            ContextConfig(kind="xl", **settings)  # type: ignore[arg-type]
+            ContextConfig(kind="xl", **settings)
         assert message in str(caught.value)

@@ -12,7 +12,7 @@ from gigaxt.testing.live_memory import LiveMemory
 
 def head(classes: int = 3, dim: int = 12, **options: object) -> ClassifyHead:
     torch.manual_seed(0)
-    return ClassifyHead(ClassifyConfig(classes=classes, **options), dim)  # type: ignore[arg-type]
+    return ClassifyHead(ClassifyConfig(classes=classes, **options), dim)
 
 
 @pytest.mark.parametrize("pooling", ["attention", "mean"])
@@ -218,7 +218,7 @@ def test_wrong_targets(target: str, values: torch.Tensor, message: str) -> None:
 )
 def test_wrong_config(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ClassifyConfig(**options)  # type: ignore[arg-type]
+        ClassifyConfig(**options)
 
 
 def test_class_weights_are_config_not_weights() -> None:

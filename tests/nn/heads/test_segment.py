@@ -22,7 +22,7 @@ def head(first_stride: int = 4, classes: int = 3, **options: object) -> SegmentH
     torch.manual_seed(0)
     channels = CHANNELS[first_stride]
     strides = [first_stride * 2**i for i in range(len(channels))]
-    return SegmentHead(SegmentConfig(classes=classes, dim=8, **options), 6, channels, strides)  # type: ignore[arg-type]
+    return SegmentHead(SegmentConfig(classes=classes, dim=8, **options), 6, channels, strides)
 
 
 def inputs(first_stride: int, height: int, width: int, n: int = 2, tokens: int = 3) -> tuple[list[Tensor], Tensor]:
@@ -198,7 +198,7 @@ def test_wrong_shapes() -> None:
 )
 def test_wrong_config(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        SegmentConfig(**options)  # type: ignore[arg-type]
+        SegmentConfig(**options)
 
 
 def test_learns_a_relation_between_features_and_context() -> None:

@@ -114,7 +114,7 @@ def test_edges_hold_equally_many_events() -> None:
 )
 def test_wrong_config(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ClassifyConfig(**options)  # type: ignore[arg-type]
+        ClassifyConfig(**options)
 
 
 def test_wrong_targets() -> None:

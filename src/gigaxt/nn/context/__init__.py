@@ -1,4 +1,4 @@
-"""Context encoders: tokens of a whole scene in, the same tokens told of each other out."""
+"""Context encoders: the tokens of a whole scene in, their context out, one token for each."""
 
 from gigaxt.nn.context.base import (
     ContextConfig,

@@ -39,7 +39,7 @@ class ContextConfig:
     """Whether every other layer scans with rows and columns swapped, so that what is far in one order is near in the
     next."""
     bidirectional: bool = True
-    """Whether a token is told of those after it in the scan order, too."""
+    """Whether a token also depends on those after it in the scan order."""
     heads: int | None = None
     """Heads of the mixer; None: chosen from `dim` (32 channels a head in attention, 64 in Mamba-2)."""
     mlp_ratio: float = 2.0
@@ -95,7 +95,7 @@ class NoOptions:
 
 
 class ContextEncoder(nn.Module, ABC):
-    """Tokens of a whole scene in, the same tokens told of each other out.
+    """The tokens of a whole scene in, their context out: one token for each, which depends on all others.
 
     A subclass is built from a `ContextConfig`, implements `encode`, and is made known by `register_context`.
     Input arrives in `encode` checked. `LayeredContext` is the usual way: it needs only a mixer.
@@ -119,13 +119,13 @@ class ContextEncoder(nn.Module, ABC):
 
     @property
     def causal(self) -> bool:
-        """Whether a state is returned and accepted, because no token is told of later ones."""
+        """Whether a state is returned and accepted, because no token depends on later ones."""
         return False
 
     def forward(
         self, tokens: Tensor, coords: Tensor, validity: Tensor | None = None, state: ContextState | None = None
     ) -> tuple[Tensor, ContextState | None]:
-        """Tell every token of the others.
+        """The context of tokens, checked on the way in.
 
         Args:
             tokens: (batch, tokens, dim), floating point, in any order.

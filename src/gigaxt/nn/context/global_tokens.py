@@ -22,7 +22,7 @@ from gigaxt.nn.context.summary import SHARPNESS, add_to_softmax, empty_softmax
 from gigaxt.recurrence import State
 
 CHANNELS = 8
-"""Fused attention kernels want head widths that are multiples of this."""
+"""Fused attention kernels need head widths that are multiples of this."""
 MOST_BLOCKS = 65535
 """Of one call: CUDA launches no larger grid."""
 

@@ -18,6 +18,7 @@ from gigaxt.nn.context.layers import Run
 from gigaxt.nn.context.ordering import Places
 from gigaxt.nn.context.positions import rotary_angles, rotate
 from gigaxt.recurrence import State
+from gigaxt.rows import at_least_float32
 
 DRAW_STEPS = 2**24
 """Resolution of the draws. They are kept as integers, which `model.to(torch.bfloat16)` does not round."""
@@ -75,8 +76,8 @@ class HyperAttention(AttentionContext):
     attention, whatever the number of tokens. Memory: forward and backward together peak at
     `2 * depth + 4.2 + 13 / heads` token stores above the tokens in float32 (measured; one head at a time is at work),
     and at about four more in bfloat16, as a head normalises all tokens in float32.
-    Reach without the summary path: the whole scene, but beyond `exact_below` tokens not from each token to each: a
-    layer's head tells of a token to the queries of its block, wherever they lie, and to all if it is among the samples.
+    Reach without the summary path: the whole scene, but beyond `exact_below` tokens not from each token to each: in a
+    layer's head a token reaches the queries of its block, wherever they lie, and all queries if it is sampled.
     Choose it to compare with published results, or where tokens fall into groups that look for their like. Where
     attention is spread over many unlike tokens the sample's noise exceeds what it estimates: choose `mamba2`.
     """
@@ -206,7 +207,7 @@ def hash_order(x: Tensor, directions: Tensor) -> Tensor:
     The hash says on which side of each direction's plane a token lies. It is read as a Gray code, so that buckets
     next to each other in the order differ in one side only.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = at_least_float32(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         sides = x.to(dtype) @ directions.to(dtype) > 0  # (batch, heads, n, hashes)
     bucket = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigaxt.host_copies import HostCopies
 from gigaxt.recurrence import State, scan
-from gigaxt.rows import Purse
+from gigaxt.rows import Purse, at_least_float32
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Norm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = at_least_float32(x.dtype)
         return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps).to(x.dtype)
 
 
@@ -101,7 +100,7 @@ class Finish(nn.Module):
         self.heads = heads
         if heads:
             self.read_norm, self.read_query = Norm(dim), linear(dim, dim)
-            # Full gain: the mean of many latents' values is small, and a far region has to be heard in it.
+            # Full gain: the mean of many latents' values is small, and a far region must still have an effect in it.
             self.read_out = linear(dim, dim, bias=True)
         self.norm, self.mlp = Norm(dim), Mlp(dim, mlp_ratio, gain)
         self.final_norm = Norm(dim) if final_norm else None

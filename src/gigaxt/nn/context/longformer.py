@@ -40,8 +40,8 @@ class Longformer(AttentionContext):
     2-D rotary (global tokens have no place, see `NearAttention`); normalisation is ahead of the attention.
 
     Reach without the summary path: the whole scene, in any layer, but through `global_tokens` vectors only, and at the
-    start faintly (one token of 4,096 changes the far corner by 1e-7). With `global_tokens=0` as well a token hears of
-    `depth * window` tokens along the scan to both sides and of no others.
+    start faintly (one token of 4,096 changes the far corner by 1e-7). With `global_tokens=0` as well a token depends on
+    `depth * window` tokens along the scan to both sides and on no others.
 
     Cost per token: `4 * dim**2` multiplications in projections and `dim * (6 * window + 2 * heads * global_tokens)` in
     the attention. Forward and backward take 3.6 times as long as a pair of linear layers with threefold width (CPU, dim

@@ -125,6 +125,7 @@ class Mamba2Step(Direction):
         values = values.unflatten(-1, (self.heads, -1))
         with torch.autocast(x.device.type, enabled=False):
             y, hidden = state_space_dual(values * step.unsqueeze(-1), decay, keys, queries, hidden, self.chunk)
+        # (batch, tokens, heads, head_dim) -> (batch, tokens, inner)
         y = (y + values * self.skip.unsqueeze(-1)).flatten(2)
         found = self.out_proj(self.gated_norm(y * F.silu(gate.to(dtype))).to(x.dtype)).to(x.dtype)
         return x + found if self.residual else found, hidden, tail

@@ -101,7 +101,7 @@ def find_places(
         coords=given_coords,
         valid=torch.from_numpy(np.arange(n) < counts[:, None]).to(device),
         ragged=bool((counts < n).any()),
-        _source=torch.from_numpy(source.reshape(-1)).to(device),
+        _source=torch.from_numpy(source.reshape(-1)).to(device),  # (batch, n) -> (batch * n), as the next
         _target=torch.from_numpy(target.reshape(-1)).to(device),
         given_coords=given_coords,
         given_valid=given,

@@ -114,7 +114,7 @@ def scan_in_pieces(
         x, step, keys, queries = (F.pad(t, (0, 0, 0, padding)) for t in (x, step, keys, queries))
     sizes = chunk, most // chunk * chunk
     y, final = _SelectiveScan.apply(sizes, x, step, (-rates).t().contiguous(), keys, queries, hidden.transpose(1, 2))
-    return y[:, :tokens], final.transpose(1, 2)
+    return y[:, :tokens], final.transpose(1, 2)  # (batch, state, inner) -> (batch, inner, state)
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -196,6 +196,7 @@ class _Piece:
         received, decays = grad.unbind(2)[::-1], self.decays[:0:-1]
         received[0].add_(self._hand_on(grad_hidden, received, decays, backwards=True))
         _fill(received, decays)
+        # (batch, chunks, chunk, state, inner) @ (..., inner, 1) -> (batch, chunks, chunk, state)
         grad_keys = (grad @ self.scaled.transpose(3, 4)).squeeze(4)
         grad_scaled = self.keys.unsqueeze(3) @ grad
         grad_hidden = self.decay[:, 0, 0] * grad[:, 0, 0]
@@ -207,6 +208,7 @@ class _Piece:
         grad_slopes = (grad * self.step).sum((0, 1, 2))
         grad_x = grad_scaled * self.step
         by_token = (grad_x.squeeze(3), grad_step.squeeze(3), grad_keys, grad_queries)
+        # (batch, chunks, chunk, ...) -> (batch, tokens, ...)
         return *(t.flatten(1, 2) for t in by_token), grad_slopes, grad_hidden
 
     def _hand_on(

@@ -15,6 +15,7 @@ from gigaxt.nn.context.layered import Mixer
 from gigaxt.nn.context.layers import Run
 from gigaxt.nn.context.ordering import Places
 from gigaxt.recurrence import State
+from gigaxt.rows import at_least_float32
 from gigaxt.untraced import untraced
 
 SLOWEST_RATE = 1e-5
@@ -47,11 +48,11 @@ class Direction(nn.Module, ABC):
 
 
 class Directions(Mixer):
-    """Adds what one or two directions found to the tokens.
+    """Runs a recurrence in one or two directions and adds the results to the tokens.
 
     Args:
         forth: along the scan order; its output includes the tokens themselves.
-        back: against it, with weights of its own; its output is the found alone. None: causal, with a state.
+        back: against it, with weights of its own; its output is only what is added to them. None: causal, with a state.
     """
 
     def __init__(self, forth: Direction, back: Direction | None) -> None:
@@ -83,7 +84,7 @@ class CausalConvolution(nn.Conv1d):
 
     def start(self, x: Tensor) -> Tensor:
         """The tail before the first of the tokens `x`: (batch, length - 1, channels), in float32 or better."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = at_least_float32(x.dtype)
         return x.new_zeros(x.shape[0], self.kernel_size[0] - 1, self.in_channels, dtype=dtype)
 
     def forward(  # type: ignore[override]  # a Conv1d that carries what came before

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from gigaxt.nn.context.layers import Mlp, Norm, Run, linear, split_heads
 from gigaxt.recurrence import State
+from gigaxt.rows import at_least_float32
 
 SHARPNESS = 2.0
 """Standard deviation of the reading scores at the start, so that each latent picks some tokens out. Near 0 all weights
-are 1 / tokens, and one region among thousands is hardly heard."""
+are 1 / tokens, and one region among thousands has hardly any effect."""
 
 
 class Summary(nn.Module):
@@ -52,7 +53,9 @@ class Summary(nn.Module):
         gathered = (weighted / total).transpose(1, 2).flatten(2).to(latents.dtype)
         latents = latents + self.read_out(self.found_norm(gathered))
         q, k, v = (split_heads(t, self.heads) for t in self.mix_qkv(self.mix_norm(latents)).chunk(3, dim=-1))
-        latents = latents + self.mix_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        # (batch, heads, latents, head_dim) -> (batch, latents, dim)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        latents = latents + self.mix_out(mixed)
         latents = latents + self.mlp(self.mlp_norm(latents))
         keys, values = self.memory(self.memory_norm(latents)).chunk(2, dim=-1)
         return latents, (split_heads(keys, self.heads), split_heads(values, self.heads))
@@ -82,7 +85,7 @@ class Read(nn.Module):
 
 def empty_softmax(query: Tensor) -> State:
     """Maximum, total and weighted values (like `query`) of a softmax over no tokens, in float32 or better."""
-    zeros = torch.zeros_like(query, dtype=torch.promote_types(query.dtype, torch.float32))
+    zeros = torch.zeros_like(query, dtype=at_least_float32(query.dtype))
     # Not -inf: where a whole segment is masked, the difference of two maxima must be 0, not NaN.
     return torch.full_like(zeros[..., :1], torch.finfo(zeros.dtype).min), zeros[..., :1], zeros
 

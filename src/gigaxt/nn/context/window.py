@@ -48,7 +48,7 @@ class Window(AttentionContext):
     long as a pair of linear layers with threefold width (CPU, dim 256, radius 8; 4.2 times where activations are kept),
     and the tables of neighbours 1 us a token and call. Memory: see `LayeredContext`; keys and values exist for one
     piece of the lattice at a time, of `config.segment` tokens, and are made again for the tokens around it. A radius
-    of more than an eighth of `segment**0.5` wants a longer segment. The tables of neighbours take 7 bytes a token.
+    of more than an eighth of `segment**0.5` needs a longer segment. The tables of neighbours take 7 bytes a token.
     Choose it where what surrounds a token matters most and the same in all directions.
     """
 
@@ -108,6 +108,7 @@ class SquareWindow(nn.Module):
         # Global tokens' keys lie behind those of all tokens, (u + batch * g, heads, width), and in a block's list, too.
         of_row = piece.rows.unsqueeze(1) * count + torch.arange(len(x), len(x) + count, device=x.device)
         table = torch.cat((keys, of_row), dim=1)
+        # global tokens: (batch, g, heads, width) -> (batch * g, heads, width)
         found = attention.attend(
             query,
             _look_up(torch.cat((key, global_key.flatten(0, 1))), table),
@@ -122,7 +123,7 @@ class SquareWindow(nn.Module):
 
     def _near(self, own_coords: Tensor, coords: Tensor, keys: Tensor, meant: Tensor) -> Tensor:
         """Which of a block's keys its queries look at: (blocks, block, keys) bool."""
-        key_coords = coords.index_select(0, keys.flatten()).unflatten(0, keys.shape)
+        key_coords = coords.index_select(0, keys.flatten()).unflatten(0, keys.shape)  # (blocks, keys, 2)
         near = meant.unsqueeze(1)
         for a, b in zip(own_coords.unbind(-1), key_coords.unbind(-1), strict=True):  # rows, columns
             near = near & ((a.unsqueeze(2) - b.unsqueeze(1)).abs() <= self.radius)

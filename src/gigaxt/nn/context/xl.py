@@ -19,6 +19,7 @@ from gigaxt.nn.context.layered import LayeredContext, Mixer
 from gigaxt.nn.context.layers import Norm, Run, largest_divisor, linear, split_heads
 from gigaxt.nn.context.ordering import Places
 from gigaxt.recurrence import State
+from gigaxt.rows import at_least_float32
 
 LONGEST_WAVE = 10_000.0
 """Of the sinusoids of relative distances, over 2 pi; as in the paper."""
@@ -48,8 +49,8 @@ class TransformerXL(LayeredContext):
     The scan order is cut into segments. A token looks at its own segment (if causal: up to itself) and at the memory,
     the layer's inputs of the `memory` segments before; the scores are the paper's, with biases u and v and a learned
     projection of sinusoids of the distance along the scan. Layer by layer the memory holds what its tokens learnt from
-    theirs, so content travels `memory` segments a layer: without the summary path a token hears of `depth * memory`
-    segments before its own and of no more. The gradient goes back as far only with `memory_grad`; as in the paper it
+    theirs, so content travels `memory` segments a layer: without the summary path a token depends on `depth * memory`
+    segments before its own and on no more. The gradient goes back as far only with `memory_grad`; as in the paper it
     otherwise stops at the first memory, that is, tokens learn from the answers within their own segment alone.
 
     Ours: with `bidirectional` the memory lies before and after, in one softmax (distances are signed, as in XLNet);
@@ -246,7 +247,7 @@ class RelativeAttention(nn.Module):
         )
         # (heads, rows, segment, width), in float32 or better
         scores = content @ key.transpose(-1, -2)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = scores.to(at_least_float32(scores.dtype))
         # (heads, rows * segment, head_dim) @ (heads, head_dim, distances)
         by_distance = (position.flatten(1, 2) @ distances).unflatten(1, query.shape[1:3])
         scores += shift(by_distance, key.shape[-2])
@@ -261,7 +262,7 @@ class RelativeAttention(nn.Module):
         """
         count = reach.width + (1 if self.causal else reach.segment)
         weight = self.position.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = at_least_float32(weight.dtype)
         distances = (reach.before + 1) * reach.segment - 1 - torch.arange(count, device=device, dtype=dtype)
         steps = torch.arange(0, weight.shape[1], 2, device=device, dtype=dtype) / weight.shape[0]
         angles = distances.unsqueeze(1) * LONGEST_WAVE**-steps

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gigaxt.errors import ConfigError, DataError
+from gigaxt.rows import at_least_float32
 
 
 @dataclass(kw_only=True)
@@ -89,9 +90,9 @@ def weights_tensor(config: BaseHeadConfig) -> Tensor | None:
     return None if config.class_weights is None else torch.tensor(config.class_weights, dtype=torch.float32)
 
 
-def at_least_float32(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays, which `.float()` would not do."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(at_least_float32(x.dtype))
 
 
 def check_class_indices(targets: Tensor, classes: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigaxt.errors import ConfigError, DataError
-from gigaxt.nn.heads.base import BaseHeadConfig, at_least_float32, check_class_indices, weights_tensor
+from gigaxt.nn.heads.base import BaseHeadConfig, check_class_indices, weights_tensor, widened
 from gigaxt.nn.heads.pooling import at_once, pooled_in_segments
 from gigaxt.nn.heads.survival import survival_losses
 
@@ -102,7 +102,7 @@ class StandardisedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., targets), in at least float32."""
-        y = at_least_float32(super().forward(x))
+        y = widened(super().forward(x))
         return y * y.new_tensor(self.std) + y.new_tensor(self.mean)
 
 
@@ -169,7 +169,7 @@ class ClassifyHead(nn.Module):
             scores = tokens.new_zeros(len(tokens), 1, tokens.shape[1])
         else:
             scores = self.queries(tokens).transpose(1, 2)  # (B, N, heads) -> (B, heads, N)
-        scores = at_least_float32(scores)
+        scores = widened(scores)
         if validity is None:
             return scores.softmax(dim=2)
         valid = validity[:, None, :]
@@ -194,7 +194,7 @@ class ClassifyHead(nn.Module):
         Raises:
             DataError: targets of another shape or out of range. ConfigError: survival without `time_bins`.
         """
-        logits = at_least_float32(logits)
+        logits = widened(logits)
         if self.config.target == "single":
             return self._one_class(logits, targets)
         if self.config.target == "survival":

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from gigaxt.errors import ConfigError, DataError
-from gigaxt.nn.heads.base import ObjectsConfig, at_least_float32, weights_tensor
+from gigaxt.nn.heads.base import ObjectsConfig, weights_tensor, widened
 from gigaxt.nn.heads.dense import Answers, DenseHead
 from gigaxt.nn.heads.levels import ContextClassifier, Level, PixelNorm, chosen_strides, joined_levels
 from gigaxt.targets.boxes import IGNORED, BoxTarget, Lattice, as_boxes
@@ -107,7 +107,7 @@ class DetectHead(DenseHead):
     def _answer(self, x: Tensor, context: Tensor, stride: int) -> Tensor:
         logits = self.classifier(self.class_tower(x), context)
         x = self.box_tower(x)
-        shift, growth = at_least_float32(self.box(x)).chunk(2, dim=1)  # (n, 2, h, w) each, as (x, y)
+        shift, growth = widened(self.box(x)).chunk(2, dim=1)  # (n, 2, h, w) each, as (x, y)
         half = growth.clamp(max=GROWTH).exp() * (stride * self.config.max_cells / 4)  # at first half of the largest
         shift = shift * stride
         return torch.cat([logits, half - shift, half + shift, self.centreness(x)], dim=1)
@@ -143,7 +143,7 @@ class DetectHead(DenseHead):
             raise DataError(
                 f"target: expected a class for each of {tuple(flat.shape[:2])} locations, got {tuple(classes.shape)}"
             )
-        logits, boxes, centreness = at_least_float32(flat).split([self.config.classes, 4, 1], dim=2)
+        logits, boxes, centreness = widened(flat).split([self.config.classes, 4, 1], dim=2)
         counted = here & (classes != IGNORED)
         found = counted & (classes >= 0)
         focal = self._focal(logits, classes, counted, found)

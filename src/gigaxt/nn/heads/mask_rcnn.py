@@ -23,7 +23,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image, roi_align
 
 from gigaxt.errors import ConfigError
-from gigaxt.nn.heads.base import ObjectsConfig, at_least_float32
+from gigaxt.nn.heads.base import ObjectsConfig, widened
 from gigaxt.nn.heads.levels import ContextClassifier, Level, chosen_strides, joined_levels, resize
 from gigaxt.nn.heads.scene import SceneHead, Size
 from gigaxt.scenes import Scene
@@ -94,6 +94,9 @@ class MaskRCNNHead(SceneHead):
         dim: channels of the context.
         map_channels: channels of each feature map, fine to coarse.
         map_strides: px per cell of each, fine to coarse.
+
+    Raises:
+        ConfigError: `strides` are none of the maps', or not powers of two that double.
     """
 
     def __init__(
@@ -156,7 +159,7 @@ class MaskRCNNHead(SceneHead):
         wanted: dict[str, Tensor],
         crops: list[Crop],
     ) -> dict[str, Tensor]:
-        """As `RoIHeads.forward`, which would want a mask of the whole scene for each of its objects."""
+        """As `RoIHeads.forward`, which would need a mask of the size of the scene for each of its objects."""
         heads = self.roi_heads
         boxes, matched, labels, shifts = heads.select_training_samples(proposals, [wanted])
         logits, regressed = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, boxes, sizes)))
@@ -208,7 +211,7 @@ class MaskRCNNHead(SceneHead):
         names = [*map(str, range(len(self.strides))), CONTEXT]
         for name, found, stride in zip(names, maps, self.given_strides, strict=True):
             missing = (0, width // stride - found.shape[2], 0, height // stride - found.shape[1])
-            features[name] = F.pad(at_least_float32(found)[None], missing)
+            features[name] = F.pad(widened(found)[None], missing)
         # Of the pixels only their number is asked.
         return features, ImageList(features["0"].new_empty(1).expand(1, 1, height, width), [size])
 
@@ -367,7 +370,7 @@ def _mostly_in(boxes_xyxy: Tensor, areas_xyxy: Tensor) -> Tensor:
 
 @contextmanager
 def _in_mode(head: MaskRCNNHead, *, training: bool) -> Iterator[None]:
-    """The parts tell by their mode whether a loss or an answer is wanted; nothing else in them depends on it."""
+    """Training or evaluation mode decides whether torchvision's parts return a loss or an answer, and nothing else."""
     parts: list[tuple[nn.Module, bool]] = [(part, part.training) for part in (head.rpn, head.roi_heads)]
     try:
         for part, _ in parts:

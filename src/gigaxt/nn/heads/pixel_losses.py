@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gigaxt.errors import DataError
-from gigaxt.nn.heads.base import at_least_float32, check_class_indices
+from gigaxt.nn.heads.base import check_class_indices, widened
 from gigaxt.nn.heads.segment_config import SegmentConfig
 
 Sums = tuple[Tensor, ...]
@@ -101,7 +101,7 @@ class PixelLoss(ABC):
             )
         if target.device.type == "cpu":
             self.check(target, valid)
-        return at_least_float32(answers)
+        return widened(answers)
 
     def _focal(self, log_p: Tensor) -> Tensor:
         """-(1 - p)^gamma log p, of the log-probabilities of what is true."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigaxt.errors import ConfigError, DataError
-from gigaxt.nn.heads.base import BaseHeadConfig, at_least_float32, weights_tensor
+from gigaxt.nn.heads.base import BaseHeadConfig, weights_tensor, widened
 from gigaxt.nn.heads.dense import Answers, DenseHead
 from gigaxt.nn.heads.levels import ContextClassifier, Level, PixelNorm
 from gigaxt.targets.points import IGNORED, NOTHING, UNKNOWN, PointLattice, PointTarget, as_points
@@ -134,6 +134,9 @@ class PointsHead(DenseHead):
         dim: channels of the context.
         map_channels: channels of each feature map, fine to coarse.
         map_strides: px per cell of each, fine to coarse.
+
+    Raises:
+        ConfigError: there are no maps, or `stride` divides none of their strides.
     """
 
     linear = True
@@ -228,7 +231,7 @@ class PointsHead(DenseHead):
                 f"target: expected points drawn on {tuple(answers.shape[2:])} cells, got {tuple(heat.shape)} and a "
                 f"validity of {tuple(valid.shape)}"
             )
-        logits = at_least_float32(answers)
+        logits = widened(answers)
         found = here & (classes != NOTHING) & (classes != IGNORED)
         empty = here & (classes == NOTHING)
         z = logits[:, 0]

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gigaxt.amounts import GIB
 from gigaxt.errors import DataError
 from gigaxt.machine import device_memory_gib
 from gigaxt.nn.heads.dense import MapsHead
-from gigaxt.rows import GIB
 from gigaxt.scenes import Scene
 from gigaxt.targets.base import SceneTarget
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gigaxt.errors import ConfigError
-from gigaxt.nn.heads.base import at_least_float32
+from gigaxt.nn.heads.base import widened
 from gigaxt.nn.heads.dense import Answers, DenseHead
 from gigaxt.nn.heads.levels import ContextClassifier, Level, resize
 from gigaxt.nn.heads.pixel_losses import pixel_loss
@@ -29,6 +29,9 @@ class SegmentHead(DenseHead):
         dim: channels of the context.
         map_channels: channels of each feature map, fine to coarse.
         map_strides: px per cell of each, fine to coarse.
+
+    Raises:
+        ConfigError: there are no maps.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class SegmentHead(DenseHead):
         mean, std = self.config.target_mean, self.config.target_std
         if mean is None or std is None:
             return y
-        y = at_least_float32(y)  # half precision would cut large numbers off
+        y = widened(y)  # half precision would cut large numbers off
         return y * y.new_tensor(std)[:, None, None] + y.new_tensor(mean)[:, None, None]
 
     def shapes(self, region_px: int) -> list[tuple[int, int, int]]:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from gigaxt.metrics.masks import area_and_box, decode_runs, to_rle
+from gigaxt.shapes.coco_masks import area_and_box, decode_runs, to_rle
 
 H, W = 20, 30
 
