@@ -77,6 +77,27 @@ def test_pages_that_are_not_read_are_told(tmp_path: Path) -> None:
     assert pages() == ""
 
 
+def test_folder_that_may_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is told as any other path that is no image, and the next one is described."""
+    tifffile.imwrite(tmp_path / "x.tif", np.zeros((100, 90), np.uint8))
+    (tmp_path / "closed").mkdir()
+
+    is_file = Path.is_file
+
+    def denied(path: Path) -> bool:
+        if "closed" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    assert main(["info", str(tmp_path / "closed"), str(tmp_path / "x.tif")]) == 2
+    told = capsys.readouterr()
+    assert "closed: cannot be opened: Permission denied" in told.err
+    assert "90 x 100 px" in told.out
+
+
 def test_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = segmenter(
         bands=2, head={"class_names": ["sea", "land", "ice", "town"]}, mean=[1, 2], std=[3, 4], gsd_m=10, overview=[8]

@@ -272,3 +272,18 @@ def test_file_that_shrinks_after_opening(tmp_path: Path) -> None:
             file.truncate(len(data) // 3)
         with pytest.raises(ImageError, match="it is truncated"):
             image.read(0, 0, 90, 70)
+
+
+def test_paths_that_cannot_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that no file can have; a folder that may not be read, which to root would be like any other."""
+    with pytest.raises(ImageError, match="cannot be opened: File name too long"):
+        open_image(tmp_path / ("x" * 300 + ".tif"))
+    with pytest.raises(ImageError, match="cannot be opened: embedded null byte"):
+        open_image("a\0b.tif")
+
+    def denied(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    with pytest.raises(ImageError, match=f"{tmp_path}: cannot be opened: Permission denied"):
+        open_image(tmp_path)

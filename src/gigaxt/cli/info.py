@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from gigaxt.cli.flags import parse
-from gigaxt.errors import ConfigError, GigaxtError
+from gigaxt.errors import ConfigError, GigaxtError, ImageError
 
 if TYPE_CHECKING:
     from gigaxt.image import Image
@@ -68,7 +68,11 @@ def describe(path: Path, region: int) -> dict[str, str]:
     Raises:
         ImageError: no image that can be read. CheckpointError: a model folder that is damaged.
     """
-    if (path / "config.json").is_file() or (path / "config.yaml").is_file():
+    try:
+        is_model = any((path / name).is_file() for name in ("config.json", "config.yaml"))
+    except OSError as error:  # a folder that may not be read
+        raise ImageError(path, f"cannot be opened: {error.strerror or error}") from error
+    if is_model:
         from gigaxt.cli.eval import find_model
         from gigaxt.pretrained import load
 

@@ -26,6 +26,8 @@ class Descriptor:
             self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
             raise ImageError(path, f"cannot be opened: {error.strerror or error}") from error
+        except ValueError as error:  # a zero byte in the name
+            raise ImageError(path, f"cannot be opened: {error}") from error
         self.size = os.fstat(self.number).st_size
 
     def __del__(self) -> None:

@@ -80,9 +80,12 @@ def _open(source: Any, nodata: float | None, max_pixels: int, max_tile_bytes: in
     if not isinstance(source, str | Path):
         raise ImageError(type(source).__name__, "expected a path, an array, a tensor or an Image")
     path = Path(source)
-    if path.is_dir():
-        return _open_folder(path, max_pixels, max_tile_bytes)
-    return _open_file(path, max_pixels, max_tile_bytes, rgb, cached)
+    try:
+        if path.is_dir():
+            return _open_folder(path, max_pixels, max_tile_bytes)
+        return _open_file(path, max_pixels, max_tile_bytes, rgb, cached)
+    except OSError as error:  # such as a folder that may not be read
+        raise ImageError(path, f"cannot be opened: {error.strerror or error}") from error
 
 
 def _open_folder(path: Path, max_pixels: int, max_tile_bytes: int) -> Image:
