@@ -510,6 +510,15 @@ def test_outputs_that_do_not_fit_together_are_refused(output: Any, reduce: Any, 
         stream(Unlike(3, 2), lambda count: torch.ones(count, 3), [1, 4], reduce=reduce)
 
 
+def test_outputs_that_are_no_tensors_are_refused() -> None:
+    class Named(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return {"out": super().forward(x)}
+
+    with pytest.raises(ConfigError, match="returned dict"):
+        stream(Named(3, 2), lambda c: torch.ones(2, 3), [0, 1])
+
+
 def test_loaded_rows_are_counted() -> None:
     class Chunk:
         region_ids = (0,)

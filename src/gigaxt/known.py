@@ -60,7 +60,7 @@ class Unchanged:
 
     def __init__(self, *modules: nn.Module) -> None:
         children = [child for module in modules for child in module.modules()]
-        self._modes = [(child, child.training) for child in children]
+        self._modes = [(child, _mode(child)) for child in children]
         # As items: those of a TorchScript module lie in no dictionary.
         self._own = [(own, dict(own.items())) for child in children for own in (child._modules, child._buffers)]
         buffers = {id(b): b for child in children for b in child._buffers.values() if b is not None}
@@ -72,7 +72,7 @@ class Unchanged:
         Raises:
             RuntimeError: parts, modes or buffers have changed.
         """
-        changed = {"training" for child, training in self._modes if child.training is not training}
+        changed = {name for child, mode in self._modes for name, value in _mode(child).items() if mode[name] != value}
         for own, before in self._own:
             now = dict(own.items())
             changed |= {name for name, value in before.items() if now.get(name) is not value}
@@ -81,6 +81,12 @@ class Unchanged:
                 f"the module was changed between the forward and the backward pass, which runs it again "
                 f"({', '.join(sorted(changed)) or 'a buffer, in place'}): call backward() first"
             )
+
+
+def _mode(module: nn.Module) -> dict[str, object]:
+    """Whether it is in training, and the rate of dropout or stochastic depth, if it has one."""
+    rates = {name: vars(module).get(name) for name in ("p", "drop_prob")}
+    return {"training": module.training} | {name: r if isinstance(r, float) else None for name, r in rates.items()}
 
 
 def known_of(module: nn.Module, autocast: Autocast) -> Known:

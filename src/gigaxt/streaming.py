@@ -343,7 +343,12 @@ class _Job:
 
     def _as_tuple(self, outputs: Any) -> tuple[Tensor, ...]:
         self.single = isinstance(outputs, Tensor)
-        return (outputs,) if self.single else tuple(outputs)
+        found = (outputs,) if self.single else outputs
+        if not isinstance(found, tuple | list) or not all(isinstance(t, Tensor) for t in found):
+            raise ConfigError(
+                f"stream: the module returned {type(outputs).__name__}, expected a tensor or a tuple of them"
+            )
+        return tuple(found)
 
 
 def _saved_per_row(rows: Rows, run: _Run) -> tuple[int, int]:
