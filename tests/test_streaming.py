@@ -453,6 +453,12 @@ def test_a_generator_of_cuda_is_asked_as_well(monkeypatch: pytest.MonkeyPatch) -
     stream(module, lambda c: torch.ones(2, 3), [0, 1])
 
 
+def test_another_thread_may_draw_at_any_time() -> None:
+    draws = iter([random.random])  # during the first run only
+    module = Jittered(lambda: next(draws, lambda: 0)() and 1)
+    stream(module, lambda c: torch.ones(2, 3), [0, 1])
+
+
 def test_refuses_pixels_that_require_grad() -> None:
     frozen, known = nn.Linear(3, 2).requires_grad_(False), nn.Linear(3, 2)
     stream(known, lambda c: torch.ones(2, 3), [0])

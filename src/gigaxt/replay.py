@@ -140,12 +140,19 @@ class Aliases:
                 "the module changes what it is given in place, so a second run would find it changed: "
                 "let its first operation make a copy"
             )
-        if _random_states() != random_states:
+        if _random_states() != random_states and self._draws(own, args):
             raise ConfigError(
                 "the module draws from the global random state, so a second run would differ: "
                 "replace its random layers with gigaxt.key_dropout(module)"
             )
         return result
+
+    def _draws(self, own: Sequence[tuple[dict[str, Any], str, Tensor]], args: Any) -> bool:
+        """Whether a second run moves the random states as well: in the first it may have been another thread."""
+        before = _random_states()
+        with torch.no_grad(), _swapped(own):
+            self.module(*_without_leaves(args))
+        return _random_states() != before
 
     @property
     def _slots_now(self) -> list[tuple[dict[str, Any], str, Tensor]]:
