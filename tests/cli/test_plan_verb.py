@@ -11,6 +11,7 @@ import tifffile
 import torch
 
 from gigaxt.cli import main
+from gigaxt.cli.plan import short_time
 from gigaxt.rows import Streaming
 from gigaxt.training import config_edit, plan
 from gigaxt.training.device import has_bfloat16
@@ -162,7 +163,7 @@ def test_bfloat16_is_recommended_where_it_was_faster(
     rehearsed(monkeypatch, replace(FOUND, bf16_s=bf16_s))
     assert main(["plan", str(config)]) == 0
     out = capsys.readouterr().out
-    line = "\n- train.amp: bf16 takes 50% of the region encoder's time here: 10 instead of 20 ms a region\n"
+    line = "\n- train.amp: bf16 takes 50% of the region encoder's time here: 10 ms instead of 20 ms a region\n"
     assert (line in out) == ("bf16" in out) == told
 
 
@@ -188,6 +189,11 @@ def test_a_config_that_cannot_be_written_is_told_first(
     assert main(["plan", str(config), "--fit"]) == 2
     assert "run.yaml: expected a file in a folder that can be written, for --fit" in capsys.readouterr().err
     assert not seen
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.0358, "35.8 ms"), (0.9994, "999 ms"), (1.15, "1.15 s")])
+def test_times_of_a_region(seconds: float, text: str) -> None:
+    assert short_time(seconds) == text
 
 
 def test_a_link_to_a_config_stays_one(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,7 @@ def table(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
         ("disk", f"{found.disk_gib:.2f} GiB, {free_disk:.1f} free"),
         (
             "time of that part" if whole else "time of that step",
-            f"{clock_text(plan.computing_s)}, {1e3 * plan.computing_s / found.regions:.3g} ms a region{whole}",
+            f"{clock_text(plan.computing_s)}, {short_time(plan.computing_s / found.regions)} a region{whole}",
         ),
         (
             "time of an epoch",
@@ -129,6 +129,11 @@ def table(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
     ]
     wide = max(len(name) for name, _ in rows)
     return [head, *(f"  {name:<{wide}}  {value}" for name, value in rows), *advice(plan, config, free_disk)]
+
+
+def short_time(seconds: float) -> str:
+    """Such as "35.8 ms" and "1.15 s"."""
+    return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
 def and_more(names: Sequence[str]) -> str:
@@ -163,7 +168,7 @@ def reading_row(plan: Plan) -> list[tuple[str, str]]:
     share = f"{plan.reading_s / plan.computing_s:.0%} of that step"
     limit = f"the limit: {share}" if plan.reads_too_slowly else f"behind the computation, {share}"
     speed = f" ({found.cold_bytes / found.cold_read_s / 1e6:.3g} MB/s)" if found.cold_bytes else ""
-    rows = [f"{1e3 * found.cold_read_s:.3g} ms a region cold{speed}, {1e3 * found.read_s:.3g} ms again; {limit}"]
+    rows = [f"{short_time(found.cold_read_s)} a region cold{speed}, {short_time(found.read_s)} again; {limit}"]
     if found.still_cached:
         rows.append(f"not cold: the system would not forget {and_more(found.still_cached)}; a first read may be slower")
     return [("reading" if i == 0 else "", row) for i, row in enumerate(rows)]
@@ -220,7 +225,7 @@ def advice(plan: Plan, config: RunConfig, free_disk: float) -> list[str]:
     if 0.0 < found.bf16_s < WORTH_BFLOAT16 * (least := min(found.chunk_s.values())):
         lines.append(
             f"- train.amp: bf16 takes {found.bf16_s / least:.0%} of the region encoder's time here: "
-            f"{1e3 * found.bf16_s:.3g} instead of {1e3 * least:.3g} ms a region"
+            f"{short_time(found.bf16_s)} instead of {short_time(least)} a region"
         )
     if plan.reads_too_slowly:
         lines += ["- reading is the limit", *slow_reading(plan, config)]
