@@ -31,6 +31,7 @@ from report import publish
 from rich.console import Console
 
 import gigaxt
+from gigaxt.allocator import keep_freed_memory
 from gigaxt.image.cache import FETCHED, SEGMENTS
 from gigaxt.image.convert import convert_image
 from gigaxt.training import run_config, train
@@ -103,7 +104,9 @@ def step_ms(csv: Path, device: str, out: Path, ahead: bool) -> float:
 
 def floor_ms(side: int, device: str) -> float:
     """The same step on pixels in memory, after the first."""
-    model = gigaxt.build_model(config_of(Path("none.csv"), device).model).to(device).train()
+    config = config_of(Path("none.csv"), device)
+    model = gigaxt.build_model(config.model).to(device).train()
+    model.streaming = config.train.streaming
     optimizer = torch.optim.AdamW(model.parameters())
     images = [gigaxt.open_image(np.random.default_rng(i).integers(0, 255, (side, side, 3), np.uint8)) for i in range(4)]
     times = []
@@ -126,6 +129,7 @@ def main() -> None:
     parser.add_argument("--mb-s", type=float, default=100.0)
     parser.add_argument("--keep", action="store_true", help="write the result file")
     options = parser.parse_args()
+    keep_freed_memory()  # as the command line does
     rows: list[dict[str, Any]] = []
     storages: dict[str, Callable[[Path], Any]] = {
         "local": lambda _: nullcontext(),

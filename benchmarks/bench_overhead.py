@@ -45,7 +45,7 @@ from torch import Tensor
 import gigaxt
 from gigaxt.allocator import keep_freed_memory
 from gigaxt.nn.stages import LossSums
-from gigaxt.scenes import SceneBatch
+from gigaxt.scenes.batch import SceneBatch
 from gigaxt.targets.base import target_for
 
 REGION = 256

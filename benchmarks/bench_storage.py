@@ -40,9 +40,9 @@ import gigaxt
 from gigaxt.image.base import Image
 from gigaxt.image.cache import FETCHED, SEGMENTS
 from gigaxt.image.file_cache import BLOCKS, files_cached
-from gigaxt.inputs import InputConfig
-from gigaxt.prefetch import read_ahead
-from gigaxt.scenes import SceneBatch
+from gigaxt.scenes.batch import SceneBatch
+from gigaxt.scenes.inputs import InputConfig
+from gigaxt.streaming.prefetch import read_ahead
 
 CHUNK = 8
 MODES = ("one read a tile", "neighbours of a region", "neighbours of a chunk")

@@ -19,7 +19,7 @@ from report import publish
 
 from gigaxt.nn import swin_attention
 from gigaxt.nn.region_encoder import RegionEncoder, RegionEncoderConfig
-from gigaxt.replay import counted_saves
+from gigaxt.streaming.replay import counted_saves
 
 
 def step(encoder: RegionEncoder, pixels: torch.Tensor, amp: str) -> None:

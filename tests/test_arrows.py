@@ -11,22 +11,19 @@ import pytest
 import gigaxt
 
 ROOT = Path(gigaxt.__file__).parent
-HEART = "streaming nested recurrence replay known rows turns prefetch cuda_graphs host_copies"
 LAYERS = (
     "cli",
     "training",
     "inference testing",
     "tasks datasets found pretrained pixel_answers",
     "nn xt_release",
-    "targets scenes cases inputs kept token_cache",
-    f"shapes regions region_pixels foreground augment randaugment metrics draw csv_cells machine {HEART}",
+    "targets scenes token_cache",
+    "shapes regions augment randaugment metrics draw csv_cells machine streaming",
     "image",
-    "allocator amounts config errors replaced_file untraced",
+    "allocator amounts config errors replaced_file",
 )
 """From the top: a package or module imports what stands below it, or in its own line."""
 EXCEPTIONS = {
-    ("rows", "nn.keyed"): "keyed dropout is part of how a stream is run again; it has no other place yet",
-    ("streaming", "nn.keyed"): "likewise",
     ("targets.masks", "nn.heads.segment_config"): "a mask is drawn as its head's settings say",
     ("nn.xt", "pretrained"): "`model.save`, when it is called",
     ("xt_release.scores", "datasets.inaturalist"): "the published predictions are those of iNaturalist",

@@ -16,8 +16,8 @@ import tifffile
 import torch
 
 import gigaxt
-from gigaxt import known
 from gigaxt.nn.context import ContextConfig, build_context
+from gigaxt.streaming import known
 from gigaxt.training import run_config, train
 from tiny_models import classifier, segmenter, tiny_model
 

@@ -9,15 +9,15 @@ if TYPE_CHECKING:
     from gigaxt.errors import CheckpointError, ConfigError, DataError, GigaxtError, ImageError, TrainingError
     from gigaxt.image import Image, cache_files, open_bands, open_image
     from gigaxt.inference import predict
-    from gigaxt.nested import stream_nested
     from gigaxt.nn.batchnorm import freeze_batchnorm
     from gigaxt.nn.context import register_context
-    from gigaxt.nn.keyed import key_dropout
     from gigaxt.nn.xt import GigaXT, ModelConfig, build_model
     from gigaxt.pretrained import load
-    from gigaxt.recurrence import scan
     from gigaxt.regions import RegionGrid
-    from gigaxt.streaming import Streaming, stream
+    from gigaxt.streaming.keyed import key_dropout
+    from gigaxt.streaming.nested import stream_nested
+    from gigaxt.streaming.recurrence import scan
+    from gigaxt.streaming.single import Streaming, stream
     from gigaxt.xt_release.importer import from_xt_release
 
 # Where each public name lives. Imported at first use: `gigaxt --help` must not wait for torch.
@@ -32,15 +32,15 @@ _HOMES = {
     ),
     "gigaxt.image": ("Image", "cache_files", "open_bands", "open_image"),
     "gigaxt.inference": ("predict",),
-    "gigaxt.nested": ("stream_nested",),
+    "gigaxt.streaming.nested": ("stream_nested",),
     "gigaxt.nn.batchnorm": ("freeze_batchnorm",),
     "gigaxt.nn.context": ("register_context",),
-    "gigaxt.nn.keyed": ("key_dropout",),
+    "gigaxt.streaming.keyed": ("key_dropout",),
     "gigaxt.nn.xt": ("GigaXT", "ModelConfig", "build_model"),
     "gigaxt.pretrained": ("load",),
-    "gigaxt.recurrence": ("scan",),
+    "gigaxt.streaming.recurrence": ("scan",),
     "gigaxt.regions": ("RegionGrid",),
-    "gigaxt.streaming": ("Streaming", "stream"),
+    "gigaxt.streaming.single": ("Streaming", "stream"),
     "gigaxt.xt_release.importer": ("from_xt_release",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

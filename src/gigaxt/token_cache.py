@@ -28,7 +28,7 @@ from gigaxt.config import to_dict
 from gigaxt.errors import CheckpointError
 from gigaxt.image.base import Image
 from gigaxt.image.files import file_identity
-from gigaxt.scenes import SceneBatch
+from gigaxt.scenes.batch import SceneBatch
 
 if TYPE_CHECKING:
     from gigaxt.nn.stages import RegionTokens

@@ -12,7 +12,7 @@ import torch
 
 from gigaxt.cli import main
 from gigaxt.cli.plan import short_time
-from gigaxt.rows import Streaming
+from gigaxt.streaming.rows import Streaming
 from gigaxt.training import config_edit, plan
 from gigaxt.training.device import has_bfloat16
 from gigaxt.training.rehearsal import Found, job_of, rehearse

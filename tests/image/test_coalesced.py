@@ -18,8 +18,8 @@ from gigaxt.image.cache import FETCHED, SEGMENTS
 from gigaxt.image.ranges import runs, span
 from gigaxt.image.tiff_pieces import MOST_AHEAD
 from gigaxt.image.views import Cropped, resample
-from gigaxt.inputs import InputConfig
-from gigaxt.scenes import SceneBatch
+from gigaxt.scenes.batch import SceneBatch
+from gigaxt.scenes.inputs import InputConfig
 
 TILE, H, W = 32, 200, 330
 PIXELS = np.random.default_rng(0).integers(0, 255, (H, W, 3), dtype=np.uint8)

@@ -12,7 +12,7 @@ from gigaxt.errors import ImageError
 from gigaxt.image import open_image
 from gigaxt.image.base import Mask
 from gigaxt.image.memory import ArrayImage
-from gigaxt.region_pixels import read_regions
+from gigaxt.scenes.region_pixels import read_regions
 
 
 def test_arrays() -> None:

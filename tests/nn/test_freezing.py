@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gigaxt import ConfigError, GigaXT, ModelConfig, build_model
 from gigaxt.nn.freezing import Learning, freeze
-from gigaxt.streaming import Streaming
+from gigaxt.streaming.single import Streaming
 
 VIT = {"name": "vit_tiny_patch16_224", "options": {"embed_dim": 24, "depth": 4, "num_heads": 2}}
 

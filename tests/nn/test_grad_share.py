@@ -13,7 +13,7 @@ from test_xt import make, scenes
 from torch import Tensor
 
 from gigaxt import GigaXT, open_image
-from gigaxt.streaming import Streaming
+from gigaxt.streaming.single import Streaming
 
 
 def gradients(model: GigaXT, images: Any, seed: int = 0) -> dict[str, Tensor]:

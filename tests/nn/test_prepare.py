@@ -11,8 +11,8 @@ import torch
 from gigaxt.errors import DataError
 from gigaxt.image import Image, open_image
 from gigaxt.nn.xt import GigaXT, ModelConfig, build_model
-from gigaxt.scenes import Chunk, SceneBatch
-from gigaxt.streaming import Streaming
+from gigaxt.scenes.batch import Chunk, SceneBatch
+from gigaxt.streaming.single import Streaming
 from gigaxt.targets.base import WindowTarget, target_for
 
 HEADS: dict[str, dict[str, Any]] = {

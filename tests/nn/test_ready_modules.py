@@ -19,8 +19,8 @@ from gigaxt import CheckpointError, ConfigError, GigaXT, ModelConfig, build_mode
 from gigaxt.image.memory import ArrayImage
 from gigaxt.nn.context import ContextConfig, Full
 from gigaxt.nn.heads.dense import Answers, DenseHead
-from gigaxt.nn.keyed import KeyedDropout
-from gigaxt.streaming import Streaming
+from gigaxt.streaming.keyed import KeyedDropout
+from gigaxt.streaming.single import Streaming
 from gigaxt.targets.base import MaskTarget, as_mask
 
 DIM, CLASSES = 16, 3

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gigaxt import GigaXT, Image, Streaming, open_image, predict
-from gigaxt.prefetch import READERS, read_ahead
+from gigaxt.streaming.prefetch import READERS, read_ahead
 from gigaxt.targets.base import WindowTarget, as_mask
 from tiny_models import segmenter, tiny_model
 
@@ -103,7 +103,7 @@ def test_chunks_are_read_by_as_many_threads_as_asked_for(
         return read_ahead(load, chunks, device, readers, known)
 
     model = segmenter()
-    monkeypatch.setattr("gigaxt.rows.read_ahead", read)
+    monkeypatch.setattr("gigaxt.streaming.rows.read_ahead", read)
     model.streaming = Streaming(chunk_regions=3, readers=5)
     work(model, tmp_path)
     assert len(asked) > 1

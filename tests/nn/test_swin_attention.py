@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gigaxt import GigaXT, ModelConfig, Streaming, build_model
 from gigaxt.nn import swin_attention
 from gigaxt.nn.swin_attention import FusedWindowAttention, fuse_window_attention
-from gigaxt.replay import counted_saves
+from gigaxt.streaming.replay import counted_saves
 
 
 @pytest.fixture(params=["heads", "windows", "kernel"])

@@ -16,7 +16,7 @@ from gigaxt.errors import ConfigError, DataError
 from gigaxt.image import Image, open_image
 from gigaxt.image.memory import ArrayImage
 from gigaxt.nn.xt import GigaXT, ModelConfig, build_model
-from gigaxt.streaming import Streaming
+from gigaxt.streaming.single import Streaming
 
 ENCODERS = {
     "swin": {

@@ -13,7 +13,7 @@ from gigaxt.errors import DataError
 from gigaxt.image import Image, open_image
 from gigaxt.image.memory import ArrayImage
 from gigaxt.nn.xt import GigaXT, ModelConfig, build_model
-from gigaxt.streaming import Streaming
+from gigaxt.streaming.single import Streaming
 
 
 def make(pooling: str = "attention", head: dict[str, Any] | None = None, **given: Any) -> GigaXT:

@@ -14,9 +14,9 @@ import pytest
 from gigaxt import DataError
 from gigaxt.datasets.geo_boxes import read_geojson_boxes
 from gigaxt.datasets.points import Spec, read_points
-from gigaxt.foreground import Foreground
 from gigaxt.image.memory import ArrayImage
 from gigaxt.nn.heads import PointsConfig
+from gigaxt.scenes.foreground import Foreground
 from gigaxt.shapes.projection import geojson_to_px, to_px
 from gigaxt.targets.vectors import in_pixels, read_features
 

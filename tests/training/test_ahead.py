@@ -16,7 +16,7 @@ from gigaxt.datasets.row import Row
 from gigaxt.errors import ImageError
 from gigaxt.nn.heads import SegmentConfig
 from gigaxt.nn.xt import GigaXT, build_model
-from gigaxt.scenes import SceneBatch
+from gigaxt.scenes.batch import SceneBatch
 from gigaxt.tasks.segmentation import Segmentation
 from gigaxt.training import RunConfig, run_config, train
 from gigaxt.training.ahead import Ahead

@@ -8,7 +8,7 @@ import torch
 from gigaxt.errors import ConfigError
 from gigaxt.machine import host_memory_gib
 from gigaxt.nn.context import ContextConfig
-from gigaxt.rows import Streaming
+from gigaxt.streaming.rows import Streaming
 from gigaxt.training import device as device_module
 from gigaxt.training.device import check_budgets, chunk_advice, pick_device, precision_advice
 

@@ -11,7 +11,7 @@ import torch
 from tiny_run import TinyModel, tiny_config
 
 from gigaxt.errors import DataError
-from gigaxt.inputs import InputConfig
+from gigaxt.scenes.inputs import InputConfig
 from gigaxt.training import RunConfig, run_config
 from gigaxt.training.data import Samples
 from gigaxt.training.heaviest import (

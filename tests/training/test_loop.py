@@ -272,7 +272,7 @@ def test_chunks_that_a_stream_has_halved_stay_halved_and_are_told_once(
 
     def forward(self: TinyModel, *args: Any, **kwargs: Any) -> Any:
         if len(self.seeds) >= 2 and self.streaming.chunk_regions > 2:
-            self.streaming.most_regions = 2  # as `gigaxt.rows.Reader` notes it
+            self.streaming.most_regions = 2  # as `gigaxt.streaming.rows.Reader` notes it
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(TinyModel, "forward", forward)

@@ -16,7 +16,7 @@ from tiny_run import TinyModel, tiny_config
 
 from gigaxt.errors import CheckpointError, ConfigError, ImageError
 from gigaxt.machine import host_memory_gib
-from gigaxt.rows import Streaming
+from gigaxt.streaming.rows import Streaming
 from gigaxt.training import RunConfig, checkpoint, plan, rehearsal, run_config
 from gigaxt.training.config_edit import write_streaming
 from gigaxt.training.device import check_budgets, pick_device

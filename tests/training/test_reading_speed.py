@@ -15,11 +15,11 @@ import torch
 import gigaxt
 from gigaxt.image.cache import FETCHED, SEGMENTS
 from gigaxt.image.file_cache import BLOCKS, file_cache, files_uncached
-from gigaxt.inputs import InputConfig
 from gigaxt.machine import drop_from_cache, read_bytes
-from gigaxt.prefetch import read_ahead
-from gigaxt.rows import Reader, Streaming
-from gigaxt.scenes import SceneBatch
+from gigaxt.scenes.batch import SceneBatch
+from gigaxt.scenes.inputs import InputConfig
+from gigaxt.streaming.prefetch import read_ahead
+from gigaxt.streaming.rows import Reader, Streaming
 from gigaxt.training.reading_speed import time_reading
 
 

@@ -15,8 +15,8 @@ from gigaxt import ConfigError, DataError, Streaming, open_image
 from gigaxt.augment import dihedral
 from gigaxt.image.memory import ArrayImage
 from gigaxt.image.views import Cropped
-from gigaxt.inputs import InputConfig
-from gigaxt.nn.keyed import dropout_key
+from gigaxt.scenes.inputs import InputConfig
+from gigaxt.streaming.keyed import dropout_key
 from gigaxt.targets.base import MaskTarget, WindowTarget
 from gigaxt.targets.points import PointTarget
 from gigaxt.training.ahead import Opened
@@ -260,7 +260,7 @@ def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str
 
 def test_foreground_is_found_in_the_whole_image(tmp_path: Path) -> None:
     """A window has the regions that lie on the polygons of the whole scene; windows beside them are not drawn."""
-    from gigaxt.kept import kept_regions
+    from gigaxt.scenes.kept import kept_regions
 
     polygons = tmp_path / "tissue.geojson"
     polygons.write_text(

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gigaxt.rows import Streaming
+from gigaxt.streaming.rows import Streaming
 from gigaxt.training import RunConfig, initial, run_config, train
 
 IMAGES, VAL = 10, 3

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import gigaxt
-from gigaxt.streaming import Streaming
+from gigaxt.streaming.single import Streaming
 from gigaxt.xt_release.config import model_config
 from gigaxt.xt_release.published import PublishedConfig
 from gigaxt.xt_release.weights import load_state, published_names

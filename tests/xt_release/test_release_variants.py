@@ -13,7 +13,7 @@ from torch import Tensor
 
 import gigaxt
 from gigaxt.nn.context import ContextEncoder, build_context
-from gigaxt.streaming import Streaming
+from gigaxt.streaming.single import Streaming
 from gigaxt.xt_release.config import model_config
 from gigaxt.xt_release.context import sine_positions
 from gigaxt.xt_release.published import PublishedConfig

@@ -15,8 +15,8 @@ from gigaxt.errors import ConfigError, GigaxtError, ImageError
 
 if TYPE_CHECKING:
     from gigaxt.image import Image
-    from gigaxt.inputs import InputConfig
     from gigaxt.nn.xt import GigaXT
+    from gigaxt.scenes.inputs import InputConfig
 
 TOKEN_PX = 32
 """Side of what a token covers in the usual backbones, px."""

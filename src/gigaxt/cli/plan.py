@@ -15,7 +15,7 @@ from gigaxt.cli.progress import clock_text
 from gigaxt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gigaxt.rows import Streaming
+    from gigaxt.streaming.rows import Streaming
     from gigaxt.training.config import RunConfig
     from gigaxt.training.plan import Plan
     from gigaxt.training.rehearsal import Found

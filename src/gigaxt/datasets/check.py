@@ -36,7 +36,7 @@ from gigaxt.targets.masks import open_mask
 
 if TYPE_CHECKING:
     from gigaxt.draw import Picture
-    from gigaxt.foreground import Foreground
+    from gigaxt.scenes.foreground import Foreground
 
 __all__ = ["CheckReport", "check_manifest", "write_config"]
 
@@ -263,7 +263,7 @@ def _shown(head: SegmentConfig, facts: MaskFacts) -> SegmentConfig:
 def _foreground(spec: str | None) -> Foreground | None:
     if spec is None:
         return None
-    from gigaxt.foreground import Foreground
+    from gigaxt.scenes.foreground import Foreground
 
     return Foreground.from_spec(spec)
 

@@ -18,7 +18,7 @@ from gigaxt.nn.heads.detect import DetectConfig, DetectHead, at_locations
 from gigaxt.nn.heads.mask_rcnn import MaskRCNNHead
 from gigaxt.nn.region_answers import RegionAnswer
 from gigaxt.nn.xt import GigaXT
-from gigaxt.scenes import Scene
+from gigaxt.scenes.batch import Scene
 
 MOST_OF_REGION = 1000
 """Candidates of one region, those that score best."""

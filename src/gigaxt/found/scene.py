@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gigaxt.found.objects import Objects
 from gigaxt.nn.heads.dense import DenseHead
 from gigaxt.nn.region_answers import RegionAnswer
-from gigaxt.scenes import Scene
+from gigaxt.scenes.batch import Scene
 
 
 class Found(NamedTuple):

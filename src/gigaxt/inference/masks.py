@@ -23,7 +23,7 @@ from gigaxt.inference.scene_pass import ScenePass
 from gigaxt.inference.stitching import Stitcher
 from gigaxt.nn.heads import SegmentConfig
 from gigaxt.pixel_answers import answer_raster, as_probabilities, names_of
-from gigaxt.rows import at_least_float32
+from gigaxt.streaming.rows import at_least_float32
 
 if TYPE_CHECKING:
     from gigaxt.nn.xt import GigaXT

@@ -19,10 +19,10 @@ from gigaxt.nn.kept_maps import KeptMaps
 from gigaxt.nn.ready import check_context_output
 from gigaxt.nn.region_answers import own_tokens
 from gigaxt.nn.stages import Answers
-from gigaxt.prefetch import host_buffer
-from gigaxt.region_pixels import read_regions, stack_masks
-from gigaxt.rows import Reader, Rows
-from gigaxt.scenes import Chunk
+from gigaxt.scenes.batch import Chunk
+from gigaxt.scenes.region_pixels import read_regions, stack_masks
+from gigaxt.streaming.prefetch import host_buffer
+from gigaxt.streaming.rows import Reader, Rows
 
 if TYPE_CHECKING:
     from gigaxt.inference.parts import Parts
@@ -35,7 +35,7 @@ Tick = Callable[[int], None]
 """Called with the number of regions or windows that went through the encoder, or were found done."""
 
 TURNS = {1: (0,), 4: (0, 3, 5, 6), 8: tuple(range(8))}
-"""`dihedral` -> elements k of the dihedral group that are averaged over; see `gigaxt.augment` for their numbers."""
+"""`dihedral` -> elements k of the dihedral group that are averaged over, numbered as in `gigaxt.augment`."""
 
 
 class WindowMaps(NamedTuple):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from gigaxt.nn.layout import in_order
 from gigaxt.nn.stages import Features, RegionTokens, TokensOnly
-from gigaxt.rows import Streaming
-from gigaxt.scenes import SceneBatch
-from gigaxt.streaming import stream
+from gigaxt.scenes.batch import SceneBatch
+from gigaxt.streaming.rows import Streaming
+from gigaxt.streaming.single import stream
 from gigaxt.token_cache import TokenCache
 
 

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from gigaxt.rows import Purse, Streaming
+from gigaxt.streaming.rows import Purse, Streaming
 
 Maps = tuple[Tensor, ...]
 

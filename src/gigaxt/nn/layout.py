@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gigaxt.regions import RegionGrid
-from gigaxt.scenes import SceneBatch
+from gigaxt.scenes.batch import SceneBatch
 
 
 def cases_alike(batch: SceneBatch) -> Iterator[list[int]]:

@@ -14,9 +14,9 @@ from gigaxt.nn.heads.dense import MapsHead
 from gigaxt.nn.kept_maps import KeptMaps
 from gigaxt.nn.layout import cut
 from gigaxt.nn.stages import Answers
-from gigaxt.region_pixels import valid_cells
-from gigaxt.rows import Joined, Reader, Rows
-from gigaxt.scenes import SceneBatch
+from gigaxt.scenes.batch import SceneBatch
+from gigaxt.scenes.region_pixels import valid_cells
+from gigaxt.streaming.rows import Joined, Reader, Rows
 
 if TYPE_CHECKING:
     from gigaxt.nn.xt import GigaXT

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from gigaxt.rows import at_least_float32
+from gigaxt.streaming.rows import at_least_float32
 
 LARGEST_SCALE = 100.0
 """Swin V2 clamps its learnt scale there."""

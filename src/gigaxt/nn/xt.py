@@ -13,11 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gigaxt.cases import Cases, check_list
 from gigaxt.config import from_dict
 from gigaxt.errors import ConfigError, DataError
-from gigaxt.inputs import InputConfig
-from gigaxt.nested import stream_nested
 from gigaxt.nn.all_tokens import all_tokens
 from gigaxt.nn.context import ContextConfig
 from gigaxt.nn.context.base import NoContext
@@ -25,17 +22,20 @@ from gigaxt.nn.heads import ClassifyHead, HeadConfig
 from gigaxt.nn.heads.classify import as_labels
 from gigaxt.nn.heads.dense import DenseHead, MapsHead
 from gigaxt.nn.heads.scene import SceneHead
-from gigaxt.nn.keyed import key_dropout
 from gigaxt.nn.layout import cases_alike, gather, in_order, stitched, token_places, with_halo
 from gigaxt.nn.ready import NONE_READY, Ready, check_context_output, check_logits
 from gigaxt.nn.region_answers import RegionAnswer, region_answers
 from gigaxt.nn.region_encoder import RegionEncoderConfig
 from gigaxt.nn.sections import build_sections
 from gigaxt.nn.stages import Answers, FrozenMaps, LossSums, TokensOnly
-from gigaxt.replay import draw_seed
-from gigaxt.rows import Reduce, at_least_float32
-from gigaxt.scenes import Chunk, SceneBatch
-from gigaxt.streaming import Streaming, stream
+from gigaxt.scenes.batch import Chunk, SceneBatch
+from gigaxt.scenes.cases import Cases, check_list
+from gigaxt.scenes.inputs import InputConfig
+from gigaxt.streaming.keyed import key_dropout
+from gigaxt.streaming.nested import stream_nested
+from gigaxt.streaming.replay import draw_seed
+from gigaxt.streaming.rows import Reduce, at_least_float32
+from gigaxt.streaming.single import Streaming, stream
 from gigaxt.targets.base import SceneTarget, target_for
 from gigaxt.token_cache import TokenCache
 

@@ -15,7 +15,7 @@ from gigaxt.datasets.row import Case, Row
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image.base import Image
 from gigaxt.nn.heads.survival import bin_names
-from gigaxt.rows import at_least_float32
+from gigaxt.streaming.rows import at_least_float32
 from gigaxt.tasks.base import Evaluation, Tally, Task, WorstCase, as_table, worst_first
 from gigaxt.tasks.bootstrap import about_groups, estimate
 from gigaxt.tasks.scoring import ManyLabels, Numbers, OneClass, Scoring, Times

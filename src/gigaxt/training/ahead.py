@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from gigaxt.nn.xt import GigaXT
-from gigaxt.scenes import SceneBatch
+from gigaxt.scenes.batch import SceneBatch
 from gigaxt.training.data import Sample, Skipped
 
 

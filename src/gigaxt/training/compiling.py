@@ -11,9 +11,9 @@ from timm.models.swin_transformer_v2 import WindowAttention
 from torch import Tensor, nn
 
 from gigaxt.errors import ConfigError
-from gigaxt.nn.keyed import dropout_key
 from gigaxt.nn.region_encoder import RegionEncoderConfig
 from gigaxt.nn.xt import GigaXT
+from gigaxt.streaming.keyed import dropout_key
 
 TOLERANCE = 0.01
 """Largest error of a gradient, as a share of its norm: rounding makes 1e-5 of it in float32, a wrong kernel 0.5."""

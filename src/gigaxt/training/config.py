@@ -14,7 +14,7 @@ from gigaxt.config import from_dict, merged, nearest, to_dict
 from gigaxt.datasets.split import Fold, check_fold
 from gigaxt.errors import ConfigError
 from gigaxt.nn.xt import ModelConfig
-from gigaxt.rows import Streaming
+from gigaxt.streaming.rows import Streaming
 
 
 @dataclass(kw_only=True)

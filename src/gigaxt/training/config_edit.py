@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from gigaxt.errors import ConfigError
-from gigaxt.rows import Streaming
+from gigaxt.streaming.rows import Streaming
 
 
 def check_writable(path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from gigaxt.errors import ConfigError
 from gigaxt.machine import device_memory_gib, host_memory_gib
 from gigaxt.nn.context import ContextConfig
-from gigaxt.rows import Streaming
+from gigaxt.streaming.rows import Streaming
 
 FEW_REGIONS = 32
 """Regions of 256 px: on an H200 a chunk of 64 with Swin V2-T takes 17 ms forward, and a thousand launches as long."""

@@ -9,9 +9,9 @@ from typing import cast
 
 from gigaxt.errors import DataError
 from gigaxt.image.open import open_image
-from gigaxt.inputs import to_pixel_size, to_size
 from gigaxt.nn.xt import GigaXT, ModelConfig
 from gigaxt.regions import RegionGrid
+from gigaxt.scenes.inputs import to_pixel_size, to_size
 from gigaxt.targets.base import SceneTarget
 from gigaxt.training.data import Sample, Samples, derive_seed, open_samples
 from gigaxt.training.loop import Run

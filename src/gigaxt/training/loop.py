@@ -22,7 +22,7 @@ from gigaxt.allocator import give_back_freed_memory
 from gigaxt.errors import CheckpointError, DataError, GigaxtError, ImageError, TrainingError
 from gigaxt.image.file_cache import file_cache, files_cached
 from gigaxt.nn.xt import GigaXT, ModelConfig
-from gigaxt.rows import Streaming, free_device_memory
+from gigaxt.streaming.rows import Streaming, free_device_memory
 from gigaxt.tasks import Evaluation, Task
 from gigaxt.token_cache import TokenCache
 from gigaxt.training.ahead import Ahead, Opened

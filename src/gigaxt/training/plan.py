@@ -17,7 +17,7 @@ from gigaxt import errors
 from gigaxt.config import from_dict
 from gigaxt.errors import CheckpointError, TrainingError
 from gigaxt.machine import device_memory_gib, host_memory_gib, resident_gib
-from gigaxt.rows import Streaming
+from gigaxt.streaming.rows import Streaming
 from gigaxt.training.config import RunConfig
 from gigaxt.training.device import check_budgets, pick_device
 from gigaxt.training.rehearsal import Found, job_of

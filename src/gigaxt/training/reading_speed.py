@@ -14,9 +14,9 @@ import torch
 from gigaxt.image.cache import FETCHED, SEGMENTS
 from gigaxt.image.file_cache import BLOCKS, file_cache, files_uncached
 from gigaxt.machine import drop_from_cache, read_bytes
-from gigaxt.prefetch import read_ahead
-from gigaxt.rows import Streaming
-from gigaxt.scenes import Chunk, SceneBatch
+from gigaxt.scenes.batch import Chunk, SceneBatch
+from gigaxt.streaming.prefetch import read_ahead
+from gigaxt.streaming.rows import Streaming
 
 READS, MOST_READ_S = 12, 5.0
 """Chunks that are read to time the disk, and when to stop."""

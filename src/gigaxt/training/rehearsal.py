@@ -29,9 +29,9 @@ from gigaxt.image.file_cache import files_cached
 from gigaxt.image.open import open_image
 from gigaxt.machine import host_memory_gib, peak_resident_gib
 from gigaxt.nn.xt import GigaXT
-from gigaxt.replay import counted_saves
-from gigaxt.rows import Reader, Streaming
-from gigaxt.scenes import SceneBatch
+from gigaxt.scenes.batch import SceneBatch
+from gigaxt.streaming.replay import counted_saves
+from gigaxt.streaming.rows import Reader, Streaming
 from gigaxt.training.checkpoint import KEEP
 from gigaxt.training.config import DataConfig, RunConfig, run_config
 from gigaxt.training.data import Sample, Skipped, derive_seed

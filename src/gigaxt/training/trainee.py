@@ -11,7 +11,7 @@ from torch import nn
 from gigaxt.config import from_dict, to_dict
 from gigaxt.errors import CheckpointError, DataError
 from gigaxt.nn.xt import GigaXT
-from gigaxt.rows import Streaming
+from gigaxt.streaming.rows import Streaming
 from gigaxt.tasks import Task
 from gigaxt.training.checkpoint import (
     check_space,

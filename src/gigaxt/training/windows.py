@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from gigaxt.errors import DataError
 from gigaxt.image.base import Image
 from gigaxt.image.views import Cropped
-from gigaxt.inputs import InputConfig, to_pixel_size
-from gigaxt.kept import kept_regions
 from gigaxt.regions import core_px
+from gigaxt.scenes.inputs import InputConfig, to_pixel_size
+from gigaxt.scenes.kept import kept_regions
 from gigaxt.targets.base import MaskTarget, SceneTarget, WindowTarget
 from gigaxt.training.config import RunConfig
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from gigaxt.config import nearest
 from gigaxt.errors import ConfigError
-from gigaxt.inputs import InputConfig
 from gigaxt.nn.backbone import BackboneSpec, examine
 from gigaxt.nn.context import ContextConfig
 from gigaxt.nn.heads import ClassifyConfig
 from gigaxt.nn.region_encoder import RegionEncoderConfig
 from gigaxt.nn.xt import ModelConfig
+from gigaxt.scenes.inputs import InputConfig
 from gigaxt.xt_release.context import KIND, POOLED_KIND
 from gigaxt.xt_release.published import PublishedConfig
 

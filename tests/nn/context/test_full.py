@@ -11,7 +11,7 @@ from gigaxt.nn.context.full import FullMixer
 from gigaxt.nn.context.layers import Run
 from gigaxt.nn.context.ordering import find_places
 from gigaxt.nn.context.positions import rotary_angles, rotate
-from gigaxt.rows import Purse
+from gigaxt.streaming.rows import Purse
 from gigaxt.testing.live_memory import LiveMemory
 
 

@@ -9,7 +9,7 @@ from gigaxt.errors import ConfigError
 from gigaxt.nn.context.neighbours import Piece, find_pieces
 from gigaxt.nn.context.ordering import find_places
 from gigaxt.nn.context.pieces import map_pieces
-from gigaxt.rows import Purse
+from gigaxt.streaming.rows import Purse
 
 
 class Blend(nn.Module):

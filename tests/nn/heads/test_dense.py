@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from gigaxt import ConfigError, DataError, GigaXT, ModelConfig, build_model, open_image
 from gigaxt.image.memory import ArrayImage
 from gigaxt.nn.heads.dense import Answers, DenseHead
-from gigaxt.scenes import SceneBatch
-from gigaxt.streaming import Streaming
+from gigaxt.scenes.batch import SceneBatch
+from gigaxt.streaming.single import Streaming
 from gigaxt.targets.base import MaskTarget, as_mask
 
 

@@ -375,7 +375,7 @@ def test_streamed_loss_is_that_of_whole_logits(target: str, mix: dict[str, float
     ],
 )
 def test_passes_over_the_region_encoder(streaming: Streaming, mix: dict[str, float], forwards: int) -> None:
-    """The table in `gigaxt.nested`: nothing kept 4F, or 3F where the loss is linear, maps 2F, all 1F; always 1B."""
+    """As `streaming/nested.py` says: nothing kept 4F, or 3F where the loss is linear, maps 2F, all 1F; always 1B."""
     model = model_of(config("single", mix))
     image, truth = scene("single")
     passes = {"forward": 0, "backward": 0}

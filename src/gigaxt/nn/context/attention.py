@@ -13,8 +13,8 @@ from gigaxt.errors import ConfigError
 from gigaxt.nn.context.base import ContextConfig
 from gigaxt.nn.context.layered import LayeredContext
 from gigaxt.nn.context.layers import Norm, Run, largest_divisor, linear
-from gigaxt.replay import counted_saves
-from gigaxt.rows import Purse
+from gigaxt.streaming.replay import counted_saves
+from gigaxt.streaming.rows import Purse
 
 Attend = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
 """q, k, v (batch, h, n, head_dim) of the heads in a slice -> what they find, likewise. A pure function."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gigaxt.config import from_dict, nearest
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.nn.context.ordering import check_places
-from gigaxt.recurrence import State
+from gigaxt.streaming.recurrence import State
 
 ContextState = tuple[State, ...]
 """What a causal context hands on to the next part of a scene; `LayeredContext`: the state of each layer, and where the

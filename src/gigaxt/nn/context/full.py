@@ -11,7 +11,7 @@ from gigaxt.nn.context.layered import Mixer
 from gigaxt.nn.context.layers import Run
 from gigaxt.nn.context.ordering import Places
 from gigaxt.nn.context.positions import rotary_angles, rotate
-from gigaxt.recurrence import State
+from gigaxt.streaming.recurrence import State
 
 
 class Full(AttentionContext):

@@ -19,7 +19,7 @@ from gigaxt.nn.context.layers import Norm, Run, linear, split_heads
 from gigaxt.nn.context.ordering import Places
 from gigaxt.nn.context.positions import rotary_angles, rotate
 from gigaxt.nn.context.summary import SHARPNESS, add_to_softmax, empty_softmax
-from gigaxt.recurrence import State
+from gigaxt.streaming.recurrence import State
 
 CHANNELS = 8
 """Fused attention kernels need head widths that are multiples of this."""

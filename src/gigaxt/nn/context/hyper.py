@@ -17,8 +17,8 @@ from gigaxt.nn.context.layered import Mixer
 from gigaxt.nn.context.layers import Run
 from gigaxt.nn.context.ordering import Places
 from gigaxt.nn.context.positions import rotary_angles, rotate
-from gigaxt.recurrence import State
-from gigaxt.rows import at_least_float32
+from gigaxt.streaming.recurrence import State
+from gigaxt.streaming.rows import at_least_float32
 
 DRAW_STEPS = 2**24
 """Resolution of the draws. They are kept as integers, which `model.to(torch.bfloat16)` does not round."""

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from gigaxt.errors import ConfigError
-from gigaxt.host_copies import HostCopies
 from gigaxt.nn.context.base import ContextConfig, ContextEncoder, ContextState
 from gigaxt.nn.context.layers import Finish, Norm, Run, largest_divisor
 from gigaxt.nn.context.ordering import Places, find_places, follows, last_places
 from gigaxt.nn.context.positions import FourierPositions
 from gigaxt.nn.context.summary import Summary
-from gigaxt.recurrence import State
-from gigaxt.rows import Purse
+from gigaxt.streaming.host_copies import HostCopies
+from gigaxt.streaming.recurrence import State
+from gigaxt.streaming.rows import Purse
 
 
 class Mixer(nn.Module, ABC):
@@ -32,7 +32,7 @@ class Mixer(nn.Module, ABC):
             x: (batch, n, dim) in scan order, masked tokens last.
             global_tokens: (batch, g, dim) as the last layer left them, of kinds that have them; else None.
             places: coordinates and validity of the sorted tokens.
-            run: runs a module over segments; see `gigaxt.recurrence.scan`.
+            run: runs a module over segments; see `gigaxt.streaming.recurrence.scan`.
             state: of a causal mixer, after the tokens ahead of these.
 
         Returns:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gigaxt.host_copies import HostCopies
-from gigaxt.recurrence import State, scan
-from gigaxt.rows import Purse, at_least_float32
+from gigaxt.streaming.host_copies import HostCopies
+from gigaxt.streaming.recurrence import State, scan
+from gigaxt.streaming.rows import Purse, at_least_float32
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Run:
         halo: tuple[int, int] = (0, 0),
         multiple: int = 1,
     ) -> tuple[Tensor | None, State]:
-        """See `gigaxt.recurrence.scan`. Segments begin at multiples of `multiple` tokens in the order of processing."""
+        """See `gigaxt.streaming.scan`. Segments begin at multiples of `multiple` tokens in the order of processing."""
         if not self.recompute:
             segment = self.tokens
         else:

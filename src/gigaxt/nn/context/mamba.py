@@ -16,7 +16,7 @@ from gigaxt.nn.context.layered import LayeredContext, Mixer
 from gigaxt.nn.context.layers import Norm, linear
 from gigaxt.nn.context.selective_scan import selective_scan
 from gigaxt.nn.context.state_space import CausalConvolution, Direction, Directions, initial_rates, inverse_softplus
-from gigaxt.recurrence import State
+from gigaxt.streaming.recurrence import State
 
 
 @dataclass(kw_only=True)

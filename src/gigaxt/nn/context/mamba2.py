@@ -14,7 +14,7 @@ from gigaxt.nn.context.base import ContextConfig, check_least
 from gigaxt.nn.context.layered import LayeredContext, Mixer
 from gigaxt.nn.context.layers import Norm, largest_divisor, linear
 from gigaxt.nn.context.state_space import CausalConvolution, Direction, Directions, initial_rates, inverse_softplus
-from gigaxt.recurrence import State
+from gigaxt.streaming.recurrence import State
 
 CPU_BLOCK, DEVICE_BLOCK = 64, 128
 """Chunks that hand their states to each other by one matrix product, which is quadratic in their number; on a device

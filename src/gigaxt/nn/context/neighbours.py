@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gigaxt.nn.context.ordering import Places
 from gigaxt.regions import hilbert_key
-from gigaxt.untraced import untraced
+from gigaxt.streaming.untraced import untraced
 
 Ints = NDArray[np.int64]
 MOST_KEYS = 16

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gigaxt.errors import DataError
 from gigaxt.regions import Order, hilbert_key, scan_order
-from gigaxt.untraced import untraced
+from gigaxt.streaming.untraced import untraced
 
 Ints = NDArray[np.int64]
 FARTHEST = 2**24

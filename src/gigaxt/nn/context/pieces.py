@@ -1,6 +1,6 @@
 """`map_pieces`: a module run over pieces of a token sequence that overlap in any way, as one differentiable operation.
 
-It stands beside `gigaxt.recurrence.scan`, whose segments follow one another and overlap at their ends: neighbours on a
+It stands beside `gigaxt.streaming.scan`, whose segments follow one another and overlap at their ends: neighbours on a
 lattice are not neighbours in any order of the tokens.
 """
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gigaxt.nn.context.neighbours import Piece
-from gigaxt.replay import Aliases, Autocast, Sums, counted_saves, grad, refuse_foreign_leaves
-from gigaxt.rows import Purse
-from gigaxt.untraced import untraced
+from gigaxt.streaming.replay import Aliases, Autocast, Sums, counted_saves, grad, refuse_foreign_leaves
+from gigaxt.streaming.rows import Purse
+from gigaxt.streaming.untraced import untraced
 
 
 def map_pieces(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gigaxt.untraced import untraced
+from gigaxt.streaming.untraced import untraced
 
 CHUNK = 32
 """Tokens that are walked through one after the other, in all chunks of a piece at once."""

@@ -14,9 +14,9 @@ from torch.autograd.function import once_differentiable
 from gigaxt.nn.context.layered import Mixer
 from gigaxt.nn.context.layers import Run
 from gigaxt.nn.context.ordering import Places
-from gigaxt.recurrence import State
-from gigaxt.rows import at_least_float32
-from gigaxt.untraced import untraced
+from gigaxt.streaming.recurrence import State
+from gigaxt.streaming.rows import at_least_float32
+from gigaxt.streaming.untraced import untraced
 
 SLOWEST_RATE = 1e-5
 """Decay per token of the slowest channel at the start: it remembers a scene of 1e5 tokens."""

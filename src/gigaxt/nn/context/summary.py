@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigaxt.nn.context.layers import Mlp, Norm, Run, linear, split_heads
-from gigaxt.recurrence import State
-from gigaxt.rows import at_least_float32
+from gigaxt.streaming.recurrence import State
+from gigaxt.streaming.rows import at_least_float32
 
 SHARPNESS = 2.0
 """Standard deviation of the reading scores at the start, so that each latent picks some tokens out. Near 0 all weights

@@ -18,8 +18,8 @@ from gigaxt.nn.context.base import ContextConfig, check_least
 from gigaxt.nn.context.layered import LayeredContext, Mixer
 from gigaxt.nn.context.layers import Norm, Run, largest_divisor, linear, split_heads
 from gigaxt.nn.context.ordering import Places
-from gigaxt.recurrence import State
-from gigaxt.rows import at_least_float32
+from gigaxt.streaming.recurrence import State
+from gigaxt.streaming.rows import at_least_float32
 
 LONGEST_WAVE = 10_000.0
 """Of the sinusoids of relative distances, over 2 pi; as in the paper."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gigaxt.errors import ConfigError, DataError
-from gigaxt.rows import at_least_float32
+from gigaxt.streaming.rows import at_least_float32
 
 
 @dataclass(kw_only=True)

@@ -50,7 +50,7 @@ class DenseHead(MapsHead):
 
     Attributes:
         linear: promise that the loss is the first of the sums times what has no gradient. It saves a pass over the
-            region encoder where nothing is kept (see `gigaxt.nested`).
+            region encoder where nothing is kept (see `gigaxt.streaming.nested`).
     """
 
     linear: bool = False

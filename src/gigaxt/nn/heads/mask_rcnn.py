@@ -26,7 +26,7 @@ from gigaxt.errors import ConfigError
 from gigaxt.nn.heads.base import ObjectsConfig, widened
 from gigaxt.nn.heads.levels import ContextClassifier, Level, chosen_strides, joined_levels, resize
 from gigaxt.nn.heads.scene import SceneHead, Size
-from gigaxt.scenes import Scene
+from gigaxt.scenes.batch import Scene
 from gigaxt.shapes.crops import Crop
 from gigaxt.targets.base import SceneTarget
 from gigaxt.targets.instances import InstanceTarget, as_instances

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gigaxt.nn.context.summary import add_to_softmax, empty_softmax
-from gigaxt.recurrence import scan
+from gigaxt.streaming.recurrence import scan
 
 SEGMENT, DEVICE_SEGMENT = 8192, 32768
 """Tokens of all cases together that are pooled at once. As many are pooled at once by ordinary autograd. On a device

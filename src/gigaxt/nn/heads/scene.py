@@ -12,7 +12,7 @@ from gigaxt.amounts import GIB
 from gigaxt.errors import DataError
 from gigaxt.machine import device_memory_gib
 from gigaxt.nn.heads.dense import MapsHead
-from gigaxt.scenes import Scene
+from gigaxt.scenes.batch import Scene
 from gigaxt.targets.base import SceneTarget
 
 Size = tuple[int, int]

@@ -13,7 +13,7 @@ from gigaxt.augment import ColourAugmented, colour_augmented, dihedral, draw_cro
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image import open_image
 from gigaxt.image.views import Cropped
-from gigaxt.inputs import InputConfig, resized, to_size
+from gigaxt.scenes.inputs import InputConfig, resized, to_size
 from gigaxt.targets.base import MaskTarget, as_mask
 from tiny_models import classifier, segmenter, tiny_model
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from gigaxt.prefetch import form
+from gigaxt.streaming.prefetch import form
 
 logger = logging.getLogger("gigaxt")
 

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import gigaxt
 from gigaxt.errors import ConfigError
-from gigaxt.nn.keyed import key_dropout
-from gigaxt.streaming import Streaming, stream
+from gigaxt.streaming.keyed import key_dropout
+from gigaxt.streaming.single import Streaming, stream
 from gigaxt.testing.live_memory import LiveMemory
 from scarce_memory import ScarceMemory
 
@@ -573,7 +573,7 @@ def test_chunks_without_a_graph_may_run_as_one(
     chunks: str, streaming: Streaming, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(CHUNKS[chunks], streaming)
-    monkeypatch.setattr(gigaxt.streaming, "WITHOUT_GRAPH", {"cpu": 2})
+    monkeypatch.setattr(gigaxt.streaming.single, "WITHOUT_GRAPH", {"cpu": 2})
     assert_same(run(CHUNKS[chunks], streaming), expected)
 
 
@@ -591,7 +591,7 @@ def test_how_many_rows_run_as_one_without_a_graph(training: bool, monkeypatch: p
         return {"x": x, "more": torch.ones(len(x), 2)} if chunk.start == 6 else {"x": x}
 
     rows: list[int] = []
-    monkeypatch.setattr(gigaxt.streaming, "WITHOUT_GRAPH", {"cpu": 3})
+    monkeypatch.setattr(gigaxt.streaming.single, "WITHOUT_GRAPH", {"cpu": 3})
     module = Sum(3, 2).requires_grad_(training)
     chunks = [slice(i, i + 2) for i in range(0, 10, 2)]
     out = stream(module, load, chunks)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gigaxt.errors import ConfigError
-from gigaxt.host_copies import HostCopies
-from gigaxt.replay import Aliases, Autocast, Sums, counted_saves, refuse_foreign_leaves
-from gigaxt.rows import Purse, differentiable
-from gigaxt.untraced import untraced
+from gigaxt.streaming.host_copies import HostCopies
+from gigaxt.streaming.replay import Aliases, Autocast, Sums, counted_saves, refuse_foreign_leaves
+from gigaxt.streaming.rows import Purse, differentiable
+from gigaxt.streaming.untraced import untraced
 
 State = tuple[Tensor, ...]
 NOTHING = Purse(0)

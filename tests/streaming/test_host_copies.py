@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gigaxt.host_copies import HostCopies, offloaded
-from gigaxt.replay import counted_saves
+from gigaxt.streaming.host_copies import HostCopies, offloaded
+from gigaxt.streaming.replay import counted_saves
 
 
 def test_what_is_on_the_host_is_not_copied() -> None:

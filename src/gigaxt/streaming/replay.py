@@ -22,8 +22,8 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from gigaxt.errors import ConfigError
-from gigaxt.host_copies import pinned_size
-from gigaxt.rows import Rows, at_least_float32
+from gigaxt.streaming.host_copies import pinned_size
+from gigaxt.streaming.rows import Rows, at_least_float32
 
 J = TypeVar("J", bound="_HasAutocast")
 P = ParamSpec("P")

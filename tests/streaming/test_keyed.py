@@ -9,7 +9,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from gigaxt.errors import ConfigError, TrainingError
-from gigaxt.nn.keyed import KeyedDropout, KeyedDropPath, dropout_key, key_dropout, keyed_by, region_keys
+from gigaxt.streaming.keyed import KeyedDropout, KeyedDropPath, dropout_key, key_dropout, keyed_by, region_keys
 
 TINY = {
     "swinv2": ("swinv2_tiny_window16_256", 64, {

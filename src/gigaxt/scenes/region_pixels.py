@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gigaxt.image.base import Image, Mask, Pixels, Window, lies_inside
-from gigaxt.prefetch import host_buffer
+from gigaxt.streaming.prefetch import host_buffer
 
 
 def read_regions(image: Image, windows: Sequence[Window], out: Sequence[Pixels]) -> list[Mask | None]:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigaxt.errors import ConfigError
-from gigaxt.nested import stream_nested
-from gigaxt.nn.keyed import key_dropout
-from gigaxt.streaming import Streaming
+from gigaxt.streaming.keyed import key_dropout
+from gigaxt.streaming.nested import stream_nested
+from gigaxt.streaming.single import Streaming
 from gigaxt.testing.live_memory import LiveMemory
 from scarce_memory import ScarceMemory
 

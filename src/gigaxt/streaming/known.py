@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from gigaxt.cuda_graphs import RECORDED_ON, Recordings
-from gigaxt.replay import Autocast, version_of
+from gigaxt.streaming.cuda_graphs import RECORDED_ON, Recordings
+from gigaxt.streaming.replay import Autocast, version_of
 
 _known = WeakTensorKeyDictionary()
 """`Known` by a module's first weight: modules around it may be made anew for every step."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gigaxt.errors import ConfigError
-from gigaxt.host_copies import HostCopies
-from gigaxt.recurrence import _padded, scan
-from gigaxt.rows import Purse
+from gigaxt.streaming.host_copies import HostCopies
+from gigaxt.streaming.recurrence import _padded, scan
+from gigaxt.streaming.rows import Purse
 from gigaxt.testing.live_memory import LiveMemory
 
 KEPT = [0, 2000, 10**6, None]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gigaxt.amounts import GIB
 from gigaxt.errors import ConfigError
-from gigaxt.nn.keyed import dropout_key
-from gigaxt.prefetch import READERS, count_rows, form, join_rows, read_ahead, take_rows
+from gigaxt.streaming.keyed import dropout_key
+from gigaxt.streaming.prefetch import READERS, count_rows, form, join_rows, read_ahead, take_rows
 
 T = TypeVar("T")
 Reduce = Literal["cat", "sum"]

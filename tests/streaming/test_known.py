@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import gigaxt
-from gigaxt import streaming
 from gigaxt.errors import ConfigError
-from gigaxt.known import _known
-from gigaxt.nested import stream_nested
-from gigaxt.replay import first_look
-from gigaxt.streaming import stream
+from gigaxt.streaming import single
+from gigaxt.streaming.known import _known
+from gigaxt.streaming.nested import stream_nested
+from gigaxt.streaming.replay import first_look
+from gigaxt.streaming.single import stream
 
 
 class Net(nn.Module):
@@ -46,7 +46,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(rows.count)
         return first_look(call, aliases, rows, leaves)
 
-    monkeypatch.setattr(streaming, "first_look", look)
+    monkeypatch.setattr(single, "first_look", look)
     return seen
 
 

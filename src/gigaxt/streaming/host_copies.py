@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from gigaxt.rows import Purse
+from gigaxt.streaming.rows import Purse
 
 
 class HostCopies:

@@ -10,9 +10,9 @@ import tifffile
 
 from gigaxt.image import Image, open_image
 from gigaxt.image.base import Mask, Pixels
-from gigaxt.inputs import InputConfig
-from gigaxt.region_pixels import read_regions, stack_masks
-from gigaxt.scenes import SceneBatch
+from gigaxt.scenes.batch import SceneBatch
+from gigaxt.scenes.inputs import InputConfig
+from gigaxt.scenes.region_pixels import read_regions, stack_masks
 
 H, W = 70, 110
 WINDOWS = [(0, 0, 32, 32), (40, 10, 32, 32), (-8, 20, 32, 32), (90, 50, 32, 32), (64, 32, 32, 32), (96, -32, 32, 32)]

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gigaxt.errors import ConfigError
-from gigaxt.known import Unchanged
-from gigaxt.replay import (
+from gigaxt.streaming.known import Unchanged
+from gigaxt.streaming.replay import (
     Aliases,
     Autocast,
     Sums,
@@ -40,8 +40,8 @@ from gigaxt.replay import (
     refuse_foreign_leaves,
     refuse_unstreamable,
 )
-from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, differentiable, join
-from gigaxt.turns import Decoded, Encoded, Maps, load_turn, make_turns
+from gigaxt.streaming.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, differentiable, join
+from gigaxt.streaming.turns import Decoded, Encoded, Maps, load_turn, make_turns
 
 C = TypeVar("C")
 TWICE = "expected one backward pass through a nested stream, got two: run the forward pass again"

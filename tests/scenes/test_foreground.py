@@ -11,12 +11,12 @@ import pytest
 from PIL import Image as PillowImage
 
 from array_image import ArrayImage
-from gigaxt import foreground as module
 from gigaxt.augment import colour_augmented, dihedral, turn
 from gigaxt.errors import ConfigError, DataError
-from gigaxt.foreground import Foreground, area_between, otsu, tissue_mask, tissue_threshold
 from gigaxt.image.views import resample
 from gigaxt.regions import lattice_edges
+from gigaxt.scenes import foreground as module
+from gigaxt.scenes.foreground import Foreground, area_between, otsu, tissue_mask, tissue_threshold
 
 
 def slide(height: int, width: int, *, noise: int = 3) -> ArrayImage:

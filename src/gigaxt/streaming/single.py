@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gigaxt.cuda_graphs import Recordings
 from gigaxt.errors import ConfigError
-from gigaxt.host_copies import offloaded
-from gigaxt.known import Known, Look, Unchanged, known_of
-from gigaxt.nn.keyed import keyed_by, region_keys
-from gigaxt.prefetch import form
-from gigaxt.replay import (
+from gigaxt.streaming.cuda_graphs import Recordings
+from gigaxt.streaming.host_copies import offloaded
+from gigaxt.streaming.keyed import keyed_by, region_keys
+from gigaxt.streaming.known import Known, Look, Unchanged, known_of
+from gigaxt.streaming.prefetch import form
+from gigaxt.streaming.replay import (
     Aliases,
     Autocast,
     Saves,
@@ -39,7 +39,7 @@ from gigaxt.replay import (
     refuse_learning,
     refuse_unstreamable,
 )
-from gigaxt.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, differentiable, join, merged
+from gigaxt.streaming.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, differentiable, join, merged
 
 __all__ = ["Streaming", "stream"]
 

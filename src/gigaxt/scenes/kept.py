@@ -7,11 +7,11 @@ from typing import Any
 
 from gigaxt.augment import ColourAugmented, Dihedral
 from gigaxt.errors import DataError
-from gigaxt.foreground import Foreground
 from gigaxt.image.base import Image, Mask
 from gigaxt.image.files import file_identity
-from gigaxt.inputs import InputConfig
 from gigaxt.regions import keep_valid
+from gigaxt.scenes.foreground import Foreground
+from gigaxt.scenes.inputs import InputConfig
 
 MOST_KEPT = 4096
 """Scenes of which it is remembered which regions are kept; a byte a region."""

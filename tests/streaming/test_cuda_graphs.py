@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import gigaxt
-from gigaxt import cuda_graphs, known
-from gigaxt.nn import keyed
-from gigaxt.nn.keyed import key_dropout
-from gigaxt.streaming import stream
+from gigaxt.streaming import cuda_graphs, keyed, known
+from gigaxt.streaming.keyed import key_dropout
+from gigaxt.streaming.single import stream
 
 
 class Again:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from gigaxt import open_image
-from gigaxt.inputs import InputConfig
 from gigaxt.nn.stages import RegionTokens
 from gigaxt.nn.xt import ModelConfig
-from gigaxt.prefetch import read_ahead
-from gigaxt.scenes import SceneBatch
+from gigaxt.scenes.batch import SceneBatch
+from gigaxt.scenes.inputs import InputConfig
+from gigaxt.streaming.prefetch import read_ahead
 
 HEIGHT, WIDTH = 80, 140
 
@@ -95,7 +95,7 @@ def test_only_the_hosts_tensors_are_pinned(monkeypatch: pytest.MonkeyPatch) -> N
     """PyTorch cannot pin what is on a device already, such as a batch that was given on the GPU."""
     pinned: list[Tensor] = []
     monkeypatch.setattr(Tensor, "pin_memory", lambda t: pinned.append(t) or t)
-    monkeypatch.setattr("gigaxt.prefetch.to_device", lambda loaded, device: loaded)
+    monkeypatch.setattr("gigaxt.streaming.prefetch.to_device", lambda loaded, device: loaded)
     on_host, on_device = torch.zeros(1), torch.zeros(1, device="meta")
     found = list(read_ahead(lambda chunk: {"a": on_host, "b": on_device, "c": 3}, [0, 1], torch.device("cuda")))
     assert len(found) == 2

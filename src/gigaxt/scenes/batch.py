@@ -13,16 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gigaxt.cases import Cases, TensorImage, sources_of
 from gigaxt.errors import ConfigError, DataError
 from gigaxt.image.base import Image, Mask, lies_inside
 from gigaxt.image.open import PICTURE_SUFFIXES
 from gigaxt.image.views import resample
-from gigaxt.inputs import InputConfig, to_pixel_size, to_size
-from gigaxt.kept import kept_regions
-from gigaxt.prefetch import host_buffer, load_together
-from gigaxt.region_pixels import read_regions, stack_masks, valid_cells
 from gigaxt.regions import Place, RegionGrid
+from gigaxt.scenes.cases import Cases, TensorImage, sources_of
+from gigaxt.scenes.inputs import InputConfig, to_pixel_size, to_size
+from gigaxt.scenes.kept import kept_regions
+from gigaxt.scenes.region_pixels import read_regions, stack_masks, valid_cells
+from gigaxt.streaming.prefetch import host_buffer, load_together
 from gigaxt.targets.base import SceneTarget, WindowTarget
 
 LEAST_PART = 8

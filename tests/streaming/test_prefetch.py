@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from gigaxt import open_image
-from gigaxt.inputs import InputConfig
-from gigaxt.prefetch import form, read_ahead
-from gigaxt.scenes import Chunk, SceneBatch
-from gigaxt.streaming import Streaming, stream
+from gigaxt.scenes.batch import Chunk, SceneBatch
+from gigaxt.scenes.inputs import InputConfig
+from gigaxt.streaming.prefetch import form, read_ahead
+from gigaxt.streaming.single import Streaming, stream
 from tiny_models import segmenter
 
 CPU = torch.device("cpu")
