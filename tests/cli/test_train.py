@@ -139,7 +139,8 @@ def test_a_csv_alone_trains(folder: Path) -> None:
         (["train", "--config", "label.yaml", "--out", "."], ".: expected a new folder or one of a run", 2),
         (["train", "--config", "label.yaml", "--out", "label.csv"], "label.csv: expected a new folder", 2),
         (["eval", "nothing", "label.csv"], "nothing: expected the folder of a model", 2),
-        (["eval"], "required", 2),
+        (["eval"], "expected MODEL and CSV, got none; `gigaxt eval --help` lists the flags", 2),
+        (["predict", "model", "a.tif"], "expected --out PATH, got none; `gigaxt predict --help` lists the flags", 2),
     ],
 )
 def test_mistakes_are_one_line(

@@ -14,15 +14,15 @@ from torch.overrides import TorchFunctionMode
 from gigaxt.errors import ConfigError
 from gigaxt.streaming.host_copies import HostCopies
 from gigaxt.streaming.recurrence import _padded, scan
-from gigaxt.streaming.rows import Purse
+from gigaxt.streaming.rows import Budget
 from gigaxt.testing.live_memory import LiveMemory
 
 KEPT = [0, 2000, 10**6, None]
 """Bytes that segments may keep: none, some, all; None for ordinary autograd."""
 
 
-def purse(size: int | None) -> Purse | None:
-    return None if size is None else Purse(size / 2**30)
+def budget(size: int | None) -> Budget | None:
+    return None if size is None else Budget(size / 2**30)
 
 
 class Recurrence(nn.Module):
@@ -104,7 +104,7 @@ def close(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 def test_equals_the_plain_loop(segment: int, kept: int | None, reverse: bool) -> None:
     case = Case()
-    y, h = case.run(segment, purse=purse(kept), reverse=reverse)
+    y, h = case.run(segment, budget=budget(kept), reverse=reverse)
     case.loss(y, h).backward()
     expected_y, expected_h, expected_grads = plain(reverse)
     close([y, h], [expected_y, expected_h])
@@ -212,7 +212,7 @@ def test_map_has_no_state() -> None:
 def test_only_the_state_is_used() -> None:
     case, expected = Case(), Case()
     case.run()[1].sum().backward()
-    expected.run(purse=None)[1].sum().backward()
+    expected.run(budget=None)[1].sum().backward()
     close(case.grads(), expected.grads())
 
 
@@ -239,7 +239,7 @@ def test_hooks_fire_once_a_backward_pass() -> None:
 def test_accumulates_and_repeats() -> None:
     case, once = Case(), plain()[2]
     for kept in (0, 2000):
-        loss = case.loss(*case.run(purse=purse(kept)))
+        loss = case.loss(*case.run(budget=budget(kept)))
         loss.backward(retain_graph=True)
         loss.backward()
     close(case.grads(), [None if g is None else 4 * g for g in once])
@@ -287,7 +287,7 @@ def test_the_plain_loop_runs_on_devices_without_autocast() -> None:
         def forward(self, x: Tensor) -> tuple[Tensor]:
             return (super().forward(x),)
 
-    y, _ = scan(Linear(3, 2, device="meta"), (torch.empty(1, 5, 3, device="meta"),), segment=2, purse=None)
+    y, _ = scan(Linear(3, 2, device="meta"), (torch.empty(1, 5, 3, device="meta"),), segment=2, budget=None)
     assert y is not None
     assert y.shape == (1, 5, 2)
 
@@ -374,7 +374,7 @@ def test_states_may_change_their_shape() -> None:
         assert x.grad is not None
         return y.detach(), x.grad
 
-    close(list(run(segment=3)), list(run(segment=3, purse=None)))
+    close(list(run(segment=3)), list(run(segment=3, budget=None)))
     assert run(segment=3)[0].flatten().tolist() == [1, 2, 3, 10, 11, 12, 28, 29, 30, 55]
 
 
@@ -411,7 +411,7 @@ def test_states_may_be_complex(kept: int | None) -> None:
         module = Turning()
         x = torch.linspace(-1, 1, 16, dtype=torch.float64).reshape(1, 8, 2).requires_grad_()
         state = torch.ones(1, 2, dtype=torch.complex128, requires_grad=True)
-        y, (end,) = scan(module, (x,), (state,), segment=segment, purse=purse(keep))
+        y, (end,) = scan(module, (x,), (state,), segment=segment, budget=budget(keep))
         assert y is not None
         (y.pow(3).sum() + end.abs().pow(3).sum()).backward()
         found.append([y, end, x.grad, state.grad, module.turn.grad])
@@ -438,7 +438,7 @@ def test_gradients_of_a_segment_do_not_stand_beside_the_next_one() -> None:
 def test_no_graph_without_gradients() -> None:
     case = Case()
     with torch.no_grad():
-        y, h = case.run(purse=purse(2000))
+        y, h = case.run(budget=budget(2000))
     assert not y.requires_grad
     close([y, h], plain()[:2])
 
@@ -470,7 +470,7 @@ def test_wrong_use_is_refused() -> None:
 
     for kept in KEPT:
         with pytest.raises(ConfigError, match="for a segment of 4 tokens"):
-            scan(Pools(), (case.x,), segment=4, purse=purse(kept))
+            scan(Pools(), (case.x,), segment=4, budget=budget(kept))
 
 
 class Window(nn.Module):
@@ -501,7 +501,9 @@ def test_halo(reverse: bool, halo: tuple[int, int], segment: int, kept: int | No
         module, x, state = Window(*halo), *(t.detach().clone().requires_grad_() for t in (case.x, case.state))
         if streamed:
             inputs = (x, case.valid)
-            y, (total,) = scan(module, inputs, (state,), segment=segment, purse=purse(kept), reverse=reverse, halo=halo)
+            y, (total,) = scan(
+                module, inputs, (state,), segment=segment, budget=budget(kept), reverse=reverse, halo=halo
+            )
         else:  # the whole sequence with zeros around it, under ordinary autograd
             padded = F.pad(in_order(x, reverse), (0, 0, *halo))
             y, total = module(padded, F.pad(in_order(case.valid, reverse), halo), state)
@@ -519,16 +521,16 @@ def test_segments_keep_what_the_purse_pays() -> None:
             runs.append(x.shape[1])
             return super().forward(x, *rest)
 
-    held = Purse(1)
+    held = Budget(1)
     left = held.left
     case = Case()
     case.module.__class__ = Counting
-    y, h = case.run(4, purse=held)
+    y, h = case.run(4, budget=held)
     case.loss(y, h).backward()
     assert runs == [4, 4, 3]  # nothing twice
     size = (left - held.left) // 3
     for affordable, expected in ((0, [4, 4, 3, 3, 4, 4]), (1, [4, 4, 3, 3, 4]), (2, [4, 4, 3, 3]), (3, [4, 4, 3])):
         runs.clear()
-        y, h = case.run(4, purse=purse(affordable * size))
+        y, h = case.run(4, budget=budget(affordable * size))
         case.loss(y, h).backward()
         assert runs == expected

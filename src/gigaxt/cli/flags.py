@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -52,6 +53,10 @@ def parse(
     return value
 
 
+MISSING = re.compile(r"(--\S+ )?[A-Z]+")
+"""A flag with the kind of its value, or an argument, as tyro names those that are missing."""
+
+
 def _first_sentence(box: str) -> str:
     """What tyro says between the title and the first rule below it; the nearest flag where it names one.
 
@@ -65,6 +70,8 @@ def _first_sentence(box: str) -> str:
         else:
             parts[-1].append(line)
     text, *hints = [part for part in parts if part] or [["the flags do not fit"]]
+    if missing := [line for line in text if MISSING.fullmatch(line)]:  # between them stands the whole of their help
+        return f"expected {' and '.join(missing)}, got none"
     sentence = " ".join(text).partition(" Got errors:")[0].rstrip(".")
     near = next((line.split()[0] for part in hints for line in part if line.startswith("--")), "")
     return f"{sentence}; did you mean `{near}`?" if near and sentence.startswith("Unrecognized") else sentence

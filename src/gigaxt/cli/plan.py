@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,6 +72,7 @@ def main(args: Sequence[str]) -> int:
     for name, folder in written.items():
         if folder is not None and (closed := what_closes(Path(folder))):
             raise ConfigError(f"{name}: {folder}: expected a folder that can be written, {closed}; name another one")
+    print("rehearsing the heaviest step and evaluation, in a process of its own", file=sys.stderr, flush=True)
     plan = make_plan(config, arguments.images)
     free = free_disk_gib(arguments.out)
     print("\n".join(table(plan, config, free)))

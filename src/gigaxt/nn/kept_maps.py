@@ -7,7 +7,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from gigaxt.streaming.rows import Purse, Streaming
+from gigaxt.streaming.rows import Budget, Streaming
 
 Maps = tuple[Tensor, ...]
 
@@ -23,7 +23,7 @@ class KeptMaps:
 
     def __init__(self, streaming: Streaming, device: torch.device) -> None:
         self._device = device
-        self._on_device, self._on_host = Purse(streaming.budget_gib or 0.0), Purse(streaming.host_gib)
+        self._on_device, self._on_host = Budget(streaming.budget_gib or 0.0), Budget(streaming.host_gib)
         self._maps: dict[Hashable, Maps] = {}
 
     def add(self, key: Hashable, maps: Maps) -> None:

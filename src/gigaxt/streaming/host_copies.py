@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from gigaxt.streaming.rows import Purse
+from gigaxt.streaming.rows import Budget
 
 
 class HostCopies:
@@ -23,16 +23,16 @@ class HostCopies:
     """
 
     def __init__(self, gib: float) -> None:
-        self.purse = Purse(gib)
+        self.budget = Budget(gib)
         self._made = WeakTensorKeyDictionary()
 
     def of(self, tensor: Tensor) -> Tensor:
         """The copy of `tensor`; the tensor itself if it is on the host already, or no room is left."""
-        if tensor.device.type == "cpu" or not self.purse.left:
+        if tensor.device.type == "cpu" or not self.budget.left:
             return tensor
         made: Tensor | None = self._made.get(tensor)
         if made is None:
-            if not self.purse.take(pinned_size(tensor.nbytes)):
+            if not self.budget.take(pinned_size(tensor.nbytes)):
                 return tensor
             made = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
             self._made[tensor] = made

@@ -40,7 +40,7 @@ from gigaxt.streaming.replay import (
     refuse_foreign_leaves,
     refuse_unstreamable,
 )
-from gigaxt.streaming.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, differentiable, join
+from gigaxt.streaming.rows import Budget, Joined, Reader, Reduce, Rows, Streaming, differentiable, join
 from gigaxt.streaming.turns import Decoded, Encoded, Maps, load_turn, make_turns
 
 C = TypeVar("C")
@@ -194,7 +194,7 @@ class _Job:
     @one_pass
     def encode_all(self, *, training: bool) -> Tensor:
         """The tokens of all regions; graphs or feature maps are kept where they fit."""
-        device, host = Purse(self.streaming.budget_gib or 0), Purse(self.streaming.host_gib)
+        device, host = Budget(self.streaming.budget_gib or 0), Budget(self.streaming.host_gib)
         graph_bytes = 0  # what a region's graph saves; from the first rows, so the same in every run
         for i, rows in enumerate(self._rows(lambda i: (True, False))):
             self.counts.append(rows.count)

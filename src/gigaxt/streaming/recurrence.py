@@ -20,11 +20,11 @@ from torch.autograd.function import once_differentiable
 from gigaxt.errors import ConfigError
 from gigaxt.streaming.host_copies import HostCopies
 from gigaxt.streaming.replay import Aliases, Autocast, Sums, counted_saves, refuse_foreign_leaves
-from gigaxt.streaming.rows import Purse, differentiable
+from gigaxt.streaming.rows import Budget, differentiable
 from gigaxt.streaming.untraced import untraced
 
 State = tuple[Tensor, ...]
-NOTHING = Purse(0)
+NOTHING = Budget(0)
 T = TypeVar("T")
 
 
@@ -35,7 +35,7 @@ def scan(
     *,
     shared: Sequence[Tensor] = (),
     segment: int,
-    purse: Purse | None = NOTHING,
+    budget: Budget | None = NOTHING,
     host: HostCopies | None = None,
     reverse: bool = False,
     halo: tuple[int, int] = (0, 0),
@@ -56,10 +56,10 @@ def scan(
         state: the state before the first segment; `module` returns as many tensors, of any shape.
         shared: tensors that every segment is given whole; their gradients are added up in float32 or better.
         segment: tokens in a segment; the last one processed may be shorter.
-        purse: memory that segments pay from to keep their activations, first come, first served; these are not run
-            again. May be shared by several scans. `Purse(0)` keeps nothing; None keeps all, under ordinary autograd.
+        budget: memory that segments pay from to keep their activations, first come, first served; these are not run
+            again. May be shared by several scans. `Budget(0)` keeps nothing; None keeps all, under ordinary autograd.
         host: where the inputs wait for the backward pass in place of the device, as far as it has room; segments come
-            back one at a time. Not read where `purse` is None.
+            back one at a time. Not read where `budget` is None.
         reverse: process from the last token to the first. Each segment is handed over flipped, so that `module` need
             not know, and the output is in the order of the inputs.
         halo: tokens before and after (in the order of processing) that every segment is given of the inputs beside its
@@ -79,12 +79,12 @@ def scan(
         bounds=_bounds(tokens, segment, reverse),
         reverse=reverse,
         halo=halo,
-        purse=purse or NOTHING,
+        budget=budget or NOTHING,
         host=host,
         counts=(len(inputs), len(shared), len(state)),
         device=inputs[0].device,
     )
-    if purse is None:
+    if budget is None:
         return _plain_loop(plan, tuple(inputs), tuple(shared), tuple(state))
     result: tuple[Tensor | None, State] = _scan_recomputed(plan, tuple(inputs), tuple(shared), tuple(state))
     return result
@@ -94,7 +94,7 @@ def scan(
 @untraced
 def _scan_recomputed(plan: _Plan, inputs: State, shared: State, state: State) -> tuple[Tensor | None, State]:
     if not torch.is_grad_enabled():
-        plan.purse, plan.host = NOTHING, None
+        plan.budget, plan.host = NOTHING, None
     with plan.autocast.one_pass():
         output, *final = _Scan.apply(plan, *inputs, *shared, *state, *plan.module.parameters())
     return output, tuple(final)
@@ -109,7 +109,7 @@ class _Plan:
     """(start, stop) of the segments' tokens, in the order of processing."""
     reverse: bool
     halo: tuple[int, int]
-    purse: Purse
+    budget: Budget
     host: HostCopies | None
     counts: tuple[int, int, int]
     """How many inputs, shared tensors, and tensors of a state there are."""
@@ -167,12 +167,12 @@ class _Scan(torch.autograd.Function):
         outputs: tuple[Any, ...]
         graph_bytes = 0  # of one segment; the first one shows it, and is paid for afterwards
         for i in range(len(plan.bounds)):
-            if plan.purse.left and plan.purse.take(graph_bytes):
+            if plan.budget.left and plan.budget.take(graph_bytes):
                 graph, counted = _record_counted(plan, aliases, i, (inputs, shared, state), ctx.needs_input_grad[1:])
                 outputs = tuple(None if t is None else t.detach() for t in graph.outputs)
                 if i == 0:
                     graph_bytes = counted
-                if i or plan.purse.take(graph_bytes):
+                if i or plan.budget.take(graph_bytes):
                     graphs[i] = graph
                 del graph
             else:

@@ -182,7 +182,7 @@ def free_device_memory() -> None:
     torch.cuda.empty_cache()
 
 
-class Purse:
+class Budget:
     """What is left of a memory budget: whoever keeps activations takes their size out of it.
 
     Args:

@@ -39,7 +39,7 @@ from gigaxt.streaming.replay import (
     refuse_learning,
     refuse_unstreamable,
 )
-from gigaxt.streaming.rows import Joined, Purse, Reader, Reduce, Rows, Streaming, differentiable, join, merged
+from gigaxt.streaming.rows import Budget, Joined, Reader, Reduce, Rows, Streaming, differentiable, join, merged
 
 __all__ = ["Streaming", "stream"]
 
@@ -202,8 +202,8 @@ class _Job:
     def forward(self, inputs: _Inputs, *, training: bool) -> tuple[Tensor, ...]:
         """Run all chunks; when training, keep the graphs that fit the budget."""
         on_cpu = self.reader.device.type == "cpu"
-        device = Purse((self.streaming.budget_gib or 0) + (self.streaming.host_gib if on_cpu else 0))
-        host = Purse(0 if on_cpu else self.streaming.host_gib)
+        device = Budget((self.streaming.budget_gib or 0) + (self.streaming.host_gib if on_cpu else 0))
+        host = Budget(0 if on_cpu else self.streaming.host_gib)
         # Bytes that a region's graph saves, on the device and on the host. Counted on the first rows only, so that each
         # run keeps the same chunks.
         per_row: tuple[int, int] | None = None

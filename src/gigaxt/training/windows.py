@@ -23,7 +23,7 @@ SCENES = 32
 """Scenes whose views are kept."""
 MARGIN = 8
 """An object that a window is drawn around lies at least this fraction (1 / MARGIN) of its side inside of it."""
-_WINDOW, _OBJECT = 2, 3
+_WINDOW, _OBJECT = 3, 4
 """Tell the random streams of windows from those of `gigaxt.augment`."""
 
 

@@ -11,7 +11,7 @@ from gigaxt.nn.context.full import FullMixer
 from gigaxt.nn.context.layers import Run
 from gigaxt.nn.context.ordering import find_places
 from gigaxt.nn.context.positions import rotary_angles, rotate
-from gigaxt.streaming.rows import Purse
+from gigaxt.streaming.rows import Budget
 from gigaxt.testing.live_memory import LiveMemory
 
 
@@ -57,7 +57,7 @@ def test_heads_keep_what_the_budget_pays_for(kind: str) -> None:
         x = torch.randn(1, 512, 32, dtype=torch.float64, requires_grad=True)
         coords = torch.cartesian_prod(torch.arange(16), torch.arange(32))[None].double()
         places = find_places(coords, None, "raster", x.device)
-        run = Run(1, 512, 4096, 0, Purse(config.budget_gib))
+        run = Run(1, 512, 4096, 0, Budget(config.budget_gib))
         with LiveMemory([x, *mixer.parameters()]) as memory:
             y, _, _ = mixer(x, None, places, run, None)
             kept.append(memory.now / 2**20)

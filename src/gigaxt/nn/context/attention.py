@@ -14,7 +14,7 @@ from gigaxt.nn.context.base import ContextConfig
 from gigaxt.nn.context.layered import LayeredContext
 from gigaxt.nn.context.layers import Norm, Run, largest_divisor, linear
 from gigaxt.streaming.replay import counted_saves
-from gigaxt.streaming.rows import Purse
+from gigaxt.streaming.rows import Budget
 
 Attend = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
 """q, k, v (batch, h, n, head_dim) of the heads in a slice -> what they find, likewise. A pure function."""
@@ -42,8 +42,8 @@ class HeadByHead(nn.Module):
 
     A head's queries, keys and values are `3 / heads` token stores, and so is what its attention makes of them; the
     backward pass computes them again, head by head. Beside the tokens and their gradient a layer at work then takes
-    about two token stores (the normalised tokens and a sum) plus one head's share. Heads that `run.purse` pays for keep
-    what the backward pass needs; the first one shows how much that is.
+    about two token stores (the normalised tokens and a sum) plus one head's share. Heads that `run.budget` pays for
+    keep what the backward pass needs; the first one shows how much that is.
 
     Args:
         dim: width of the tokens.
@@ -66,23 +66,23 @@ class HeadByHead(nn.Module):
         if not run.recompute:
             return y + self._find(x, attend, slice(0, self.heads))
         kept = 0
-        if run.purse.left and torch.is_grad_enabled():
-            found, kept = self._find_kept(x, attend, run.purse)
+        if run.budget.left and torch.is_grad_enabled():
+            found, kept = self._find_kept(x, attend, run.budget)
             y = y if found is None else y + found
         for head in range(kept, self.heads):
             heads = slice(head, head + 1)
             y = y + checkpoint(self._find, x, attend, heads, use_reentrant=False, preserve_rng_state=False)
         return y
 
-    def _find_kept(self, x: Tensor, attend: Attend, purse: Purse) -> tuple[Tensor | None, int]:
-        """What the first heads find that `purse` pays for, and how many these are."""
+    def _find_kept(self, x: Tensor, attend: Attend, budget: Budget) -> tuple[Tensor | None, int]:
+        """What the first heads find that `budget` pays for, and how many these are."""
         with counted_saves([x, *self.parameters()]) as saves:
             found = self._find(x, attend, slice(0, 1))
         size = saves.bytes + found.nbytes
-        if not purse.take(size):
+        if not budget.take(size):
             return None, 0
         kept = 1
-        while kept < self.heads and purse.take(size):
+        while kept < self.heads and budget.take(size):
             found = found + self._find(x, attend, slice(kept, kept + 1))
             kept += 1
         return found, kept

@@ -16,7 +16,7 @@ from gigaxt.nn.context.positions import FourierPositions
 from gigaxt.nn.context.summary import Summary
 from gigaxt.streaming.host_copies import HostCopies
 from gigaxt.streaming.recurrence import State
-from gigaxt.streaming.rows import Purse
+from gigaxt.streaming.rows import Budget
 
 
 class Mixer(nn.Module, ABC):
@@ -116,7 +116,7 @@ class LayeredContext(ContextEncoder):
             tokens.shape[1],
             config.segment,
             config.keep_tokens,
-            Purse(config.budget_gib),
+            Budget(config.budget_gib),
             HostCopies(config.host_gib),
         )
         # Ahead of the sorting: so the pass keeps the tokens themselves and not a sorted copy.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gigaxt.streaming.host_copies import HostCopies
 from gigaxt.streaming.recurrence import State, scan
-from gigaxt.streaming.rows import Purse, at_least_float32
+from gigaxt.streaming.rows import Budget, at_least_float32
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Run:
     """Tokens of all rows together that are computed at once."""
     keep_tokens: int
     """Batches of up to this many tokens keep their activations."""
-    purse: Purse = field(default_factory=lambda: Purse(0))
+    budget: Budget = field(default_factory=lambda: Budget(0))
     """What segments of larger batches may keep, all layers together."""
     host: HostCopies = field(default_factory=lambda: HostCopies(0))
     """Where what goes into the layers' parts of larger batches waits for the backward pass."""
 
     @property
     def recompute(self) -> bool:
-        """Whether activations are computed again in the backward pass, but for what the purse pays."""
+        """Whether activations are computed again in the backward pass, but for what the budget pays for."""
         return self.batch * self.tokens > self.keep_tokens
 
     def __call__(
@@ -50,14 +50,14 @@ class Run:
             segment = self.tokens
         else:
             segment = max(multiple, self.segment // self.batch // multiple * multiple)
-        purse = self.purse if self.recompute else None
+        budget = self.budget if self.recompute else None
         return scan(
             module,
             inputs,
             state,
             shared=shared,
             segment=segment,
-            purse=purse,
+            budget=budget,
             host=self.host,
             reverse=reverse,
             halo=halo,

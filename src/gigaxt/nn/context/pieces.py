@@ -16,16 +16,16 @@ from torch.autograd.function import once_differentiable
 
 from gigaxt.nn.context.neighbours import Piece
 from gigaxt.streaming.replay import Aliases, Autocast, Sums, counted_saves, grad, refuse_foreign_leaves
-from gigaxt.streaming.rows import Purse
+from gigaxt.streaming.rows import Budget
 from gigaxt.streaming.untraced import untraced
 
 
 def map_pieces(
-    module: nn.Module, x: Tensor, coords: Tensor, shared: Tensor, pieces: Sequence[Piece], purse: Purse | None
+    module: nn.Module, x: Tensor, coords: Tensor, shared: Tensor, pieces: Sequence[Piece], budget: Budget | None
 ) -> Tensor:
     """Run `module` on each piece's tokens, and put its results at their places.
 
-    With a purse nothing but `x` is kept between the passes, and pieces that it does not pay for are run again in the
+    With a budget nothing but `x` is kept between the passes, and pieces that it does not pay for are run again in the
     backward pass, with a graph of one at a time. Each parameter gets its gradient once; first derivatives only.
 
     Args:
@@ -35,13 +35,13 @@ def map_pieces(
         coords: (tokens, 2); get no gradient.
         shared: a tensor that every piece is given whole; its gradients are added up in float32 or better.
         pieces: which tokens go together.
-        purse: what pieces that keep their activations pay from; None keeps all, under ordinary autograd.
+        budget: what pieces that keep their activations pay from; None keeps all, under ordinary autograd.
 
     Returns:
         (tokens, dim), zeros at places that no piece owns.
     """
-    if purse is not None:
-        result: Tensor = _map_recomputed(module, x, coords, shared, pieces, purse)
+    if budget is not None:
+        result: Tensor = _map_recomputed(module, x, coords, shared, pieces, budget)
         return result
     found = [module(x.index_select(0, p.tokens), coords.index_select(0, p.tokens), shared, p) for p in pieces]
     return torch.zeros_like(x).index_copy(0, torch.cat([p.own for p in pieces]), torch.cat(found))
@@ -50,13 +50,13 @@ def map_pieces(
 # Dynamo cannot trace autograd.grad inside a backward; the plain loop above compiles.
 @untraced
 def _map_recomputed(
-    module: nn.Module, x: Tensor, coords: Tensor, shared: Tensor, pieces: Sequence[Piece], purse: Purse
+    module: nn.Module, x: Tensor, coords: Tensor, shared: Tensor, pieces: Sequence[Piece], budget: Budget
 ) -> Tensor:
     job = _Job(
         module=module,
         coords=coords,
         pieces=pieces,
-        purse=purse if torch.is_grad_enabled() else Purse(0),
+        budget=budget if torch.is_grad_enabled() else Budget(0),
         autocast=Autocast.now(x.device),
     )
     with job.autocast.one_pass():
@@ -78,7 +78,7 @@ class _Job:
     module: nn.Module
     coords: Tensor
     pieces: Sequence[Piece]
-    purse: Purse
+    budget: Budget
     autocast: Autocast
 
     def run(self, aliases: Aliases, i: int, x: Tensor, shared: Tensor) -> Tensor:
@@ -104,11 +104,11 @@ class _Map(torch.autograd.Function):
         aliases, y = Aliases(job.module), torch.zeros_like(x)
         graphs: dict[int, _Graph] = {}
         for i, piece in enumerate(job.pieces):
-            if job.purse.left and len(graphs) == i:  # all so far are kept
+            if job.budget.left and len(graphs) == i:  # all so far are kept
                 with counted_saves([shared, *aliases]) as saves:
                     graph = job.record(aliases, i, x, shared, ctx.needs_input_grad[1:3])
                 found = graph.found.detach()
-                if job.purse.take(saves.bytes + found.nbytes):
+                if job.budget.take(saves.bytes + found.nbytes):
                     graphs[i] = graph
                 del graph
             else:

@@ -79,7 +79,7 @@ class WindowMixer(NearMixer):
             places.coords.flatten(0, 1),
             global_tokens,
             find_pieces(places, self.radius, run.segment),
-            run.purse if run.recompute else None,
+            run.budget if run.recompute else None,
         )
         return y.view_as(x)
 
