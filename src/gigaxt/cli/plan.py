@@ -72,7 +72,8 @@ def main(args: Sequence[str]) -> int:
     for name, folder in written.items():
         if folder is not None and (closed := what_closes(Path(folder))):
             raise ConfigError(f"{name}: {folder}: expected a folder that can be written, {closed}; name another one")
-    print("rehearsing the heaviest step and evaluation, in a process of its own", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():  # with large scenes it takes long
+        print("rehearsing the heaviest step and evaluation, in a process of its own", file=sys.stderr, flush=True)
     plan = make_plan(config, arguments.images)
     free = free_disk_gib(arguments.out)
     print("\n".join(table(plan, config, free)))
