@@ -2,7 +2,7 @@
 
 Configurations of different kinds: classification and segmentation, nothing kept and everything kept. Memory: the run's
 peak is the resident memory of the whole process as the kernel counts it, from the import of Python to the last
-checkpoint. Time: of an epoch's steps, the median of the run's epochs. Disk: checkpoints and model at the end.
+checkpoint. Time: of an epoch's steps, the median of the run's epochs.
 
     python benchmarks/bench_plan.py [--side 768] [--keep]
 """
@@ -26,18 +26,19 @@ from gigaxt.training import run_config
 from gigaxt.training.log import read_metrics
 from gigaxt.training.plan import make_plan
 
-EPOCHS = 5
+EPOCHS = 3
 CASES = (("classify", 0.0), ("classify", 8.0), ("segment", 0.0), ("segment", 8.0))
 VERB = "import sys; from gigaxt.cli import main; sys.exit(main())"
 
 
 def make_data(folder: Path, side: int) -> Path:
-    """Two training scenes of different size, and one to evaluate on."""
+    """Six training scenes of two sizes, and one to evaluate on."""
     lines = ["image,label,mask,split"]
-    for name, px, split in (("a", side, "train"), ("b", side // 2, "train"), ("v", side // 2, "val")):
+    train = [(name, px, "train") for name, px in zip("abcdef", [side, side // 2] * 3, strict=True)]
+    for name, px, split in (*train, ("v", side // 2, "val")):
         make_image(folder / f"{name}.tif", (px, px))
         make_mask(folder / f"{name}_mask.tif", (px, px))
-        lines.append(f"{name}.tif,{'y' if name == 'b' else 'x'},{name}_mask.tif,{split}")
+        lines.append(f"{name}.tif,{'y' if name in 'bdf' else 'x'},{name}_mask.tif,{split}")
     (folder / "data.csv").write_text("\n".join(lines))
     return folder / "data.csv"
 
@@ -72,7 +73,6 @@ def compare(kind: str, budget_gib: float, folder: Path, csv: Path) -> dict[str, 
     pairs = {
         "gib": (plan.found.host_gib, peak_gib(run)),
         "epoch_s": (plan.epoch_s, epoch_s(folder / name)),
-        "disk_mib": (plan.found.disk_gib * 2**10, disk_mib(folder / name)),
     }
     for what, (predicted, measured) in pairs.items():
         row[what] = {"predicted": round(predicted, 3), "measured": round(measured, 3)}
@@ -85,12 +85,6 @@ def epoch_s(run: Path) -> float:
     steps = [float(row["s_per_step"]) for row in read_metrics(run / "metrics.csv") if row["split"] == "train"]
     each = len(steps) // EPOCHS
     return statistics.median(sum(steps[i : i + each]) for i in range(0, len(steps), each))
-
-
-def disk_mib(run: Path) -> float:
-    """What the run left of checkpoints and model."""
-    files = [path for part in ("checkpoints", "model") for path in (run / part).rglob("*") if path.is_file()]
-    return sum(path.stat().st_size for path in files) / 2**20
 
 
 def main() -> None:

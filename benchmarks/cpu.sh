@@ -11,6 +11,7 @@ run() {
 }
 run benchmarks/bench_read.py --rounds 7 "$@"
 run benchmarks/bench_storage.py "$@"
+run benchmarks/bench_ahead.py "$@"
 run benchmarks/bench_write.py --quick
 run benchmarks/bench_memory.py --sizes 1024 2048 4096 "$@"
 run benchmarks/bench_overhead.py --backbones small "$@"
