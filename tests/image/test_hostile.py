@@ -287,3 +287,29 @@ def test_paths_that_cannot_be_looked_at(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Path, "is_file", denied)
     with pytest.raises(ImageError, match=f"{tmp_path}: cannot be opened: Permission denied"):
         open_image(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_a_jpeg_tile_without_its_end_is_refused(tmp_path: Path, share: float) -> None:
+    """libjpeg would fill up what is missing, and say so to nobody."""
+    path = tmp_path / "cut.tif"
+    tiff(path, compression="jpeg")
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        counts = list(file.pages[0].databytecounts)
+        counts[4] = int(share * counts[4])
+        file.pages[0].tags["TileByteCounts"].overwrite(counts)
+    image = open_image(path)
+    image.read(0, 0, 32, 32)
+    with pytest.raises(ImageError, match="cut short: it has no end"):
+        image.read(32, 32, 32, 32)
+
+
+def test_a_jpeg_tile_may_be_filled_up(tmp_path: Path) -> None:
+    """As writers do that give each tile the same room."""
+    path = tmp_path / "filled.tif"
+    tiles = [imagecodecs.jpeg8_encode(PIXELS[:32, :32], level=90) + bytes(500)]
+    tifffile.imwrite(
+        path, iter(tiles), shape=(32, 32, 3), dtype=np.uint8, tile=(32, 32), photometric="ycbcr", compression="jpeg"
+    )
+    expected = imagecodecs.jpeg8_decode(tiles[0])
+    np.testing.assert_array_equal(open_image(path).read(0, 0, 32, 32), expected)

@@ -32,6 +32,7 @@ from gigaxt.image.tiff_walk import Directory, Walk
 Decode = Callable[..., tuple[NDArray[Any] | None, tuple[int, ...], tuple[int, ...]]]
 
 NONE, JPEG, LERC = 1, 7, 34887
+JPEG_END = b"\xff\xd9"
 _BOUNDED = frozenset((1, 5, 8, 32946, 32773, 34925, 34926, 50000, 2, 3, 4))
 """None, LZW, deflate, PackBits, LZMA, Zstandard, CCITT: their decoders are told the size of the result."""
 _PICTURES = frozenset((JPEG, 34892, 33003, 33004, 33005, 34712, 34933, LERC, 50001))
@@ -98,6 +99,8 @@ class Plane:
                 size.width > self.segment_width or size.height > self.segment_height or size.samples > self.together + 3
             ):
                 raise ValueError(f"expected at most {self._shape_text}, its stream says {' x '.join(map(str, size))}")
+        if self.compression == JPEG and data.rfind(JPEG_END) < 0:  # libjpeg would fill up what is missing
+            raise ValueError(f"its JPEG stream of {len(data)} bytes is cut short: it has no end")
         segment, _, _ = self.unpack(data, index, jpegtables=self.tables)
         if segment is None or segment.ndim != 4 or segment.shape[3] != self.together:
             got = None if segment is None else segment.shape
