@@ -91,8 +91,12 @@ def test_run_folder_is_its_best_model(folder: Path) -> None:
 @pytest.mark.parametrize(("model", "out"), [("seg", "masks"), ("cls", "scores.csv")])
 def test_bad_images_stop_or_are_skipped(folder: Path, model: str, out: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", model, "bad", "scenes/a.tif", "--out", out]) == 2
-    assert "bad/x.tif" in line(capsys)
+    told = line(capsys)
+    assert "bad/x.tif" in told
+    assert told.endswith("; `--on-bad-image skip` goes on without such images\n")
     assert not Path("scores.csv").exists()
+    assert main(["predict", model, "bad", "--out", out]) == 2
+    assert "--on-bad-image" not in line(capsys)  # there is no other
     assert main(["predict", model, "bad", "scenes/a.tif", "--out", out, "--on-bad-image", "skip"]) == 1
     assert "skipped: bad/x.tif: " in capsys.readouterr().err
     assert Path("masks/a.tif").exists() or len(Path("scores.csv").read_text().splitlines()) == 2

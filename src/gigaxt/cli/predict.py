@@ -93,23 +93,36 @@ def main(args: Sequence[str]) -> int:
     if slow := precision_advice(device, arguments.amp):
         print(slow, file=sys.stderr)
     with autocast(device, arguments.amp), told_cache(arguments.cache, arguments.cache_gib):
-        if model.config.head.kind in ("detect", "mask_rcnn"):
-            from gigaxt.cli.predict_objects import predict_objects
-
-            predict_objects(model, images, arguments, skipped)
-        elif model.config.head.kind == "points":
-            from gigaxt.cli.predict_points import predict_points
-
-            predict_points(model, images, arguments, skipped)
-        elif arguments.score is not None:
-            raise ConfigError("--score: is for models that find objects")
-        elif model.dense:
-            predict_masks(model, images, arguments, skipped)
-        else:
-            predict_scores(model, images, arguments, skipped)
+        try:
+            _predict(model, images, arguments, skipped)
+        except ImageError as error:
+            if skipped is not None or len(images) == 1 or error.path not in map(str, images):
+                raise
+            cause = f"{error.cause}; `--on-bad-image skip` goes on without such images"
+            raise ImageError(error.path, cause, error.place) from error
     for reason in (skipped or {}).values():
         print(f"skipped: {reason}", file=sys.stderr)
     return 1 if skipped else 0
+
+
+def _predict(
+    model: GigaXT, images: Sequence[Path], arguments: PredictArguments, skipped: dict[str, str] | None
+) -> None:
+    """What the kind of the model's head asks for."""
+    if model.config.head.kind in ("detect", "mask_rcnn"):
+        from gigaxt.cli.predict_objects import predict_objects
+
+        predict_objects(model, images, arguments, skipped)
+    elif model.config.head.kind == "points":
+        from gigaxt.cli.predict_points import predict_points
+
+        predict_points(model, images, arguments, skipped)
+    elif arguments.score is not None:
+        raise ConfigError("--score: is for models that find objects")
+    elif model.dense:
+        predict_masks(model, images, arguments, skipped)
+    else:
+        predict_scores(model, images, arguments, skipped)
 
 
 def predict_scores(
