@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from tiny_run import segmentation_config
 
 from gigaxt.datasets.manifest import Manifest
 from gigaxt.datasets.row import Row
@@ -18,7 +19,7 @@ from gigaxt.nn.heads import SegmentConfig
 from gigaxt.nn.xt import GigaXT, build_model
 from gigaxt.scenes.batch import SceneBatch
 from gigaxt.tasks.segmentation import Segmentation
-from gigaxt.training import RunConfig, run_config, train
+from gigaxt.training import RunConfig, train
 from gigaxt.training.ahead import Ahead
 from gigaxt.training.checkpoint import checkpoints, load_checkpoint
 from gigaxt.training.data import Sample, Samples, Skipped
@@ -133,17 +134,9 @@ def config_of(folder: Path, **settings: Any) -> RunConfig:
         tifffile.imwrite(folder / f"m{i}.tif", rng.integers(0, 2, (130, 200)).astype(np.uint8))
         lines.append(f"{i}.tif,m{i}.tif,train")
     (folder / "data.csv").write_text("\n".join(lines))
-    model = {
-        "region_encoder": {
-            "name": "convnextv2_atto",
-            "region": 64,
-            "options": {"depths": [1, 1, 1, 1], "dims": [4, 8, 8, 8]},
-        },
-        "context": {"dim": 16, "depth": 1, "summary": 2},
-        "head": {"kind": "segment", "classes": 2, "dim": 8},
-    }
-    given = {"epochs": 2, "batch": 1, "device": "cpu", "augment": {"dihedral": True, "colour": 0.2}, **settings}
-    return run_config({"data": {"csv": str(folder / "data.csv")}, "model": model, "train": given})
+    return segmentation_config(
+        folder / "data.csv", **{"epochs": 2, "augment": {"dihedral": True, "colour": 0.2}, **settings}
+    )
 
 
 def damage(path: Path) -> None:

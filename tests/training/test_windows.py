@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from tiny_run import segmentation_config
 
 from gigaxt import ConfigError, DataError, Streaming, open_image
 from gigaxt.augment import dihedral
@@ -20,7 +21,7 @@ from gigaxt.streaming.keyed import dropout_key
 from gigaxt.targets.base import MaskTarget, WindowTarget
 from gigaxt.targets.points import PointTarget
 from gigaxt.training.ahead import Opened
-from gigaxt.training.config import RunConfig, run_config
+from gigaxt.training.config import RunConfig
 from gigaxt.training.loop import Run, train
 from gigaxt.training.windows import Windows
 from tiny_models import segmenter
@@ -196,17 +197,7 @@ def run_of(folder: Path, **settings: Any) -> RunConfig:
         tifffile.imwrite(folder / f"m{i}.tif", rng.integers(0, 2, (200, 150)).astype(np.uint8))
         lines.append(f"{i}.tif,m{i}.tif,{'val' if i == 2 else 'train'}")
     (folder / "data.csv").write_text("\n".join(lines))
-    model = {
-        "region_encoder": {
-            "name": "convnextv2_atto",
-            "region": 64,
-            "options": {"depths": [1, 1, 1, 1], "dims": [4, 8, 8, 8]},
-        },
-        "context": {"dim": 16, "depth": 1, "summary": 2},
-        "head": {"kind": "segment", "classes": 2, "dim": 8},
-    }
-    given = {"epochs": 1, "batch": 1, "device": "cpu", **settings}
-    return run_config({"data": {"csv": str(folder / "data.csv")}, "model": model, "train": given})
+    return segmentation_config(folder / "data.csv", **settings)
 
 
 @pytest.mark.parametrize("context", [False, True])

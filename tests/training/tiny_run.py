@@ -54,6 +54,21 @@ def tiny_config(csv: Path, **train_settings: Any) -> RunConfig:
     return run_config({"data": {"csv": str(csv)}, "model": model, "train": settings})
 
 
+def segmentation_config(csv: Path, **train_settings: Any) -> RunConfig:
+    """A real model, as small as they come, that learns masks of two classes in regions of 64 px."""
+    model = {
+        "region_encoder": {
+            "name": "convnextv2_atto",
+            "region": 64,
+            "options": {"depths": [1, 1, 1, 1], "dims": [4, 8, 8, 8]},
+        },
+        "context": {"dim": 16, "depth": 1, "summary": 2},
+        "head": {"kind": "segment", "classes": 2, "dim": 8},
+    }
+    settings = {"epochs": 1, "batch": 1, "device": "cpu", **train_settings}
+    return run_config({"data": {"csv": str(csv)}, "model": model, "train": settings})
+
+
 class TinyModel(nn.Module):
     """Mean colour -> hidden layer with seeded noise -> classes. Also draws from the global generator, as timm may."""
 

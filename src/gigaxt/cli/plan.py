@@ -61,7 +61,7 @@ def main(args: Sequence[str]) -> int:
     if not os.path.isfile(arguments.config):  # noqa: PTH113  # Path.is_file raises where its folder is closed
         raise ConfigError(f"{arguments.config}: expected a run's YAML file (gigaxt check data.csv --write run.yaml)")
     for image in arguments.images:
-        if not os.path.exists(image):  # noqa: PTH110
+        if not os.path.exists(image):  # noqa: PTH110  # Path.exists raises where its folder is closed
             raise ConfigError(f"{image}: there is no such image, or its folder is closed to this user")
     if arguments.fit:
         check_writable(arguments.config)  # now, not after what may take hours

@@ -169,7 +169,7 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     try:
         with torch.device("meta"):
             return build()
-    except (NotImplementedError, RuntimeError):  # a value was asked for, and the meta device has none
+    except RuntimeError:  # a value was asked for (NotImplementedError, too), and the meta device has none
         # Built for real, then, which raises again whatever else was wrong. A probe must not shift the numbers that the
         # real network is drawn from.
         with torch.random.fork_rng(devices=[]):
