@@ -125,5 +125,7 @@ def test_what_does_not_fit_is_refused() -> None:
     model, (image, mask) = make("segment"), scene()
     with pytest.raises(DataError, match="prepared with its targets, got one without"):
         model(model.prepare([image]), [mask])
+    with pytest.raises(DataError, match="expected a batch that this model prepared"):
+        make("segment", halo=0, mean=[0.0] * 3, std=[1.0] * 3)(model.prepare([image], [mask]), [mask])
     with pytest.raises(DataError, match="expected a list of Images, got one Image"):
         model.prepare(image)  # type: ignore[arg-type]  # what is tested

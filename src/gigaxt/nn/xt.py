@@ -235,11 +235,13 @@ class GigaXT(nn.Module):
 
     def batch(self, images: Cases | SceneBatch, targets: Sequence[SceneTarget] | None = None) -> SceneBatch:
         """Scenes as this model sees them, cut into its regions; a batch that is one already. See `SceneBatch`."""
+        encoder = self.config.region_encoder
         if isinstance(images, SceneBatch):
+            if (images.config, images.region) != (self.config.input, encoder.region):
+                raise DataError("expected a batch that this model prepared, got one of a model with another input")
             if targets is not None and any(scene.target is None for scene in images.scenes):
                 raise DataError("expected a batch that was prepared with its targets, got one without")
             return images
-        encoder = self.config.region_encoder
         return SceneBatch(
             images,
             self.config.input,
